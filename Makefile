@@ -1,0 +1,42 @@
+# `make help` lists the targets. Each does its own set-up: all it needs is Python, pip, make and git.
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test test-all lint format package
+
+# The environment is .venv, whatever the caller's shell has activated.
+unexport PYTHONPATH
+unexport PYTHONHOME
+unexport VIRTUAL_ENV
+
+BIN := .venv/bin
+READY := .venv/.ready
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-9s %s\n", $$1, $$2}' Makefile
+
+setup: $(READY) ## make .venv, or bring it up to date (every target does this first)
+	@:
+
+$(READY): pyproject.toml .python-version .ci/setup.sh .ci/uv
+	@.ci/setup.sh
+	@touch $@
+
+demo: $(READY) ## run the demo; ARGS="..." goes to `qsteer demo`
+	@$(BIN)/qsteer demo $(ARGS)
+
+test: $(READY) ## run the tests; ARGS="..." goes to pytest
+	@$(BIN)/python -m pytest $(ARGS)
+
+test-all: $(READY) ## run the slow tests too
+	@$(BIN)/python -m pytest -m "" $(ARGS)
+
+lint: $(READY) ## check style, format and types
+	@$(BIN)/ruff check
+	@$(BIN)/ruff format --check
+	@$(BIN)/mypy
+
+format: $(READY) ## apply the style
+	@$(BIN)/ruff check --fix
+	@$(BIN)/ruff format
+
+package: $(READY) ## check what sdist and wheel would give a user
+	@$(BIN)/python .ci/package.py
