@@ -1,0 +1,34 @@
+"""Steer any frozen flow-matching robot policy with a critic, at inference time."""
+
+from qsteer.clock import Clock
+from qsteer.flow import field, value
+from qsteer.rules import QGF, Negated, NoisyGradient, RandomDirection, ThroughTime, Tweedie
+from qsteer.samplers import BestOfN, Euler, KeepBest, RandomOfN, TrustRegion
+from qsteer.sampling import sample
+from qsteer.trace import Trace
+from qsteer.types import Field, Rule, Sampler, Value
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "QGF",
+    "BestOfN",
+    "Clock",
+    "Euler",
+    "Field",
+    "KeepBest",
+    "Negated",
+    "NoisyGradient",
+    "RandomDirection",
+    "RandomOfN",
+    "Rule",
+    "Sampler",
+    "ThroughTime",
+    "Trace",
+    "TrustRegion",
+    "Tweedie",
+    "Value",
+    "field",
+    "sample",
+    "value",
+]

@@ -1,0 +1,69 @@
+"""Time and sign conventions of hosts. The only file that knows which end is noise."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from qsteer.types import Field
+
+
+@dataclass(frozen=True)
+class Clock:
+    """How a host counts time, and which way its velocity points.
+
+    Paper time runs from 0 (noise) to 1 (action) and the paper's velocity points to the action. Hosts evaluate their
+    network at float32 host times; :meth:`grid` gives those very numbers back, so that an unguided chain is bit for bit
+    the host's own.
+
+    Args:
+        noise: host time of pure noise.
+        action: host time of the clean action.
+        sign: +1 when the host's velocity points to the action, -1 when it points to the noise.
+        steps: number of Euler steps when the sampler names none.
+    """
+
+    noise: float = 0.0
+    action: float = 1.0
+    sign: int = 1
+    steps: int = 10
+
+    def grid(self, steps: int | None = None) -> Iterator[tuple[float, float]]:
+        """Yield ``(t, dt)`` of each Euler step; ``t`` in float64 is exact for the host's float32 time."""
+        steps = self.steps if steps is None else steps
+        span = self.action - self.noise
+        for i in range(steps):
+            host = float(np.float32(self.noise + i * (span / steps)))
+            yield (host - self.noise) / span, 1.0 / steps
+
+    def times(self, t: float, x: Float[Tensor, "B H A"]) -> Float[Tensor, "B"]:
+        """Return ``t`` for every row of ``x``.
+
+        Float32 cannot hold ``1 - u`` for every float32 ``u``, so a clock which is not the paper's own uses float64
+        (where the device has it).
+        """
+        exact = self.noise != 0.0 and x.device.type != "mps"
+        return torch.full((x.shape[0],), t, dtype=torch.float64 if exact else x.dtype, device=x.device)
+
+    def to_host(self, t: Float[Tensor, "B"]) -> Float[Tensor, "B"]:
+        """Return the host time of paper time ``t``, in float32 as hosts want it."""
+        return (self.noise + t * (self.action - self.noise)).to(torch.float32)
+
+    def velocity(self, host_velocity: Float[Tensor, "B H A"]) -> Float[Tensor, "B H A"]:
+        """Return the paper's velocity for a host's."""
+        return self.sign * host_velocity
+
+
+PAPER = Clock()
+"""t = 0 noise, t = 1 action, ten steps: GR00T, evo1, wall_x, and every field made by :func:`qsteer.field`."""
+
+MIRRORED = Clock(noise=1.0, action=0.0, sign=-1)
+"""u = 1 noise, u = 0 action, velocity = noise - action: openpi and lerobot's pi0, pi05, smolvla, eo1."""
+
+
+def clock_of(field: Field) -> Clock:
+    """Return the clock a field declares, the paper's when it declares none."""
+    return getattr(field, "clock", PAPER)

@@ -1,0 +1,144 @@
+"""The linear path's identities, and fields and values made of plain functions.
+
+On the path ``x_t = (1 - t) x0 + t x1`` with noise ``x0 ~ N(0, I)`` the velocity ``v(x, t) = E[x1 - x0 | x_t = x]``
+determines everything else: the denoised action, the score, the noise that was there.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from qsteer.clock import PAPER, Clock
+from qsteer.types import Bounds, Field, Value
+
+
+def rows(t: Float[Tensor, "B"], like: Float[Tensor, "B H A"]) -> Float[Tensor, "B 1 1"]:
+    """Return times as a factor for chunks, in the chunks' dtype."""
+    return t.to(like.dtype)[:, None, None]
+
+
+def interpolate(
+    x0: Float[Tensor, "B H A"], x1: Float[Tensor, "B H A"], t: Float[Tensor, "B"]
+) -> Float[Tensor, "B H A"]:
+    """Return ``x_t = (1 - t) x0 + t x1``, the linear path from noise ``x0`` to action ``x1``."""
+    t = rows(t, x0)
+    return (1 - t) * x0 + t * x1
+
+
+def denoise(
+    x: Float[Tensor, "B H A"], v: Float[Tensor, "B H A"], t: Float[Tensor, "B"]
+) -> Float[Tensor, "B H A"]:
+    """Return the denoised action ``D(x, t) = x + (1 - t) v = E[x1 | x_t = x]`` (Tweedie; QPILOTS eq. 14)."""
+    return x + (1 - t).to(x.dtype)[:, None, None] * v
+
+
+def score(
+    x: Float[Tensor, "B H A"], v: Float[Tensor, "B H A"], t: Float[Tensor, "B"]
+) -> Float[Tensor, "B H A"]:
+    """Return ``grad log p_t(x) = (t v - x) / (1 - t)``; infinite at t = 1."""
+    return (rows(t, x) * v - x) / (1 - t).to(x.dtype)[:, None, None]
+
+
+def clip_through(a: Tensor, bounds: Bounds) -> Tensor:
+    """Clip the value but not the gradient (straight-through, QPILOTS eq. 15); ``None`` leaves ``a`` as it is."""
+    return a if bounds is None else a + (a.clamp(*bounds) - a).detach()
+
+
+@dataclass(frozen=True)
+class FunctionField:
+    """A :class:`~qsteer.types.Field` made of a function; see :func:`field`."""
+
+    fn: Callable[..., Tensor]
+    context: Any = None
+    clock: Clock = PAPER
+
+    def __call__(self, x: Float[Tensor, "B H A"], t: Float[Tensor, "B"]) -> Float[Tensor, "B H A"]:
+        """Return the velocity at ``x`` and ``t``."""
+        v = self.fn(x, t) if self.context is None else self.fn(x, t, self.context)
+        if v.shape != x.shape:
+            raise ValueError(
+                f"velocity: expected the shape of x, {tuple(x.shape)}, got {tuple(v.shape)}; return one velocity per "
+                "action entry. If the function closes over one observation per row, hand the observations over as "
+                "qsteer.field(fn, context=obs), so that they are repeated with the candidates"
+            )
+        return v
+
+    def repeat(self, k: int) -> "FunctionField":
+        """Return the field for ``k`` rows per observation."""
+        return replace(self, context=repeat_rows(self.context, k))
+
+
+@dataclass(frozen=True)
+class FunctionValue:
+    """A :class:`~qsteer.types.Value` made of a function; see :func:`value`."""
+
+    fn: Callable[..., Tensor]
+    context: Any = None
+    mask: Float[Tensor, "H A"] | None = None
+
+    def __call__(self, a: Float[Tensor, "B H A"]) -> Float[Tensor, "B"]:
+        """Return the score of each row."""
+        q = self.fn(a) if self.context is None else self.fn(a, self.context)
+        if q.shape != a.shape[:1]:
+            raise ValueError(
+                f"value: expected one score per row, shape ({a.shape[0]},), got {tuple(q.shape)}; reduce over the "
+                "action (for example .flatten(1).sum(1)) or squeeze the last axis"
+            )
+        return q
+
+    def repeat(self, k: int) -> "FunctionValue":
+        """Return the value for ``k`` rows per observation."""
+        return replace(self, context=repeat_rows(self.context, k))
+
+    def members(self, a: Float[Tensor, "B H A"]) -> Float[Tensor, "1 B"]:
+        """Return the score as an ensemble of one."""
+        return self(a)[None]
+
+
+def field(fn: Callable[..., Tensor], context: Any = None, *, clock: Clock = PAPER) -> Field:
+    """Make a field of a velocity function.
+
+    Args:
+        fn: ``(x: (B, H, A), t: (B,)) -> v: (B, H, A)`` in paper time (t = 0 noise), or ``(x, t, context)`` when a
+            context is given. It must accept any number of rows.
+        context: what the function knows of the observations: a tensor, or nested dicts, lists and tuples of tensors,
+            each with one leading row per observation. Samplers with several candidates repeat it.
+        clock: the step grid; only hosts need another than the default.
+
+    Raises:
+        TypeError: ``fn`` is not callable.
+    """
+    if not callable(fn):
+        raise TypeError(f"field: expected a function (x, t) -> velocity, got {type(fn).__name__}; wrap it in a lambda")
+    return FunctionField(fn, context, clock)
+
+
+def value(fn: Callable[..., Tensor], context: Any = None, *, mask: Tensor | None = None) -> Value:
+    """Make a value of any differentiable score.
+
+    Args:
+        fn: ``a: (B, H, A) -> (B,)``, or ``(a, context)`` when a context is given; higher is better.
+        context: as for :func:`field`.
+        mask: (H, A), 0 on action entries that the score does not see.
+
+    Raises:
+        TypeError: ``fn`` is not callable.
+    """
+    if not callable(fn):
+        raise TypeError(f"value: expected a function action -> score, got {type(fn).__name__}; wrap it in a lambda")
+    return FunctionValue(fn, context, mask)
+
+
+def repeat_rows(tree: Any, k: int) -> Any:
+    """Repeat each leading row of every tensor in a nested structure ``k`` times, row by row."""
+    return pytree.tree_map_only(Tensor, lambda x: x.repeat_interleave(k, dim=0), tree)
+
+
+def finite_rows(x: Tensor) -> Tensor:
+    """Return, for each leading row, whether all its entries are finite."""
+    return torch.isfinite(x).flatten(1).all(1) if x.ndim > 1 else torch.isfinite(x)

@@ -1,0 +1,354 @@
+"""Guidance rules: how a value bends a velocity field.
+
+Every rule here is one estimate of the gradient of the log-tilt potential ``V_t(x) = log E[exp Q(x1) | x_t = x]``, one
+scaling of it, and one choice of guided steps; the three are independent. The sampler knows nothing of them.
+
+Notation: ``D(x, t) = x + (1 - t) v(x, t)`` is the denoised action. Costs are per guided step and row.
+"""
+
+from abc import abstractmethod
+from dataclasses import KW_ONLY, dataclass, field, replace
+from typing import Literal, NamedTuple, get_args
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from qsteer.clock import Clock, clock_of
+from qsteer.flow import clip_through, denoise, finite_rows, rows
+from qsteer.trace import Step, recorder, report_fallbacks
+from qsteer.types import Bounds, Field, Rule, Value
+
+Scaling = Literal["match_norm", "raw", "clip_norm", "sigma"]
+_EPS = 1e-8
+_EDGE = 1e-6  # a host's float32 time may miss a window's edge by an ulp
+
+
+class Ascent(NamedTuple):
+    """What an estimator found at one step: all detached, one row per row of x."""
+
+    velocity: Tensor
+    """(B, H, A) the base velocity at (x, t)."""
+    gradient: Tensor
+    """(B, H, A) the direction of ascent, unscaled."""
+    value: Tensor
+    """(B,) the value where the gradient was taken."""
+    action: Tensor
+    """(B, H, A) the action at which the value was taken."""
+
+
+@dataclass(frozen=True)
+class Guidance(Rule):
+    """A rule of the form ``v <- v + strength * scale * g``; subclasses say what g is.
+
+    Args:
+        scaling: ``match_norm``: g is rescaled to the velocity's norm (QPILOTS eq. 17); ``clip_norm``: the same, but
+            never scaled up; ``raw``: g as it is; ``sigma``: g times ``sigma_t^2 / 2 = clamp(1/t - 1, 0, 25)``, the
+            exactly steered ODE when g is the exact gradient of V_t. Norms are per row, over the entries which the
+            critic sees.
+        clip: bounds of the clean action at which the critic is asked, with a straight-through gradient; None: no clip.
+        start: first guided time, inclusive.
+        stop: last guided time, inclusive.
+
+    Raises:
+        ValueError: an argument is out of its range.
+    """
+
+    _: KW_ONLY
+    scaling: Scaling = "match_norm"
+    clip: Bounds = (-1.0, 1.0)
+    start: float = 0.0
+    stop: float = 1.0
+
+    def __post_init__(self) -> None:
+        """Check the arguments."""
+        if self.scaling not in get_args(Scaling):
+            raise ValueError(f"scaling: expected one of {', '.join(get_args(Scaling))}, got {self.scaling!r}")
+        if not 0.0 <= self.start <= self.stop <= 1.0:
+            raise ValueError(
+                f"start, stop: expected 0 <= start <= stop <= 1 in paper time (0 is noise), got {self.start}, {self.stop}"
+            )
+        check_bounds(self.clip)
+        if not 0.0 <= self.strength < float("inf"):
+            raise ValueError(
+                f"{type(self).__name__}: expected a finite strength of at least 0, got {self.strength}; "
+                "to descend use qsteer.Negated(rule)"
+            )
+
+    @property
+    @abstractmethod
+    def strength(self) -> float:
+        """The factor of the scaled direction."""
+
+    @property
+    def at_noise(self) -> bool:
+        """Whether t = 0 is guided too. There D(x, 0) is the mean action, whatever x is."""
+        return False
+
+    @abstractmethod
+    def ascent(self, field: Field, value: Value, x: Tensor, t: Tensor) -> Ascent:
+        """Return the base velocity at (x, t) and the direction of ascent. Called with gradients enabled."""
+
+    def __call__(self, field: Field, value: Value) -> Field:
+        """Return the steered field; of strength 0 it is ``field`` itself, bit for bit and at no cost."""
+        return Steered(self, field, value) if self.strength else field
+
+    def guides(self, t: Float[Tensor, "B"]) -> Tensor:
+        """Return which rows are guided at their times."""
+        inside = (t >= self.start - _EDGE) & (t <= self.stop + _EDGE)
+        return inside if self.at_noise else inside & (t > 0)
+
+    def scale(self, v_norm: Tensor, g_norm: Tensor, t: Tensor) -> Tensor:
+        """Return the factor of g for each row, shapes (B,)."""
+        match self.scaling:
+            case "match_norm":
+                return self.strength * v_norm / (g_norm + _EPS)
+            case "clip_norm":
+                return self.strength * (v_norm / (g_norm + _EPS)).clamp(max=1.0)
+            case "raw":
+                return torch.full_like(g_norm, self.strength)
+            case "sigma":
+                return self.strength * (1 / t - 1).clamp(0.0, 25.0).to(g_norm.dtype)
+
+
+@dataclass(frozen=True)
+class Steered:
+    """The field a guidance rule makes: one Euler step of ``base`` bent by the rule."""
+
+    rule: Guidance
+    base: Field
+    value: Value
+    sign: int = 1
+
+    @property
+    def clock(self) -> Clock:
+        """The base field's clock."""
+        return clock_of(self.base)
+
+    def repeat(self, k: int) -> "Steered":
+        """Return the steered field for ``k`` rows per observation."""
+        return replace(self, base=self.base.repeat(k), value=self.value.repeat(k))
+
+    def __call__(self, x: Float[Tensor, "B H A"], t: Float[Tensor, "B"]) -> Float[Tensor, "B H A"]:
+        """Return the guided velocity; rows where anything is not finite keep the base velocity."""
+        guided = self.rule.guides(t)
+        if not guided.any():
+            return self.base(x, t)
+        with torch.enable_grad():
+            v, g, q, a = self.rule.ascent(self.base, self.value, x.detach(), t)
+        mask = getattr(self.value, "mask", None)
+        g, seen = (g, v) if mask is None else (torch.where(mask.bool(), part, 0.0) for part in (g, v))
+        v_norm, g_norm = seen.flatten(1).norm(dim=1), g.flatten(1).norm(dim=1)
+        push = self.sign * rows(self.rule.scale(v_norm, g_norm, t), x) * g
+        finite = finite_rows(v + push) & torch.isfinite(q)
+        report_fallbacks(guided & ~finite)
+        if (record := recorder()) is not None:
+            members = self.value.members(a).detach()
+            nan = torch.full_like(q, torch.nan)
+            strength = push.flatten(1).norm(dim=1) / v_norm
+            stats = (strength, g_norm, members.mean(0), members.std(0, unbiased=False))
+            record.append(Step(t, *(torch.where(guided, s, nan) for s in stats)))
+        return torch.where((guided & finite)[:, None, None], v + push, v)
+
+
+@dataclass(frozen=True)
+class Tweedie(Guidance):
+    """QPILOTS-U: the gradient of ``Q(D(x, t))`` with respect to x, through the policy (eq. 14, 15, 17).
+
+    The full Jacobian ``J = dD/dx`` keeps the push on the manifold of the policy's actions. t = 0 is left alone.
+
+    Cost: 1 velocity forward, 1 velocity backward, 1 critic forward and backward.
+
+    Args:
+        alpha: norm of the guidance relative to the velocity's (``match_norm``); useful range 0.1 to 0.5.
+    """
+
+    alpha: float = 0.2
+
+    @property
+    def strength(self) -> float:
+        """``alpha``."""
+        return self.alpha
+
+    def ascent(self, field: Field, value: Value, x: Tensor, t: Tensor) -> Ascent:
+        """Differentiate the value of the denoised action with respect to the noisy one."""
+        x = x.requires_grad_()
+        v = field(x, t)
+        a = clip_through(denoise(x, v, t), self.clip)
+        q = value(a)
+        return Ascent(v.detach(), gradient(q, x), q.detach(), a.detach())
+
+
+@dataclass(frozen=True)
+class QGF(Guidance):
+    """Q-guided flow: the critic's gradient at the denoised action, the Jacobian replaced by the identity.
+
+    Guides every step, t = 0 too. ``QGF()`` is the paper's raw scaling with a constant weight (its grid: 0.004 to 0.12);
+    ``QGF(weight=0.2, scaling="match_norm")`` measures its strength as Tweedie does.
+
+    Cost: 1 velocity forward, 1 critic forward and backward; never a velocity backward.
+
+    Args:
+        weight: factor of the gradient (``raw``), or relative norm (``match_norm``).
+    """
+
+    weight: float = 0.02
+    _: KW_ONLY
+    scaling: Scaling = "raw"
+
+    @property
+    def strength(self) -> float:
+        """``weight``."""
+        return self.weight
+
+    @property
+    def at_noise(self) -> bool:
+        """QGF guides t = 0 too."""
+        return True
+
+    def ascent(self, field: Field, value: Value, x: Tensor, t: Tensor) -> Ascent:
+        """Differentiate the value at the denoised action."""
+        with torch.no_grad():
+            v = field(x, t)
+            a = denoise(x, v, t)
+            a = a if self.clip is None else a.clamp(*self.clip)
+        q = value(a.requires_grad_())
+        return Ascent(v, gradient(q, a), q.detach(), a.detach())
+
+
+@dataclass(frozen=True)
+class NoisyGradient(Guidance):
+    """Baseline (CGQL, QFQL): the critic's gradient at the noisy action itself, where it was never trained.
+
+    Cost: 1 velocity forward, 1 critic forward and backward.
+
+    Args:
+        alpha: norm of the guidance relative to the velocity's.
+    """
+
+    alpha: float = 0.2
+
+    @property
+    def strength(self) -> float:
+        """``alpha``."""
+        return self.alpha
+
+    def ascent(self, field: Field, value: Value, x: Tensor, t: Tensor) -> Ascent:
+        """Differentiate the value at x."""
+        with torch.no_grad():
+            v = field(x, t)
+        a = x.requires_grad_()
+        q = value(clip_through(a, self.clip))
+        return Ascent(v, gradient(q, a), q.detach(), a.detach())
+
+
+@dataclass(frozen=True)
+class ThroughTime(Guidance):
+    """Baseline (BPTT): the gradient of the value of the finished action, through the rest of the Euler chain.
+
+    Cost: at step i of K, K - i velocity forwards and backwards, 1 critic forward and backward.
+
+    Args:
+        alpha: norm of the guidance relative to the velocity's.
+        steps: K of the whole chain; None: the field's own number.
+    """
+
+    alpha: float = 0.2
+    steps: int | None = None
+
+    @property
+    def strength(self) -> float:
+        """``alpha``."""
+        return self.alpha
+
+    def ascent(self, field: Field, value: Value, x: Tensor, t: Tensor) -> Ascent:
+        """Differentiate the value of the chain's end with respect to x."""
+        x = x.requires_grad_()
+        a, velocity, clock = x, None, clock_of(field)
+        for s, dt in clock.grid(self.steps):
+            if s >= float(t[0]) - _EDGE:
+                v = field(a, clock.times(s, a))
+                velocity = v if velocity is None else velocity
+                a = a + dt * v
+        if velocity is None:
+            raise ValueError(
+                f"ThroughTime: expected the chain's own number of steps, got t = {float(t[0]):.3f} past the last step "
+                f"of steps={self.steps}; give ThroughTime(steps=...) the sampler's"
+            )
+        a = clip_through(a, self.clip)
+        q = value(a)
+        return Ascent(velocity.detach(), gradient(q, x), q.detach(), a.detach())
+
+
+@dataclass(frozen=True)
+class RandomDirection(Guidance):
+    """Control arm: a random direction of the same norm. A gain it shares is no gain of the critic's.
+
+    Guides the steps Tweedie guides. Directions come from a generator of the rule's own, so the caller's noise is the
+    same as in every other arm.
+
+    Cost: 1 velocity forward.
+
+    Args:
+        alpha: norm of the guidance relative to the velocity's.
+        seed: seed of the directions.
+    """
+
+    alpha: float = 0.2
+    seed: int = 0
+    _generators: dict[torch.device, torch.Generator] = field(
+        default_factory=dict, init=False, repr=False, compare=False
+    )
+
+    @property
+    def strength(self) -> float:
+        """``alpha``."""
+        return self.alpha
+
+    def ascent(self, field: Field, value: Value, x: Tensor, t: Tensor) -> Ascent:
+        """Draw a direction."""
+        with torch.no_grad():
+            v = field(x, t)
+            if x.device not in self._generators:
+                self._generators[x.device] = torch.Generator(x.device).manual_seed(self.seed)
+            g = torch.randn(x.shape, generator=self._generators[x.device], device=x.device, dtype=x.dtype)
+        return Ascent(v, g, torch.zeros_like(x[:, 0, 0]), denoise(x, v, t))
+
+
+@dataclass(frozen=True)
+class Negated(Rule):
+    """Control arm: the same guidance downhill. It should do worse than no guidance at all.
+
+    Cost: that of ``rule``.
+
+    Args:
+        rule: the guidance to negate.
+    """
+
+    rule: Guidance
+
+    def __post_init__(self) -> None:
+        """Check the argument."""
+        if not isinstance(self.rule, Guidance):
+            raise TypeError(f"Negated: expected a guidance rule such as Tweedie(), got {type(self.rule).__name__}")
+
+    def __call__(self, field: Field, value: Value) -> Field:
+        """Return the field steered against the value."""
+        steered = self.rule(field, value)
+        return replace(steered, sign=-1) if isinstance(steered, Steered) else steered
+
+
+def gradient(q: Float[Tensor, "B"], x: Float[Tensor, "B H A"]) -> Float[Tensor, "B H A"]:
+    """Return the gradient of each row's value with respect to its row of x, and to nothing else."""
+    if not q.requires_grad:
+        raise ValueError(
+            "value: expected a score that is differentiable in the action, got one without a gradient; compute it in "
+            "torch without detach() or no_grad(), or select with qsteer.BestOfN, which needs no gradient"
+        )
+    return torch.autograd.grad(q.sum(), x)[0]
+
+
+def check_bounds(bounds: Bounds) -> None:
+    """Raise ValueError unless bounds are None or (low, high)."""
+    if bounds is not None and not (len(bounds) == 2 and bounds[0] < bounds[1]):
+        raise ValueError(f"clip: expected (low, high) with low < high, or None for no clipping, got {bounds!r}")

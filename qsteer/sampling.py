@@ -1,0 +1,73 @@
+"""The bare entry: steer a velocity field without any host."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from qsteer.samplers import Euler
+from qsteer.trace import Trace, recording
+from qsteer.types import Field, Rule, Sampler, Value
+
+
+def sample(
+    field: Field,
+    value: Value | None,
+    noise: Float[Tensor, "B H A"],
+    *,
+    rule: Rule | Callable[[Field, Value], Field] | None = None,
+    sampler: Sampler | Callable[[Field, Value | None, Tensor], Tensor] = Euler(),  # noqa: B008 (frozen)
+    trace: Trace | None = None,
+) -> Float[Tensor, "B H A"]:
+    """Sample one action chunk per row of noise.
+
+    Args:
+        field: the policy's velocity, see :func:`qsteer.field`.
+        value: the critic's value, see :func:`qsteer.value`; None when neither rule nor sampler asks for it.
+        noise: standard normal, (B, H, A).
+        rule: how the value bends the field; None: not at all.
+        sampler: how the field becomes an action.
+        trace: records what the rule did.
+
+    Returns:
+        The actions (B, H, A), detached; differentiate through :class:`qsteer.ThroughTime` instead.
+
+    Raises:
+        TypeError: field, rule or sampler is of another kind.
+        ValueError: noise is not three-dimensional, or a rule has no value to follow.
+
+    Example:
+        >>> import torch, qsteer
+        >>> field = qsteer.field(lambda x, t: -x)
+        >>> value = qsteer.value(lambda a: a.flatten(1).sum(1))
+        >>> qsteer.sample(field, value, torch.randn(1, 5, 2), rule=qsteer.Tweedie(alpha=0.2)).shape
+        torch.Size([1, 5, 2])
+    """
+    if not isinstance(field, Field):
+        raise TypeError(f"field: expected a Field, got {type(field).__name__}; make one of a function: qsteer.field(fn)")
+    if value is not None and not isinstance(value, Value):
+        raise TypeError(
+            f"value: expected a Value, got {type(value).__name__}; bind the critic to its observation, critic.bind(obs), "
+            "or make a value of a function: qsteer.value(fn)"
+        )
+    if isinstance(rule, Sampler) or isinstance(sampler, Rule):
+        raise TypeError(
+            f"rule, sampler: expected a rule and a sampler, got {type(rule).__name__} and {type(sampler).__name__}; "
+            "swap them"
+        )
+    if noise.ndim != 3:
+        raise ValueError(f"noise: expected shape (B, H, A), got {tuple(noise.shape)}; add a batch axis: noise[None]")
+    if rule is not None and value is None:
+        raise ValueError("value: expected a value for the rule to follow, got None; pass critic.bind(obs)")
+    with outside_inference_mode(), recording(trace):
+        steered = field if rule is None or value is None else rule(field, value)
+        return sampler(steered, value, noise.clone() if noise.is_inference() else noise).detach()
+
+
+@contextmanager
+def outside_inference_mode() -> Iterator[None]:
+    """Leave ``torch.inference_mode``, whose tensors cannot be differentiated, for plain ``no_grad``."""
+    with torch.inference_mode(False), torch.no_grad():
+        yield

@@ -1,0 +1,128 @@
+"""What steering did to an action, step by step.
+
+Rules report each guided step to the trace that is recording. Without one they report fallbacks only, so that tracing
+costs nothing when it is off.
+"""
+
+import os
+import warnings
+from collections import deque
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+_recording: ContextVar["Trace | None"] = ContextVar("qsteer_trace", default=None)
+
+
+@dataclass(frozen=True)
+class Step:
+    """One guided Euler step; every tensor has one entry per row, NaN on rows that were not guided."""
+
+    t: Tensor
+    strength: Tensor
+    gradient_norm: Tensor
+    value: Tensor
+    value_std: Tensor
+
+
+@dataclass
+class Trace:
+    """A record of the guided steps of the last ``keep`` actions, and a count of all fallbacks.
+
+    ``fallbacks`` counts rows whose value, gradient or guided velocity was not finite and which therefore kept the base
+    velocity for that step (or the unprojected, unselected action). ``strength`` is ``||guidance|| / ||velocity||`` over
+    the entries which the critic sees: 1e-4 means that steering is absent, 1 that it overwhelms the policy.
+
+    Args:
+        steps: record the steps too, not only fallbacks. Costs one more critic evaluation per guided step.
+        keep: how many sampled actions to remember.
+    """
+
+    steps: bool = True
+    keep: int = 1000
+    fallbacks: int = 0
+    actions: deque[list[Step]] = field(default_factory=deque, repr=False)
+    _pending: list[Tensor] = field(default_factory=list, repr=False)
+    _warned: bool = False
+
+    def __post_init__(self) -> None:
+        """Bound the memory of a robot that runs all day."""
+        if self.keep < 1:
+            raise ValueError(f"keep: expected at least 1 action, got {self.keep}; use steps=False to record none")
+        self.actions = deque(self.actions, maxlen=self.keep)
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        """Return ``t`` (K,) and ``strength, gradient_norm, value, value_std`` (N, K): N action rows, K guided steps.
+
+        Actions of another number of guided steps or rows than the last one's (a rule was swapped) are left out.
+        """
+        names = ("strength", "gradient_norm", "value", "value_std")
+        if not self.actions or not self.actions[-1]:
+            return {"t": np.zeros(0), **{name: np.zeros((0, 0)) for name in names}}
+        times = torch.stack([step.t[0] for step in self.actions[-1]])
+        alike = [a for a in self.actions if len(a) == len(times) and torch.equal(times, torch.stack([s.t[0] for s in a]))]
+        columns = {name: [torch.stack([getattr(s, name) for s in a], 1) for a in alike] for name in names}
+        return {"t": times.cpu().numpy(), **{name: torch.cat(c).float().cpu().numpy() for name, c in columns.items()}}
+
+    def plot(self, path: str | Path) -> Path:
+        """Draw strength, gradient norm, value and ensemble spread against t; needs the ``plots`` extra."""
+        from qsteer.evaluation.plots import plot_trace
+
+        return plot_trace(path=path, **self.arrays())
+
+    def __str__(self) -> str:
+        """One line per guided step: the medians over all rows."""
+        data = self.arrays()
+        lines = [f"{len(self.actions)} actions, {self.fallbacks} fallbacks", "    t  strength  |gradient|     value  spread"]
+        for k, t in enumerate(data["t"]):
+            s, g, q, d = (np.nanmedian(data[n][:, k]) for n in ("strength", "gradient_norm", "value", "value_std"))
+            lines.append(f"{t:5.2f}  {s:8.4f}  {g:10.3g}  {q:8.3f}  {d:6.3f}")
+        return "\n".join(lines)
+
+    def _settle(self) -> None:
+        """Count the fallbacks of a finished action: the only place where tracing waits for the device."""
+        lost = int(torch.stack(self._pending).sum()) if self._pending else 0
+        self._pending.clear()
+        self.fallbacks += lost
+        if lost and not self._warned:
+            self._warned = True
+            warnings.warn(
+                f"steering met non-finite values or gradients: {lost} row-steps of this action fell back to the base "
+                "policy (counted in trace.fallbacks, said once); look at the critic's inputs and scale",
+                RuntimeWarning,
+                skip_file_prefixes=(os.path.dirname(__file__),),
+            )
+
+
+class recording:  # noqa: N801 (used as a with statement)
+    """Record one sampled action into ``trace``; without one, only count and warn of fallbacks."""
+
+    def __init__(self, trace: Trace | None) -> None:
+        self.trace = Trace(steps=False) if trace is None else trace
+
+    def __enter__(self) -> None:
+        """Start a new action."""
+        if self.trace.steps:
+            self.trace.actions.append([])
+        self._token = _recording.set(self.trace)
+
+    def __exit__(self, *_: object) -> None:
+        """Count its fallbacks."""
+        _recording.reset(self._token)
+        self.trace._settle()
+
+
+def report_fallbacks(fell_back: Tensor) -> None:
+    """Count the rows (True) which fell back to the base policy."""
+    if (trace := _recording.get()) is not None:
+        trace._pending.append(fell_back.sum())
+
+
+def recorder() -> list[Step] | None:
+    """Return the list to append guided steps to, or None when nobody looks."""
+    trace = _recording.get()
+    return trace.actions[-1] if trace is not None and trace.steps else None

@@ -1,0 +1,82 @@
+"""The protocols everything else is written in.
+
+A policy is a velocity field. A rule turns a field and a value into a steered field. A sampler turns a field into an
+action. Times are paper times everywhere above :mod:`qsteer.clock`: ``t = 0`` is noise, ``t = 1`` is the action.
+
+Shapes: ``B`` rows (observations, or candidates of observations), ``H`` steps of an action chunk, ``A`` action
+dimensions, ``J`` members of a critic ensemble.
+"""
+
+from abc import ABC, abstractmethod
+from typing import Protocol, runtime_checkable
+
+from jaxtyping import Float
+from torch import Tensor
+
+type Bounds = tuple[float, float] | None
+
+
+@runtime_checkable
+class Field(Protocol):
+    """The frozen policy's velocity for fixed observations; it points from noise to action.
+
+    Two optional attributes are read when present: ``clock`` (a :class:`qsteer.clock.Clock`, the host's own step grid)
+    and ``base`` (on a steered field: the field as it was before any rule).
+    """
+
+    def __call__(self, x: Float[Tensor, "B H A"], t: Float[Tensor, "B"], /) -> Float[Tensor, "B H A"]:
+        """Return the velocity dx/dt at ``x`` and time ``t``."""
+        ...
+
+    def repeat(self, k: int, /) -> "Field":
+        """Return the field for ``k`` rows per observation: rows ``b*k .. b*k+k-1`` belong to observation ``b``."""
+        ...
+
+
+@runtime_checkable
+class Value(Protocol):
+    """A critic bound to fixed observations, its ensemble reduced to one (pessimistic) number per row.
+
+    One optional attribute is read when present: ``mask``, a tensor (H, A) that is 0 on action entries which the critic
+    never sees (padding, steps that are not executed). Masked entries receive no guidance.
+    """
+
+    def __call__(self, a: Float[Tensor, "B H A"], /) -> Float[Tensor, "B"]:
+        """Return the value of each clean action chunk."""
+        ...
+
+    def repeat(self, k: int, /) -> "Value":
+        """Return the value for ``k`` rows per observation, in the order of :meth:`Field.repeat`."""
+        ...
+
+    def members(self, a: Float[Tensor, "B H A"], /) -> Float[Tensor, "J B"]:
+        """Return what each ensemble member says of each action chunk."""
+        ...
+
+
+class Rule(ABC):
+    """Turns a field and a value into a steered field. Subclasses are frozen dataclasses."""
+
+    @abstractmethod
+    def __call__(self, field: Field, value: Value, /) -> Field:
+        """Return ``field`` steered towards higher ``value``."""
+
+
+class Sampler(ABC):
+    """Turns a field into an action. Subclasses are frozen dataclasses; several candidates are the sampler's affair."""
+
+    @abstractmethod
+    def __call__(
+        self, field: Field, value: Value | None, noise: Float[Tensor, "B H A"], /
+    ) -> Float[Tensor, "B H A"]:
+        """Return one action chunk per row of ``noise``."""
+
+
+class Bindable(Protocol):
+    """What ``steer`` accepts as a critic: anything that can be bound to the host's observation batch."""
+
+    def bind(self, obs: object, /) -> Value:
+        """Encode the observation once and return the value closed over it."""
+        ...
+
+
