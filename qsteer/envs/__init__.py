@@ -1,0 +1,1 @@
+"""Simulated environments: where the data comes from and where steered policies are measured."""
