@@ -15,6 +15,7 @@ import contextlib
 import multiprocessing
 import os
 import sys
+from abc import ABC, abstractmethod
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor
@@ -22,7 +23,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from types import ModuleType
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 from tqdm import tqdm
@@ -141,8 +142,8 @@ def generate(
     """Collect a data set with OGBench's scripted oracles, and write it in OGBench's format.
 
     The procedure is that of the official data sets. Manipulation (``cube-*-play``, ``scene-play``,
-    ``puzzle-*-play``): a noisy plan takes an object to a random target; after it comes a new one. Point mazes
-    (``pointmaze-*-navigate``): noisy steps along the shortest path to a random cell; after it comes a new one.
+    ``puzzle-*-play``): noisy plans, each of which takes an object to a random target. Point mazes
+    (``pointmaze-*-navigate``): noisy steps along the shortest path to one random cell after another.
 
     Each episode is seeded by ``(seed, split, episode)`` alone: the arrays do not depend on ``workers``. Those
     are spawned processes: unless ``workers=1``, a script calls this under ``if __name__ == "__main__":``.
@@ -215,25 +216,29 @@ class _Episode:
                 return columns
 
 
-class _Behaviour(Protocol):
+class _Behaviour(ABC):
     """What collects data: an environment and a scripted oracle in it."""
 
     env: Any
 
+    @abstractmethod
     def begin(self, seed: int, rng: np.random.Generator) -> tuple[np.ndarray, Info]:
         """Reset to a random state with a random target."""
 
+    @abstractmethod
     def act(self, ob: np.ndarray, info: Info) -> np.ndarray:
         """The next action, before it is clipped."""
 
+    @abstractmethod
     def advance(self, info: Info) -> None:
         """Choose a new target if the step just taken has finished with the old one."""
 
+    @abstractmethod
     def accepts(self, columns: Columns) -> bool:
         """Whether a finished episode may enter the data set."""
 
 
-class _Play:
+class _Play(_Behaviour):
     """Carries out one plan after another, each on one object."""
 
     def __init__(self, environment: str) -> None:
@@ -277,7 +282,7 @@ class _Play:
         self._oracle.reset(ob, info)
 
 
-class _Navigate:
+class _Navigate(_Behaviour):
     """Walks the shortest path to one cell after another, with noise on every step."""
 
     def __init__(self, environment: str) -> None:
@@ -379,18 +384,18 @@ def _lengths(environment: str, size: int) -> list[int]:
 
 def _scripted_environment(dataset: str) -> str:
     """``cube-single-play-v0`` -> ``cube-single-v0``, if a scripted oracle can collect that data set."""
-    family, *middle, version = dataset.split("-")
+    family, *rest = dataset.split("-")
     if family in LEARNT_EXPERTS:
         raise ValueError(
             f"expected a data set with a scripted oracle, got {dataset!r}, which takes a learnt expert: get "
             f"the official {dataset}.npz and {dataset}-val.npz, and give their path to load()"
         )
-    if not middle or middle[-1] != KINDS.get(family):
+    if rest[-2:-1] != [KINDS.get(family)]:
         raise ValueError(
             f"expected a data set with a scripted oracle, got {dataset!r}: use one named 'cube-*-play-v0', "
             "'scene-play-v0', 'puzzle-*-play-v0' or 'pointmaze-*-navigate-v0'"
         )
-    return "-".join((family, *middle[:-1], version))
+    return "-".join((family, *rest[:-2], rest[-1]))
 
 
 def _files(path: str | os.PathLike[str]) -> tuple[Path, Path]:
