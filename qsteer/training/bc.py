@@ -1,0 +1,84 @@
+"""Behaviour cloning by flow matching: the frozen policy that everything else steers."""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from qsteer.flow import interpolate
+from qsteer.training.data import Chunks, Episodes
+from qsteer.training.loop import Learner, Training, fit
+from qsteer.training.policy import FlowPolicy, FlowPolicyConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class PolicyTraining(Training):
+    """How to train a :class:`~qsteer.training.policy.FlowPolicy`.
+
+    Attributes:
+        horizon: actions per chunk.
+        hidden: widths of the hidden layers.
+    """
+
+    steps: int = 30_000
+    gradient_clip: float | None = None
+    horizon: int = 5
+    hidden: Sequence[int] = (256, 256, 256)
+
+
+class FlowMatching(Learner):
+    """``E || v(x_t, t | s) - (x1 - x0) ||^2`` with x1 a stored chunk, x0 ~ N(0, I), t ~ U[0, 1]."""
+
+    def __init__(self, policy: FlowPolicy, chunks: Chunks, batch_size: int) -> None:
+        """Learn ``policy`` from ``chunks``."""
+        super().__init__()
+        self.policy, self.chunks, self.batch_size = policy, chunks, batch_size
+
+    def loss(self, generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return the flow-matching loss on one batch."""
+        batch = self.chunks.sample(self.batch_size, generator)
+        x1 = batch.actions
+        x0 = torch.randn(x1.shape, generator=generator, device=x1.device)
+        t = torch.rand(len(x1), generator=generator, device=x1.device)
+        v = self.policy(batch.observations, interpolate(x0, x1, t), t)
+        return (v - (x1 - x0)).square().mean(), {}
+
+
+def train_policy(
+    episodes: Episodes,
+    out: str | Path,
+    training: PolicyTraining | None = None,
+    *,
+    device: torch.device | str = "cpu",
+    progress: bool = True,
+) -> FlowPolicy:
+    """Clone the behaviour in ``episodes``; ``FlowPolicy.from_pretrained`` reads the result in ``out``.
+
+    A run that was interrupted goes on from its last checkpoint; a finished run is returned as it is.
+
+    Args:
+        episodes: the data; held in memory on ``device``.
+        out: run directory.
+        training: how to train; defaults to ``PolicyTraining()``.
+        device: where to train.
+        progress: show a progress bar.
+
+    Raises:
+        ValueError: ``out`` holds a run with other settings or other data.
+    """
+    out, training = Path(out), training or PolicyTraining()
+    config = FlowPolicyConfig(
+        episodes.observations.shape[1], episodes.actions.shape[1], training.horizon, training.hidden
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(training.seed)
+        policy = FlowPolicy(config)
+    policy.normalizer.fit(episodes.observations)
+    learner = FlowMatching(
+        policy.to(device), Chunks(episodes.to(device), training.horizon, 1.0, "actions"), training.batch_size
+    )
+    fit(learner, out, training, asdict(training) | {"data": episodes.fingerprint()}, progress=progress)
+    policy.requires_grad_(False).eval().save_pretrained(out)
+    return policy

@@ -1,0 +1,183 @@
+"""Offline data: trajectories one after another, and chunk transitions that never cross a trajectory's end."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from hashlib import sha256
+from typing import Literal
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from qsteer.critics.targets import chunk_return
+
+type Need = Literal["actions", "next_state", "next_actions"]
+
+
+@dataclass(frozen=True)
+class Episodes:
+    """N steps of trajectories, stored one after another.
+
+    A *terminal* is an end of the task: nothing follows, so nothing is bootstrapped. An *end* is the last
+    stored row of a trajectory, whether the task ended there or a time limit cut it. Play data goes on after a
+    success, so a terminal need not be an end.
+
+    Attributes:
+        observations: (N, O), state before the step.
+        next_observations: (N, O), state after the step; at an end it is stored nowhere else.
+        actions: (N, A), action of the step, in [-1, 1].
+        rewards: (N,), reward of the step.
+        terminals: (N,), bool: the task is over after this step.
+        ends: (N,), bool: this row is the last of its trajectory.
+    """
+
+    observations: Tensor
+    next_observations: Tensor
+    actions: Tensor
+    rewards: Tensor
+    terminals: Tensor
+    ends: Tensor
+
+    def __post_init__(self) -> None:
+        """Check that all columns have the same length and that the last trajectory ends."""
+        lengths = {f.name: len(getattr(self, f.name)) for f in fields(self)}
+        if len(set(lengths.values())) != 1:
+            raise ValueError(f"Episodes: expected one row per step in every column, got lengths {lengths}")
+        if not len(self.ends) or not bool(self.ends[-1]):
+            raise ValueError(
+                "Episodes.ends: expected True on the last row, got False; mark each trajectory's last"
+            )
+
+    @classmethod
+    def from_ogbench(cls, data: Mapping[str, np.ndarray]) -> "Episodes":
+        """Read an OGBench single-task dataset.
+
+        There ``masks`` is 0 where the task is solved (our terminals) and ``terminals`` is 1 on a trajectory's
+        last row (our ends).
+
+        Raises:
+            KeyError: a column is missing.
+        """
+        names = ("observations", "next_observations", "actions", "rewards", "masks", "terminals")
+        if missing := [name for name in names if name not in data]:
+            raise KeyError(f"OGBench data: expected {names}, got no {missing}; load a single-task dataset")
+        columns = {name: torch.as_tensor(np.asarray(data[name], np.float32)) for name in names}
+        ends, terminals = columns.pop("terminals") > 0, columns.pop("masks") == 0
+        return cls(**columns, terminals=terminals, ends=ends)
+
+    def __len__(self) -> int:
+        """Return the number of steps."""
+        return len(self.actions)
+
+    def to(self, device: torch.device | str) -> "Episodes":
+        """Return the episodes on another device."""
+        return Episodes(**{f.name: getattr(self, f.name).to(device) for f in fields(self)})
+
+    def fingerprint(self) -> str:
+        """Return a hash of the content: a resumed run must see the data that it started with."""
+        digest = sha256()
+        for f in fields(self):
+            digest.update(getattr(self, f.name).cpu().contiguous().numpy())
+        return digest.hexdigest()[:16]
+
+
+@dataclass(frozen=True)
+class Transitions:
+    """A batch of chunk transitions ``(s, a[0:H], R, gamma^H, mask, s', a'[0:H], valid)``.
+
+    Attributes:
+        rows: row of the episodes where each chunk starts.
+        observations: state s at the start.
+        actions: chunk; steps which the trajectory does not have repeat its last action.
+        rewards: ``R = sum_k gamma^k r_k`` up to and including the first terminal.
+        discount: gamma^H.
+        masks: 0 when the chunk contains a terminal, else 1.
+        next_observations: state s' after the chunk; without meaning where the mask is 0.
+        next_actions: the chunk after the chunk, without meaning where the mask is 0; ``None`` unless it was
+            asked for.
+        valid: step k of ``actions`` is stored in the trajectory.
+    """
+
+    rows: Int[Tensor, "B"]
+    observations: Float[Tensor, "B O"]
+    actions: Float[Tensor, "B H A"]
+    rewards: Float[Tensor, "B"]
+    discount: float
+    masks: Float[Tensor, "B"]
+    next_observations: Float[Tensor, "B O"]
+    next_actions: Float[Tensor, "B H A"] | None
+    valid: Bool[Tensor, "B H"]
+
+
+class Chunks:
+    """All chunk transitions of some episodes, drawn in whole batches.
+
+    Row numbers are clamped to the last row of the trajectory in which a chunk starts, so that no chunk and no
+    pair of chunks can reach into another trajectory. Which rows may start a chunk depends on what the learner
+    reads:
+
+    * ``"actions"`` (behaviour cloning): all H steps are stored;
+    * ``"next_state"`` (IQL, TD, Monte Carlo): as above, or the trajectory ends in a terminal before;
+    * ``"next_actions"`` (SARSA): moreover, unless the chunk contains a terminal, the same holds for the next
+      chunk.
+    """
+
+    def __init__(self, episodes: Episodes, horizon: int, gamma: float, need: Need) -> None:
+        """Find the admissible starts and sum their rewards once.
+
+        Raises:
+            ValueError: no trajectory is long enough.
+        """
+        self.episodes, self.horizon, self.discount = episodes, horizon, gamma**horizon
+        self.paired = need == "next_actions"
+        row = torch.arange(len(episodes), device=episodes.ends.device)
+        ends = row[episodes.ends]
+        self.last = ends[torch.searchsorted(ends, row)]
+        self.steps = torch.arange(horizon, device=row.device)
+
+        rows = self._rows(row)
+        self.valid = row[:, None] + self.steps <= self.last[:, None]
+        self.rewards, self.masks = chunk_return(
+            episodes.rewards[rows], episodes.terminals[rows], self.valid, gamma
+        )
+        stored, over = self.valid[:, -1], self.masks == 0
+        usable = stored if need == "actions" else stored | over
+        if self.paired:
+            follower = row + horizon
+            usable &= over | ((follower <= self.last) & usable[follower.clamp(max=len(row) - 1)])
+        self.starts = row[usable]
+        if not len(self.starts):
+            raise ValueError(
+                f"Chunks: expected trajectories of at least {horizon * (1 + self.paired)} steps for "
+                f"need={need!r}, got at most {int((self.last - row).max()) + 1}; lower the horizon"
+            )
+
+    def __len__(self) -> int:
+        """Return the number of admissible starts."""
+        return len(self.starts)
+
+    def sample(self, batch_size: int, generator: torch.Generator) -> Transitions:
+        """Draw transitions uniformly, with replacement; the generator lives on the episodes' device."""
+        draw = torch.randint(len(self.starts), (batch_size,), generator=generator, device=self.starts.device)
+        return self.gather(self.starts[draw])
+
+    def gather(self, rows: Int[Tensor, "B"]) -> Transitions:
+        """Return the transitions that start at ``rows`` (entries of ``starts``)."""
+        data = self.episodes
+        chunk = self._rows(rows)
+        following = self._rows(torch.minimum(rows + self.horizon, self.last[rows])) if self.paired else None
+        return Transitions(
+            rows=rows,
+            observations=data.observations[rows],
+            actions=data.actions[chunk],
+            rewards=self.rewards[rows],
+            discount=self.discount,
+            masks=self.masks[rows],
+            next_observations=data.next_observations[chunk[:, -1]],
+            next_actions=None if following is None else data.actions[following],
+            valid=self.valid[rows],
+        )
+
+    def _rows(self, start: Int[Tensor, "B"]) -> Int[Tensor, "B H"]:
+        return torch.minimum(start[:, None] + self.steps, self.last[start, None])

@@ -1,0 +1,115 @@
+"""A small chunked flow policy for state observations: the base policy of the examples and experiments."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+import torch
+from huggingface_hub import PyTorchModelHubMixin
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from qsteer.critics.networks import Normalizer
+from qsteer.flow import field
+from qsteer.types import Field
+
+
+@dataclass(frozen=True)
+class FlowPolicyConfig:
+    """Shape of a :class:`FlowPolicy`.
+
+    Attributes:
+        obs_dim: size of the observation vector.
+        action_dim: size of one action; actions lie in [-1, 1].
+        horizon: actions per chunk.
+        hidden: widths of the hidden layers.
+        harmonics: the network sees ``sin(k pi t), cos(k pi t)`` for k = 1 .. harmonics.
+    """
+
+    obs_dim: int
+    action_dim: int
+    horizon: int
+    hidden: Sequence[int] = (256, 256, 256)
+    harmonics: int = 8
+
+    def __post_init__(self) -> None:
+        """Check the values; widths read from JSON become a tuple."""
+        object.__setattr__(self, "hidden", tuple(self.hidden))
+        for name in ("obs_dim", "action_dim", "horizon", "harmonics"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")
+        if not self.hidden or min(self.hidden) < 1:
+            raise ValueError(f"hidden: expected at least one positive width, got {self.hidden}")
+
+
+class FlowPolicy(
+    nn.Module,
+    PyTorchModelHubMixin,
+    library_name="qsteer",
+    tags=["qsteer", "robotics", "flow-matching"],
+    pipeline_tag="robotics",
+):
+    """An MLP velocity ``v(x, t | s)`` over action chunks on the linear path ``x_t = (1 - t) x0 + t x1``.
+
+    Example:
+        >>> policy = FlowPolicy(FlowPolicyConfig(obs_dim=3, action_dim=2, horizon=5))
+        >>> policy.field(torch.zeros(4, 3))(torch.zeros(4, 5, 2), torch.zeros(4)).shape
+        torch.Size([4, 5, 2])
+    """
+
+    frequencies: Tensor
+
+    def __init__(self, config: FlowPolicyConfig) -> None:
+        """Build an untrained policy."""
+        super().__init__()
+        self.config = config
+        self.normalizer = Normalizer(config.obs_dim)
+        chunk = config.horizon * config.action_dim
+        widths = (config.obs_dim + chunk + 2 * config.harmonics, *config.hidden, chunk)
+        self.first = nn.Linear(widths[0], widths[1])
+        self.rest = nn.ModuleList(nn.Linear(i, o) for i, o in pairwise(widths[1:]))
+        frequencies = torch.pi * torch.arange(1.0, config.harmonics + 1)
+        self.register_buffer("frequencies", frequencies, persistent=False)
+
+    @classmethod
+    def _from_pretrained(cls, *, strict: bool = True, **hub: Any) -> "FlowPolicy":
+        """Load with the hub's machinery, but refuse a checkpoint that lacks weights."""
+        return super()._from_pretrained(strict=strict, **hub)
+
+    def encode(self, obs: Float[Tensor, "B O"]) -> Float[Tensor, "B D"]:
+        """Return the observation's half of the first layer: what does not change while an action is made.
+
+        Raises:
+            ValueError: the observation has another size.
+        """
+        if obs.shape[1] != self.config.obs_dim:
+            raise ValueError(
+                f"observation: expected shape (B, obs_dim) = (B, {self.config.obs_dim}), got "
+                f"{tuple(obs.shape)}; this policy was trained on another observation"
+            )
+        weight = self.first.weight[:, : self.config.obs_dim]
+        return F.linear(self.normalizer(obs), weight, self.first.bias)
+
+    def velocity(
+        self, x: Float[Tensor, "B H A"], t: Float[Tensor, "B"], z: Float[Tensor, "B D"]
+    ) -> Float[Tensor, "B H A"]:
+        """Return the velocity for encoded observations ``z``."""
+        angles = t[:, None] * self.frequencies
+        features = torch.cat([x.flatten(1), angles.sin(), angles.cos()], dim=1)
+        h = z + F.linear(features, self.first.weight[:, self.config.obs_dim :])
+        for layer in self.rest:
+            h = layer(F.gelu(h))
+        return h.view_as(x)
+
+    def forward(
+        self, obs: Float[Tensor, "B O"], x: Float[Tensor, "B H A"], t: Float[Tensor, "B"]
+    ) -> Float[Tensor, "B H A"]:
+        """Return the velocity at ``x`` and ``t`` (t = 0 noise, t = 1 action) for observations ``obs``."""
+        return self.velocity(x, t, self.encode(obs))
+
+    def field(self, obs: Float[Tensor, "B O"]) -> Field:
+        """Return the :class:`~qsteer.types.Field` for ``obs``, encoded once and without a graph."""
+        with torch.no_grad():
+            return field(self.velocity, context=self.encode(obs))
