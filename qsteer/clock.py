@@ -24,6 +24,9 @@ class Clock:
         action: host time of the clean action.
         sign: +1 when the host's velocity points to the action, -1 when it points to the noise.
         steps: number of Euler steps when the sampler names none.
+
+    Raises:
+        ValueError: noise and action at the same time, a sign that is not one, or fewer than one step.
     """
 
     noise: float = 0.0
@@ -31,13 +34,21 @@ class Clock:
     sign: int = 1
     steps: int = 10
 
+    def __post_init__(self) -> None:
+        """Check the arguments."""
+        if self.noise == self.action or self.sign not in (-1, 1) or self.steps < 1:
+            raise ValueError(
+                "Clock: expected noise and action at different host times, sign -1 or 1 and at least one step, got "
+                f"{self}; openpi and lerobot's pi0 are Clock(noise=1.0, action=0.0, sign=-1)"
+            )
+
     def grid(self, steps: int | None = None) -> Iterator[tuple[float, float]]:
         """Yield ``(t, dt)`` of each Euler step; ``t`` in float64 is exact for the host's float32 time."""
         steps = self.steps if steps is None else steps
         span = self.action - self.noise
         for i in range(steps):
             host = float(np.float32(self.noise + i * (span / steps)))
-            yield (host - self.noise) / span, 1.0 / steps
+            yield abs(host - self.noise) / abs(span), 1.0 / steps  # abs: never -0.0, whose 1/t is -inf
 
     def times(self, t: float, x: Float[Tensor, "B H A"]) -> Float[Tensor, "B"]:
         """Return ``t`` for every row of ``x``.
@@ -45,7 +56,7 @@ class Clock:
         Float32 cannot hold ``1 - u`` for every float32 ``u``, so a clock which is not the paper's own uses float64
         (where the device has it).
         """
-        exact = self.noise != 0.0 and x.device.type != "mps"
+        exact = (self.noise, self.action) != (0.0, 1.0) and x.device.type != "mps"
         return torch.full((x.shape[0],), t, dtype=torch.float64 if exact else x.dtype, device=x.device)
 
     def to_host(self, t: Float[Tensor, "B"]) -> Float[Tensor, "B"]:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Shaped
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
@@ -79,7 +79,7 @@ class FunctionValue:
 
     fn: Callable[..., Tensor]
     context: Any = None
-    mask: Float[Tensor, "H A"] | None = None
+    mask: Shaped[Tensor, "H A"] | None = None
 
     def __call__(self, a: Float[Tensor, "B H A"]) -> Float[Tensor, "B"]:
         """Return the score of each row."""
@@ -115,7 +115,7 @@ def field(fn: Callable[..., Tensor], context: Any = None, *, clock: Clock = PAPE
     """
     if not callable(fn):
         raise TypeError(f"field: expected a function (x, t) -> velocity, got {type(fn).__name__}; wrap it in a lambda")
-    return FunctionField(fn, context, clock)
+    return FunctionField(fn, normal(context), clock)
 
 
 def value(fn: Callable[..., Tensor], context: Any = None, *, mask: Tensor | None = None) -> Value:
@@ -131,12 +131,18 @@ def value(fn: Callable[..., Tensor], context: Any = None, *, mask: Tensor | None
     """
     if not callable(fn):
         raise TypeError(f"value: expected a function action -> score, got {type(fn).__name__}; wrap it in a lambda")
-    return FunctionValue(fn, context, mask)
+    return FunctionValue(fn, normal(context), mask)
 
 
 def repeat_rows(tree: Any, k: int) -> Any:
     """Repeat each leading row of every tensor in a nested structure ``k`` times, row by row."""
     return pytree.tree_map_only(Tensor, lambda x: x.repeat_interleave(k, dim=0), tree)
+
+
+def normal(tree: Any) -> Any:
+    """Copy the tensors of a nested structure that were made in inference mode: autograd refuses to save those."""
+    with torch.inference_mode(False):
+        return pytree.tree_map_only(Tensor, lambda x: x.clone() if x.is_inference() else x, tree)
 
 
 def finite_rows(x: Tensor) -> Tensor:

@@ -142,13 +142,14 @@ class Steered:
         push = self.sign * rows(self.rule.scale(v_norm, g_norm, t), x) * g
         finite = finite_rows(v + push) & torch.isfinite(q)
         report_fallbacks(guided & ~finite)
+        guided = guided & finite
         if (record := recorder()) is not None:
             members = self.value.members(a).detach()
             nan = torch.full_like(q, torch.nan)
             strength = push.flatten(1).norm(dim=1) / v_norm
             stats = (strength, g_norm, members.mean(0), members.std(0, unbiased=False))
             record.append(Step(t, *(torch.where(guided, s, nan) for s in stats)))
-        return torch.where((guided & finite)[:, None, None], v + push, v)
+        return torch.where(guided[:, None, None], v + push, v)
 
 
 @dataclass(frozen=True)
@@ -237,9 +238,10 @@ class NoisyGradient(Guidance):
         """Differentiate the value at x."""
         with torch.no_grad():
             v = field(x, t)
-        a = x.requires_grad_()
-        q = value(clip_through(a, self.clip))
-        return Ascent(v, gradient(q, a), q.detach(), a.detach())
+        x = x.requires_grad_()
+        a = clip_through(x, self.clip)
+        q = value(a)
+        return Ascent(v, gradient(q, x), q.detach(), a.detach())
 
 
 @dataclass(frozen=True)
@@ -263,18 +265,18 @@ class ThroughTime(Guidance):
 
     def ascent(self, field: Field, value: Value, x: Tensor, t: Tensor) -> Ascent:
         """Differentiate the value of the chain's end with respect to x."""
-        x = x.requires_grad_()
-        a, velocity, clock = x, None, clock_of(field)
-        for s, dt in clock.grid(self.steps):
-            if s >= float(t[0]) - _EDGE:
-                v = field(a, clock.times(s, a))
-                velocity = v if velocity is None else velocity
-                a = a + dt * v
-        if velocity is None:
+        clock = clock_of(field)
+        rest = [(s, dt) for s, dt in clock.grid(self.steps) if s >= float(t[0]) - _EDGE]
+        if not rest or rest[0][0] > float(t[0]) + _EDGE:
             raise ValueError(
-                f"ThroughTime: expected the chain's own number of steps, got t = {float(t[0]):.3f} past the last step "
-                f"of steps={self.steps}; give ThroughTime(steps=...) the sampler's"
+                f"ThroughTime: expected the chain's own number of steps, got t = {float(t[0]):.3f} off the grid of "
+                f"steps={self.steps}; give ThroughTime(steps=...) the sampler's"
             )
+        x = x.requires_grad_()
+        velocity = field(x, t)
+        a = x + rest[0][1] * velocity
+        for s, dt in rest[1:]:
+            a = a + dt * field(a, clock.times(s, a))
         a = clip_through(a, self.clip)
         q = value(a)
         return Ascent(velocity.detach(), gradient(q, x), q.detach(), a.detach())
@@ -312,7 +314,7 @@ class RandomDirection(Guidance):
             if x.device not in self._generators:
                 self._generators[x.device] = torch.Generator(x.device).manual_seed(self.seed)
             g = torch.randn(x.shape, generator=self._generators[x.device], device=x.device, dtype=x.dtype)
-        return Ascent(v, g, torch.zeros_like(x[:, 0, 0]), denoise(x, v, t))
+        return Ascent(v, g, torch.zeros_like(x[:, 0, 0]), clip_through(denoise(x, v, t), self.clip))
 
 
 @dataclass(frozen=True)
@@ -350,5 +352,5 @@ def gradient(q: Float[Tensor, "B"], x: Float[Tensor, "B H A"]) -> Float[Tensor, 
 
 def check_bounds(bounds: Bounds) -> None:
     """Raise ValueError unless bounds are None or (low, high)."""
-    if bounds is not None and not (len(bounds) == 2 and bounds[0] < bounds[1]):
+    if bounds is not None and not (isinstance(bounds, tuple | list) and len(bounds) == 2 and bounds[0] < bounds[1]):
         raise ValueError(f"clip: expected (low, high) with low < high, or None for no clipping, got {bounds!r}")

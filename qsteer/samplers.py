@@ -116,8 +116,9 @@ class RandomOfN(Sampler):
         """Return a random candidate."""
         if self.n == 1:
             return self.inner(field, value, noise)
+        pool = candidates(noise, self.n)
         pick = torch.randint(self.n, noise.shape[:1], device=noise.device)
-        return self.inner(field, value, take(candidates(noise, self.n), pick))
+        return self.inner(field, value, take(pool, pick))
 
 
 @dataclass(frozen=True)
@@ -157,13 +158,14 @@ class TrustRegion(Sampler):
             return a
         with torch.enable_grad():
             x = a.detach().requires_grad_()
-            g = gradient(value(x), x)
+            q = value(x)
+            g = gradient(q, x)
         if (mask := getattr(value, "mask", None)) is not None:
             g = torch.where(mask.bool(), g, 0.0)
         members = value.members(a) if self.beta else torch.zeros_like(a[None, :, 0, 0])
         radius = trust_radius(self.eta, members, self.beta)
         moved = a + (radius / (g.flatten(1).norm(dim=1) + 1e-8))[:, None, None] * g
-        finite = finite_rows(moved)
+        finite = finite_rows(moved) & torch.isfinite(q)
         report_fallbacks(~finite)
         return torch.where(finite[:, None, None], moved, a)
 
@@ -186,7 +188,9 @@ class KeepBest(Sampler):
         """Return the better of the two actions."""
         value = needed(value, self)
         steered, base = self.inner(field, value, noise), self.inner(getattr(field, "base", field), value, noise)
-        better = value(steered) >= value(base)  # False for a non-finite steered value
+        q, q_base = value(steered), value(base)
+        better = torch.isfinite(q) & ~(torch.isfinite(q_base) & (q_base > q))
+        report_fallbacks(~torch.isfinite(q))
         return torch.where(better[:, None, None], steered, base)
 
 
@@ -196,7 +200,7 @@ def trust_radius(eta: float, q_members: Float[Tensor, "J B"], beta: float) -> Fl
     delta is ``sqrt(2)`` times the population std, which is FMQ's ``|Q1 - Q2| / sqrt(2)`` for two members.
     """
     delta = 2**0.5 * q_members.std(0, unbiased=False)
-    return eta / (1 + beta * delta / (delta.mean() + 1e-8))
+    return eta / (1 + beta * delta / (delta.nanmean() + 1e-8))
 
 
 def candidates(noise: Float[Tensor, "B H A"], n: int) -> Float[Tensor, "B n H A"]:

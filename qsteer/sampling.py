@@ -57,6 +57,12 @@ def sample(
             f"rule, sampler: expected a rule and a sampler, got {type(rule).__name__} and {type(sampler).__name__}; "
             "swap them"
         )
+    for name, part, example in (("rule", rule, "qsteer.Tweedie()"), ("sampler", sampler, "qsteer.Euler()")):
+        if isinstance(part, type) or not (callable(part) or (part is None and name == "rule")):
+            raise TypeError(f"{name}: expected an object such as {example}, got {part!r}; pass an instance")
+    if not isinstance(noise, Tensor) or not noise.is_floating_point():
+        kind = noise.dtype if isinstance(noise, Tensor) else type(noise).__name__
+        raise TypeError(f"noise: expected a floating-point tensor, got {kind}; use torch.randn(B, H, A)")
     if noise.ndim != 3:
         raise ValueError(f"noise: expected shape (B, H, A), got {tuple(noise.shape)}; add a batch axis: noise[None]")
     if rule is not None and value is None:

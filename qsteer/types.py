@@ -72,6 +72,7 @@ class Sampler(ABC):
         """Return one action chunk per row of ``noise``."""
 
 
+@runtime_checkable
 class Bindable(Protocol):
     """What ``steer`` accepts as a critic: anything that can be bound to the host's observation batch."""
 
