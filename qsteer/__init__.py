@@ -1,7 +1,9 @@
 """Steer any frozen flow-matching robot policy with a critic, at inference time."""
 
 from qsteer.clock import Clock
+from qsteer.critics import Critic, CriticConfig
 from qsteer.flow import field, value
+from qsteer.inject import Handle, steer, unsteer
 from qsteer.rules import QGF, Negated, NoisyGradient, RandomDirection, ThroughTime, Tweedie
 from qsteer.samplers import BestOfN, Euler, KeepBest, RandomOfN, TrustRegion
 from qsteer.sampling import sample
@@ -14,8 +16,11 @@ __all__ = [
     "QGF",
     "BestOfN",
     "Clock",
+    "Critic",
+    "CriticConfig",
     "Euler",
     "Field",
+    "Handle",
     "KeepBest",
     "Negated",
     "NoisyGradient",
@@ -30,5 +35,7 @@ __all__ = [
     "Value",
     "field",
     "sample",
+    "steer",
+    "unsteer",
     "value",
 ]

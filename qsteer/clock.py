@@ -15,9 +15,9 @@ from qsteer.types import Field
 class Clock:
     """How a host counts time, and which way its velocity points.
 
-    Paper time runs from 0 (noise) to 1 (action) and the paper's velocity points to the action. Hosts evaluate their
-    network at float32 host times; :meth:`grid` gives those very numbers back, so that an unguided chain is bit for bit
-    the host's own.
+    Paper time runs from 0 (noise) to 1 (action) and the paper's velocity points to the action. Hosts evaluate
+    their network at float32 host times; :meth:`grid` gives those very numbers back, so that an unguided chain
+    is bit for bit the host's own.
 
     Args:
         noise: host time of pure noise.
@@ -38,8 +38,9 @@ class Clock:
         """Check the arguments."""
         if self.noise == self.action or self.sign not in (-1, 1) or self.steps < 1:
             raise ValueError(
-                "Clock: expected noise and action at different host times, sign -1 or 1 and at least one step, got "
-                f"{self}; openpi and lerobot's pi0 are Clock(noise=1.0, action=0.0, sign=-1)"
+                "Clock: expected noise and action at different host times, sign -1 or 1 and at least one "
+                f"step, got {self}; "
+                "openpi and lerobot's pi0 are Clock(noise=1.0, action=0.0, sign=-1)"
             )
 
     def grid(self, steps: int | None = None) -> Iterator[tuple[float, float]]:
@@ -53,8 +54,8 @@ class Clock:
     def times(self, t: float, x: Float[Tensor, "B H A"]) -> Float[Tensor, "B"]:
         """Return ``t`` for every row of ``x``.
 
-        Float32 cannot hold ``1 - u`` for every float32 ``u``, so a clock which is not the paper's own uses float64
-        (where the device has it).
+        Float32 cannot hold ``1 - u`` for every float32 ``u``, so a clock which is not the paper's own uses
+        float64 (where the device has it).
         """
         exact = (self.noise, self.action) != (0.0, 1.0) and x.device.type != "mps"
         return torch.full((x.shape[0],), t, dtype=torch.float64 if exact else x.dtype, device=x.device)

@@ -1,6 +1,7 @@
 """The linear path's identities, and fields and values made of plain functions.
 
-On the path ``x_t = (1 - t) x0 + t x1`` with noise ``x0 ~ N(0, I)`` the velocity ``v(x, t) = E[x1 - x0 | x_t = x]``
+On the path ``x_t = (1 - t) x0 + t x1`` with noise ``x0 ~ N(0, I)`` the velocity
+``v(x, t) = E[x1 - x0 | x_t = x]``
 determines everything else: the denoised action, the score, the noise that was there.
 """
 
@@ -45,7 +46,7 @@ def score(
 
 
 def clip_through(a: Tensor, bounds: Bounds) -> Tensor:
-    """Clip the value but not the gradient (straight-through, QPILOTS eq. 15); ``None`` leaves ``a`` as it is."""
+    """Clip the value but not the gradient (straight-through, QPILOTS eq. 15); ``None`` does not clip."""
     return a if bounds is None else a + (a.clamp(*bounds) - a).detach()
 
 
@@ -62,8 +63,9 @@ class FunctionField:
         v = self.fn(x, t) if self.context is None else self.fn(x, t, self.context)
         if v.shape != x.shape:
             raise ValueError(
-                f"velocity: expected the shape of x, {tuple(x.shape)}, got {tuple(v.shape)}; return one velocity per "
-                "action entry. If the function closes over one observation per row, hand the observations over as "
+                f"velocity: expected the shape of x, {tuple(x.shape)}, got {tuple(v.shape)}; return one "
+                "velocity per action entry. If the function closes over one observation per row, hand the "
+                "observations over as "
                 "qsteer.field(fn, context=obs), so that they are repeated with the candidates"
             )
         return v
@@ -86,8 +88,8 @@ class FunctionValue:
         q = self.fn(a) if self.context is None else self.fn(a, self.context)
         if q.shape != a.shape[:1]:
             raise ValueError(
-                f"value: expected one score per row, shape ({a.shape[0]},), got {tuple(q.shape)}; reduce over the "
-                "action (for example .flatten(1).sum(1)) or squeeze the last axis"
+                f"value: expected one score per row, shape ({a.shape[0]},), got {tuple(q.shape)}; reduce "
+                "over the action (for example .flatten(1).sum(1)) or squeeze the last axis"
             )
         return q
 
@@ -104,17 +106,19 @@ def field(fn: Callable[..., Tensor], context: Any = None, *, clock: Clock = PAPE
     """Make a field of a velocity function.
 
     Args:
-        fn: ``(x: (B, H, A), t: (B,)) -> v: (B, H, A)`` in paper time (t = 0 noise), or ``(x, t, context)`` when a
-            context is given. It must accept any number of rows.
-        context: what the function knows of the observations: a tensor, or nested dicts, lists and tuples of tensors,
-            each with one leading row per observation. Samplers with several candidates repeat it.
+        fn: ``(x: (B, H, A), t: (B,)) -> v: (B, H, A)`` in paper time (t = 0 noise), or ``(x, t, context)``
+            when a context is given. It must accept any number of rows.
+        context: what the function knows of the observations: a tensor, or nested dicts, lists and tuples of
+            tensors, each with one leading row per observation. Samplers with several candidates repeat it.
         clock: the step grid; only hosts need another than the default.
 
     Raises:
         TypeError: ``fn`` is not callable.
     """
     if not callable(fn):
-        raise TypeError(f"field: expected a function (x, t) -> velocity, got {type(fn).__name__}; wrap it in a lambda")
+        raise TypeError(
+            f"field: expected a function (x, t) -> velocity, got {type(fn).__name__}; wrap it in a lambda"
+        )
     return FunctionField(fn, normal(context), clock)
 
 
@@ -130,7 +134,9 @@ def value(fn: Callable[..., Tensor], context: Any = None, *, mask: Tensor | None
         TypeError: ``fn`` is not callable.
     """
     if not callable(fn):
-        raise TypeError(f"value: expected a function action -> score, got {type(fn).__name__}; wrap it in a lambda")
+        raise TypeError(
+            f"value: expected a function action -> score, got {type(fn).__name__}; wrap it in a lambda"
+        )
     return FunctionValue(fn, normal(context), mask)
 
 
@@ -140,7 +146,7 @@ def repeat_rows(tree: Any, k: int) -> Any:
 
 
 def normal(tree: Any) -> Any:
-    """Copy the tensors of a nested structure that were made in inference mode: autograd refuses to save those."""
+    """Copy the tensors of a nested structure that were made in inference mode, which autograd refuses."""
     with torch.inference_mode(False):
         return pytree.tree_map_only(Tensor, lambda x: x.clone() if x.is_inference() else x, tree)
 

@@ -1,7 +1,8 @@
 """Guidance rules: how a value bends a velocity field.
 
-Every rule here is one estimate of the gradient of the log-tilt potential ``V_t(x) = log E[exp Q(x1) | x_t = x]``, one
-scaling of it, and one choice of guided steps; the three are independent. The sampler knows nothing of them.
+Every rule here is one estimate of the gradient of the log-tilt potential
+``V_t(x) = log E[exp Q(x1) | x_t = x]``, one scaling of it, and one choice of guided steps; the three are
+independent. The sampler knows nothing of them.
 
 Notation: ``D(x, t) = x + (1 - t) v(x, t)`` is the denoised action. Costs are per guided step and row.
 """
@@ -42,11 +43,12 @@ class Guidance(Rule):
     """A rule of the form ``v <- v + strength * scale * g``; subclasses say what g is.
 
     Args:
-        scaling: ``match_norm``: g is rescaled to the velocity's norm (QPILOTS eq. 17); ``clip_norm``: the same, but
-            never scaled up; ``raw``: g as it is; ``sigma``: g times ``sigma_t^2 / 2 = clamp(1/t - 1, 0, 25)``, the
-            exactly steered ODE when g is the exact gradient of V_t. Norms are per row, over the entries which the
-            critic sees.
-        clip: bounds of the clean action at which the critic is asked, with a straight-through gradient; None: no clip.
+        scaling: ``match_norm``: g is rescaled to the velocity's norm (QPILOTS eq. 17); ``clip_norm``: the
+            same, but never scaled up; ``raw``: g as it is; ``sigma``: g times
+            ``sigma_t^2 / 2 = clamp(1/t - 1, 0, 25)``, the exactly steered ODE when g is the exact gradient of
+            V_t. Norms are per row, over the entries which the critic sees.
+        clip: bounds of the clean action at which the critic is asked, with a straight-through gradient; None:
+            no clip.
         start: first guided time, inclusive.
         stop: last guided time, inclusive.
 
@@ -66,7 +68,8 @@ class Guidance(Rule):
             raise ValueError(f"scaling: expected one of {', '.join(get_args(Scaling))}, got {self.scaling!r}")
         if not 0.0 <= self.start <= self.stop <= 1.0:
             raise ValueError(
-                f"start, stop: expected 0 <= start <= stop <= 1 in paper time (0 is noise), got {self.start}, {self.stop}"
+                f"start, stop: expected 0 <= start <= stop <= 1 in paper time (0 is noise), got "
+                f"{self.start}, {self.stop}"
             )
         check_bounds(self.clip)
         if not 0.0 <= self.strength < float("inf"):
@@ -156,7 +159,8 @@ class Steered:
 class Tweedie(Guidance):
     """QPILOTS-U: the gradient of ``Q(D(x, t))`` with respect to x, through the policy (eq. 14, 15, 17).
 
-    The full Jacobian ``J = dD/dx`` keeps the push on the manifold of the policy's actions. t = 0 is left alone.
+    The full Jacobian ``J = dD/dx`` keeps the push on the manifold of the policy's actions. t = 0 is left
+    alone.
 
     Cost: 1 velocity forward, 1 velocity backward, 1 critic forward and backward.
 
@@ -184,8 +188,8 @@ class Tweedie(Guidance):
 class QGF(Guidance):
     """Q-guided flow: the critic's gradient at the denoised action, the Jacobian replaced by the identity.
 
-    Guides every step, t = 0 too. ``QGF()`` is the paper's raw scaling with a constant weight (its grid: 0.004 to 0.12);
-    ``QGF(weight=0.2, scaling="match_norm")`` measures its strength as Tweedie does.
+    Guides every step, t = 0 too. ``QGF()`` is the paper's raw scaling with a constant weight (its grid: 0.004
+    to 0.12); ``QGF(weight=0.2, scaling="match_norm")`` measures its strength as Tweedie does.
 
     Cost: 1 velocity forward, 1 critic forward and backward; never a velocity backward.
 
@@ -269,8 +273,8 @@ class ThroughTime(Guidance):
         rest = [(s, dt) for s, dt in clock.grid(self.steps) if s >= float(t[0]) - _EDGE]
         if not rest or rest[0][0] > float(t[0]) + _EDGE:
             raise ValueError(
-                f"ThroughTime: expected the chain's own number of steps, got t = {float(t[0]):.3f} off the grid of "
-                f"steps={self.steps}; give ThroughTime(steps=...) the sampler's"
+                f"ThroughTime: expected the chain's own number of steps, got t = {float(t[0]):.3f} off the "
+                f"grid of steps={self.steps}; give ThroughTime(steps=...) the sampler's"
             )
         x = x.requires_grad_()
         velocity = field(x, t)
@@ -286,8 +290,8 @@ class ThroughTime(Guidance):
 class RandomDirection(Guidance):
     """Control arm: a random direction of the same norm. A gain it shares is no gain of the critic's.
 
-    Guides the steps Tweedie guides. Directions come from a generator of the rule's own, so the caller's noise is the
-    same as in every other arm.
+    Guides the steps Tweedie guides. Directions come from a generator of the rule's own, so the caller's noise
+    is the same as in every other arm.
 
     Cost: 1 velocity forward.
 
@@ -332,7 +336,9 @@ class Negated(Rule):
     def __post_init__(self) -> None:
         """Check the argument."""
         if not isinstance(self.rule, Guidance):
-            raise TypeError(f"Negated: expected a guidance rule such as Tweedie(), got {type(self.rule).__name__}")
+            raise TypeError(
+                f"Negated: expected a guidance rule such as Tweedie(), got {type(self.rule).__name__}"
+            )
 
     def __call__(self, field: Field, value: Value) -> Field:
         """Return the field steered against the value."""
@@ -344,13 +350,18 @@ def gradient(q: Float[Tensor, "B"], x: Float[Tensor, "B H A"]) -> Float[Tensor, 
     """Return the gradient of each row's value with respect to its row of x, and to nothing else."""
     if not q.requires_grad:
         raise ValueError(
-            "value: expected a score that is differentiable in the action, got one without a gradient; compute it in "
-            "torch without detach() or no_grad(), or select with qsteer.BestOfN, which needs no gradient"
+            "value: expected a score that is differentiable in the action, got one without a gradient; "
+            "compute it in torch without detach() or no_grad(), or "
+            "select with qsteer.BestOfN, which needs no gradient"
         )
     return torch.autograd.grad(q.sum(), x)[0]
 
 
 def check_bounds(bounds: Bounds) -> None:
     """Raise ValueError unless bounds are None or (low, high)."""
-    if bounds is not None and not (isinstance(bounds, tuple | list) and len(bounds) == 2 and bounds[0] < bounds[1]):
-        raise ValueError(f"clip: expected (low, high) with low < high, or None for no clipping, got {bounds!r}")
+    if bounds is not None and not (
+        isinstance(bounds, tuple | list) and len(bounds) == 2 and bounds[0] < bounds[1]
+    ):
+        raise ValueError(
+            f"clip: expected (low, high) with low < high, or None for no clipping, got {bounds!r}"
+        )

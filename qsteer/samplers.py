@@ -1,7 +1,7 @@
 """Samplers: how a field, steered or not, becomes an action.
 
-The caller's noise is candidate 0 of every sampler, further candidates come from torch's global generator: with one
-candidate a selecting sampler is its inner sampler, bit for bit.
+The caller's noise is candidate 0 of every sampler, further candidates come from torch's global generator:
+with one candidate a selecting sampler is its inner sampler, bit for bit.
 """
 
 from dataclasses import dataclass
@@ -27,7 +27,8 @@ class Euler(Sampler):
 
     Args:
         steps: number of steps; None: the field's own number (a host's configuration, 10 on a bare field).
-        clip: bounds of the finished action; None: no clipping, which suits hosts whose model space is unbounded.
+        clip: bounds of the finished action; None: no clipping, which suits hosts whose model space is
+            unbounded.
 
     Raises:
         ValueError: fewer than one step, or bounds out of order.
@@ -91,9 +92,11 @@ class BestOfN(Sampler):
 
 @dataclass(frozen=True)
 class RandomOfN(Sampler):
-    """Control arm of best-of-n: one of the same n candidates, at random. A gain it shares is no gain of the critic's.
+    """Control arm of best-of-n: one of the same n candidates, at random.
 
-    Only the drawn candidate is integrated. Cost: that of ``inner``.
+    A gain it shares is no gain of the critic's. Only the drawn candidate is integrated.
+
+    Cost: that of ``inner``.
 
     Args:
         n: candidates per observation.
@@ -125,8 +128,8 @@ class RandomOfN(Sampler):
 class TrustRegion(Sampler):
     """FMQ's closed-form projection on a finished action: ``a + eta_eff * g / ||g||`` (FMQ eq. 11 to 13).
 
-    ``a + eta g / ||g||`` maximises the linearised value in a ball of radius eta around the policy's action; beta > 0
-    shrinks the ball where the ensemble disagrees.
+    ``a + eta g / ||g||`` maximises the linearised value in a ball of radius eta around the policy's action;
+    beta > 0 shrinks the ball where the ensemble disagrees.
 
     Cost: that of ``inner``, and 1 critic forward and backward (one more forward when beta > 0).
 
@@ -187,7 +190,8 @@ class KeepBest(Sampler):
     ) -> Float[Tensor, "B H A"]:
         """Return the better of the two actions."""
         value = needed(value, self)
-        steered, base = self.inner(field, value, noise), self.inner(getattr(field, "base", field), value, noise)
+        steered = self.inner(field, value, noise)
+        base = self.inner(getattr(field, "base", field), value, noise)
         q, q_base = value(steered), value(base)
         better = torch.isfinite(q) & ~(torch.isfinite(q_base) & (q_base > q))
         report_fallbacks(~torch.isfinite(q))
@@ -195,9 +199,10 @@ class KeepBest(Sampler):
 
 
 def trust_radius(eta: float, q_members: Float[Tensor, "J B"], beta: float) -> Float[Tensor, "B"]:
-    """Return ``eta / (1 + beta * delta)`` (FMQ, Algorithm 1), delta the ensemble's disagreement over its batch mean.
+    """Return the trust region's radius ``eta / (1 + beta * delta)`` (FMQ, Algorithm 1).
 
-    delta is ``sqrt(2)`` times the population std, which is FMQ's ``|Q1 - Q2| / sqrt(2)`` for two members.
+    delta is the ensemble's disagreement over its mean in the batch; the disagreement is ``sqrt(2)`` times the
+    population std, which is FMQ's ``|Q1 - Q2| / sqrt(2)`` for two members.
     """
     delta = 2**0.5 * q_members.std(0, unbiased=False)
     return eta / (1 + beta * delta / (delta.nanmean() + 1e-8))
@@ -217,7 +222,10 @@ def take(a: Float[Tensor, "B n H A"], pick: Tensor) -> Float[Tensor, "B H A"]:
 def needed(value: Value | None, sampler: Sampler) -> Value:
     """Return the value, or say that the sampler cannot do without."""
     if value is None:
-        raise ValueError(f"{type(sampler).__name__}: expected a value to select by, got None; pass a critic's or qsteer.value(fn)")
+        raise ValueError(
+            f"{type(sampler).__name__}: expected a value to select by, got None; pass critic.bind(obs) or "
+            "qsteer.value(fn)"
+        )
     return value
 
 

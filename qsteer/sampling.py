@@ -46,16 +46,18 @@ def sample(
         torch.Size([1, 5, 2])
     """
     if not isinstance(field, Field):
-        raise TypeError(f"field: expected a Field, got {type(field).__name__}; make one of a function: qsteer.field(fn)")
+        raise TypeError(
+            f"field: expected a Field, got {type(field).__name__}; make one of a function: qsteer.field(fn)"
+        )
     if value is not None and not isinstance(value, Value):
         raise TypeError(
-            f"value: expected a Value, got {type(value).__name__}; bind the critic to its observation, critic.bind(obs), "
-            "or make a value of a function: qsteer.value(fn)"
+            f"value: expected a Value, got {type(value).__name__}; bind the critic to its observation, "
+            "critic.bind(obs), or make a value of a function: qsteer.value(fn)"
         )
     if isinstance(rule, Sampler) or isinstance(sampler, Rule):
         raise TypeError(
-            f"rule, sampler: expected a rule and a sampler, got {type(rule).__name__} and {type(sampler).__name__}; "
-            "swap them"
+            f"rule, sampler: expected a rule and a sampler, got {type(rule).__name__} and "
+            f"{type(sampler).__name__}; swap them"
         )
     for name, part, example in (("rule", rule, "qsteer.Tweedie()"), ("sampler", sampler, "qsteer.Euler()")):
         if isinstance(part, type) or not (callable(part) or (part is None and name == "rule")):
@@ -64,7 +66,9 @@ def sample(
         kind = noise.dtype if isinstance(noise, Tensor) else type(noise).__name__
         raise TypeError(f"noise: expected a floating-point tensor, got {kind}; use torch.randn(B, H, A)")
     if noise.ndim != 3:
-        raise ValueError(f"noise: expected shape (B, H, A), got {tuple(noise.shape)}; add a batch axis: noise[None]")
+        raise ValueError(
+            f"noise: expected shape (B, H, A), got {tuple(noise.shape)}; add a batch axis: noise[None]"
+        )
     if rule is not None and value is None:
         raise ValueError("value: expected a value for the rule to follow, got None; pass critic.bind(obs)")
     with outside_inference_mode(), recording(trace):

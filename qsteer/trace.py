@@ -1,7 +1,7 @@
 """What steering did to an action, step by step.
 
-Rules report each guided step to the trace that is recording. Without one they report fallbacks only, so that tracing
-costs nothing when it is off.
+Rules report each guided step to the trace that is recording. Without one they report fallbacks only, so that
+tracing costs nothing when it is off.
 """
 
 import os
@@ -33,9 +33,10 @@ class Step:
 class Trace:
     """A record of the guided steps of the last ``keep`` actions, and a count of all fallbacks.
 
-    ``fallbacks`` counts rows whose value, gradient or guided velocity was not finite and which therefore kept the base
-    velocity for that step (or the unprojected, unselected action). ``strength`` is ``||guidance|| / ||velocity||`` over
-    the entries which the critic sees: 1e-4 means that steering is absent, 1 that it overwhelms the policy.
+    ``fallbacks`` counts rows whose value, gradient or guided velocity was not finite and which therefore kept
+    the base velocity for that step (or the unprojected, unselected action). ``strength`` is ``||guidance|| /
+    ||velocity||`` over the entries which the critic sees: 1e-4 means that steering is absent, 1 that it
+    overwhelms the policy.
 
     Args:
         steps: record the steps too, not only fallbacks. Costs one more critic evaluation per guided step.
@@ -52,21 +53,32 @@ class Trace:
     def __post_init__(self) -> None:
         """Bound the memory of a robot that runs all day."""
         if self.keep < 1:
-            raise ValueError(f"keep: expected at least 1 action, got {self.keep}; use steps=False to record none")
+            raise ValueError(
+                f"keep: expected at least 1 action, got {self.keep}; use steps=False to record none"
+            )
         self.actions = deque(self.actions, maxlen=self.keep)
 
     def arrays(self) -> dict[str, np.ndarray]:
-        """Return ``t`` (K,) and ``strength, gradient_norm, value, value_std`` (N, K): N action rows, K guided steps.
+        """Return ``t`` (K,) and ``strength, gradient_norm, value, value_std`` (N, K).
 
-        Actions of another number of guided steps or rows than the last one's (a rule was swapped) are left out.
+        N rows of actions, K guided steps.
+        Actions of another number of guided steps or rows than the last one's (a rule was swapped) are left
+        out.
         """
         names = ("strength", "gradient_norm", "value", "value_std")
         if not self.actions or not self.actions[-1]:
             return {"t": np.zeros(0), **{name: np.zeros((0, 0)) for name in names}}
         times = torch.stack([step.t[0] for step in self.actions[-1]])
-        alike = [a for a in self.actions if len(a) == len(times) and torch.equal(times, torch.stack([s.t[0] for s in a]))]
+        alike = [
+            a
+            for a in self.actions
+            if len(a) == len(times) and torch.equal(times, torch.stack([s.t[0] for s in a]))
+        ]
         columns = {name: [torch.stack([getattr(s, name) for s in a], 1) for a in alike] for name in names}
-        return {"t": times.cpu().numpy(), **{name: torch.cat(c).float().cpu().numpy() for name, c in columns.items()}}
+        return {
+            "t": times.cpu().numpy(),
+            **{name: torch.cat(c).float().cpu().numpy() for name, c in columns.items()},
+        }
 
     def plot(self, path: str | Path) -> Path:
         """Draw strength, gradient norm, value and ensemble spread against t; needs the ``plots`` extra."""
@@ -77,9 +89,14 @@ class Trace:
     def __str__(self) -> str:
         """One line per guided step: the medians over all rows."""
         data = self.arrays()
-        lines = [f"{len(self.actions)} actions, {self.fallbacks} fallbacks", "    t  strength  |gradient|     value  spread"]
+        lines = [
+            f"{len(self.actions)} actions, {self.fallbacks} fallbacks",
+            "    t  strength  |gradient|     value  spread",
+        ]
         for k, t in enumerate(data["t"]):
-            s, g, q, d = (np.nanmedian(data[n][:, k]) for n in ("strength", "gradient_norm", "value", "value_std"))
+            s, g, q, d = (
+                np.nanmedian(data[n][:, k]) for n in ("strength", "gradient_norm", "value", "value_std")
+            )
             lines.append(f"{t:5.2f}  {s:8.4f}  {g:10.3g}  {q:8.3f}  {d:6.3f}")
         return "\n".join(lines)
 
@@ -91,8 +108,9 @@ class Trace:
         if lost and not self._warned:
             self._warned = True
             warnings.warn(
-                f"steering met non-finite values or gradients: {lost} row-steps of this action fell back to the base "
-                "policy (counted in trace.fallbacks, said once); look at the critic's inputs and scale",
+                f"steering met non-finite values or gradients: {lost} row-steps of this action fell back to "
+                "the base policy (counted in trace.fallbacks, said once); look at the critic's inputs and "
+                "scale",
                 RuntimeWarning,
                 skip_file_prefixes=(os.path.dirname(__file__),),
             )

@@ -1,7 +1,8 @@
 """The protocols everything else is written in.
 
-A policy is a velocity field. A rule turns a field and a value into a steered field. A sampler turns a field into an
-action. Times are paper times everywhere above :mod:`qsteer.clock`: ``t = 0`` is noise, ``t = 1`` is the action.
+A policy is a velocity field. A rule turns a field and a value into a steered field. A sampler turns a field
+into an action. Times are paper times everywhere above :mod:`qsteer.clock`: ``t = 0`` is noise, ``t = 1`` is
+the action.
 
 Shapes: ``B`` rows (observations, or candidates of observations), ``H`` steps of an action chunk, ``A`` action
 dimensions, ``J`` members of a critic ensemble.
@@ -20,7 +21,8 @@ type Bounds = tuple[float, float] | None
 class Field(Protocol):
     """The frozen policy's velocity for fixed observations; it points from noise to action.
 
-    Two optional attributes are read when present: ``clock`` (a :class:`qsteer.clock.Clock`, the host's own step grid)
+    Two optional attributes are read when present: ``clock`` (a :class:`qsteer.clock.Clock`, the host's own
+    step grid)
     and ``base`` (on a steered field: the field as it was before any rule).
     """
 
@@ -29,7 +31,7 @@ class Field(Protocol):
         ...
 
     def repeat(self, k: int, /) -> "Field":
-        """Return the field for ``k`` rows per observation: rows ``b*k .. b*k+k-1`` belong to observation ``b``."""
+        """Return the field for ``k`` rows per observation: ``b*k .. b*k+k-1`` belong to observation ``b``."""
         ...
 
 
@@ -37,7 +39,8 @@ class Field(Protocol):
 class Value(Protocol):
     """A critic bound to fixed observations, its ensemble reduced to one (pessimistic) number per row.
 
-    One optional attribute is read when present: ``mask``, a tensor (H, A) that is 0 on action entries which the critic
+    One optional attribute is read when present: ``mask``, a tensor (H, A) that is 0 on action entries which
+    the critic
     never sees (padding, steps that are not executed). Masked entries receive no guidance.
     """
 
@@ -63,7 +66,10 @@ class Rule(ABC):
 
 
 class Sampler(ABC):
-    """Turns a field into an action. Subclasses are frozen dataclasses; several candidates are the sampler's affair."""
+    """Turns a field into an action. Subclasses are frozen dataclasses.
+
+    Several candidates are the sampler's own affair.
+    """
 
     @abstractmethod
     def __call__(
@@ -79,5 +85,3 @@ class Bindable(Protocol):
     def bind(self, obs: object, /) -> Value:
         """Encode the observation once and return the value closed over it."""
         ...
-
-

@@ -1,0 +1,54 @@
+"""lerobot 0.6's flow-matching policies pi0, pi0.5 and SmolVLA. Imports nothing of lerobot."""
+
+from copy import copy
+from dataclasses import replace
+from typing import Any
+
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from qsteer.clock import MIRRORED
+from qsteer.inject import Host
+
+
+def repeat_context(context: Any, k: int) -> Any:
+    """Repeat a step's arguments, transformers' key-value caches included, for ``k`` rows per observation.
+
+    A cache comes back with layers of its own, for k = 1 on the same tensors: SmolVLA's step appends to its
+    cache, and what it leaves there would hold the graphs of all guided steps.
+    """
+
+    def is_cache(leaf: Any) -> bool:
+        return hasattr(leaf, "batch_repeat_interleave")
+
+    def repeated(leaf: Any) -> Any:
+        if is_cache(leaf):
+            leaf = copy(leaf)
+            leaf.layers = [copy(layer) for layer in leaf.layers]
+            if k > 1:
+                leaf.batch_repeat_interleave(k)
+        elif isinstance(leaf, Tensor) and k > 1:
+            leaf = leaf.repeat_interleave(k, dim=0)
+        return leaf
+
+    return pytree.tree_map(repeated, context, is_leaf=is_cache)
+
+
+PI05 = Host(
+    serves="PI05Policy",
+    entry="model.sample_actions",
+    step="model.denoise_step",
+    batch="predict_action_chunk",
+    clock=MIRRORED,
+    steps="config.num_inference_steps",
+    executed="config.n_action_steps",
+    action_shape="config.action_feature.shape",
+    rtc="model._rtc_enabled",
+    repeat=repeat_context,
+)
+
+PI0 = replace(PI05, serves="PI0Policy")
+
+SMOLVLA = replace(PI05, serves="SmolVLAPolicy", batch="_get_action_chunk", steps="config.num_steps")
+
+HOSTS = (PI0, PI05, SMOLVLA)

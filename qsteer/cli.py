@@ -1,0 +1,198 @@
+"""The ``qsteer`` command: parses, calls, prints where things are."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from qsteer.recipes import RECIPES, Recipe
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run the ``qsteer`` command; errors of usage and of missing files end it with one line."""
+    args = _parser().parse_args(argv)
+    torch.set_num_threads(1)  # small networks; the simulators need the other cores
+    try:
+        args.run(args)
+    except (ValueError, FileNotFoundError, ModuleNotFoundError) as error:
+        sys.exit(f"qsteer {args.command}: {error}")
+    except KeyboardInterrupt:
+        sys.exit(f"qsteer {args.command}: interrupted; the same command goes on from the last checkpoint")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="qsteer",
+        description="Steer frozen flow-matching robot policies with a critic, at inference time.",
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    def command(name: str, run: object, text: str) -> argparse.ArgumentParser:
+        sub = commands.add_parser(
+            name, help=text, description=text, formatter_class=argparse.ArgumentDefaultsHelpFormatter
+        )
+        sub.set_defaults(run=run)
+        sub.add_argument(
+            "--task", choices=RECIPES, default="cube-single", help="which recipe (qsteer/recipes.py)"
+        )
+        return sub
+
+    demo = command("demo", _demo, "Compare the frozen policy with steered ones on a simulated robot task.")
+    demo.add_argument(
+        "--from-scratch", action="store_true", help="make data, policy and critic first (resumes)"
+    )
+    demo.add_argument("--episodes", type=int, default=50, help="evaluation episodes per arm")
+    demo.add_argument("--num-envs", type=int, default=8, help="simulators at once")
+    demo.add_argument("--seed", type=int, default=0, help="training seed, with --from-scratch")
+    demo.add_argument(
+        "--out", type=Path, default=Path("runs/demo"), help="where results, plots and videos go"
+    )
+
+    generate = command("generate", _generate, "Collect a task's data with OGBench's scripted oracles.")
+    generate.add_argument("--data", type=Path, help="the .npz to write; default runs/data/NAME.npz")
+    generate.add_argument("--transitions", type=int, help="size of the training split; default: the recipe's")
+    generate.add_argument("--seed", type=int, default=0, help="seed of the whole data set")
+    generate.add_argument("--workers", type=int, help="processes; default: one per core")
+
+    policy = command(
+        "train-policy", _train_policy, "Clone the data's behaviour: the policy that is then frozen."
+    )
+    critic = command("train-critic", _train_critic, "Train the critic that steers.")
+    critic.add_argument(
+        "--target", default="iql", choices=["sarsa", "monte_carlo", "iql"], help="what it regresses on"
+    )
+    critic.add_argument("--members", type=int, help="size of the ensemble; default: the recipe's")
+    critic.add_argument("--rho", type=float, help="pessimism; default: the recipe's")
+    for sub, kind in (policy, "policy"), (critic, "critic"):
+        sub.add_argument(
+            "--data", type=Path, help="the .npz to read, generated or official; default runs/data/NAME.npz"
+        )
+        sub.add_argument("--steps", type=int, help="gradient steps; default: the recipe's")
+        sub.add_argument("--seed", type=int, default=0, help="training seed")
+        sub.add_argument("--device", default="cpu", help="cpu or cuda")
+        sub.add_argument("--out", type=Path, help=f"run directory; default runs/TASK/seedN/{kind}")
+
+    evaluate = command("evaluate", _evaluate, "Compare arms on the evaluation seeds.")
+    evaluate.add_argument("--policy", type=Path, required=True, help="directory or hub name of the policy")
+    evaluate.add_argument("--critic", type=Path, required=True, help="directory or hub name of the critic")
+    evaluate.add_argument(
+        "--arms",
+        nargs="+",
+        metavar="ARM",
+        help="such as base tweedie=0.2 qgf=0.2 best-of-8 random-of-8 random-direction=0.2 negated=0.2 "
+        "tweedie=0.2+best-of-8+keep-best; the first is what the others are compared with; default: the "
+        "recipe's",
+    )
+    evaluate.add_argument("--episodes", type=int, default=200, help="per arm; the same ones for every arm")
+    evaluate.add_argument("--rho", type=float, help="another pessimism than the critic was saved with")
+    evaluate.add_argument(
+        "--tuning", action="store_true", help="use the tuning seeds, to choose strengths on"
+    )
+    evaluate.add_argument("--num-envs", type=int, default=8, help="simulators at once")
+    evaluate.add_argument("--out", type=Path, help="JSON to write")
+    return parser
+
+
+def _data(recipe: Recipe, path: Path | None) -> Path:
+    return path or Path("runs/data") / f"{recipe.data}.npz"
+
+
+def _demo(args: argparse.Namespace) -> None:
+    from qsteer.demo import demo
+
+    demo(
+        args.task,
+        out=args.out,
+        episodes=args.episodes,
+        num_envs=args.num_envs,
+        from_scratch=args.from_scratch,
+        seed=args.seed,
+    )
+
+
+def _generate(args: argparse.Namespace) -> None:
+    from qsteer.envs.ogbench import generate
+
+    recipe = RECIPES[args.task]
+    path, transitions = _data(recipe, args.data), args.transitions or recipe.transitions
+    generate(
+        recipe.data,
+        path,
+        transitions=transitions,
+        val_transitions=max(1, transitions // 10),
+        seed=args.seed,
+        workers=args.workers,
+    )
+    print(f"{transitions} transitions of {recipe.data}: {path}")
+
+
+def _train_policy(args: argparse.Namespace) -> None:
+    from qsteer.envs.ogbench import load
+    from qsteer.training import Episodes, train_policy
+
+    recipe = RECIPES[args.task]
+    training = replace(recipe.policy, seed=args.seed, steps=args.steps or recipe.policy.steps)
+    out = args.out or Path("runs") / args.task / f"seed{args.seed}" / "policy"
+    train, _ = load(recipe.task, _data(recipe, args.data))
+    train_policy(Episodes.from_ogbench(train), out, training, device=args.device)
+    print(f"policy: {out}")
+
+
+def _train_critic(args: argparse.Namespace) -> None:
+    from qsteer.envs.ogbench import load
+    from qsteer.training import Episodes, train_critic
+
+    recipe = RECIPES[args.task]
+    training = replace(
+        recipe.critic,
+        seed=args.seed,
+        target=args.target,
+        steps=args.steps or recipe.critic.steps,
+        members=args.members or recipe.critic.members,
+        rho=recipe.critic.rho if args.rho is None else args.rho,
+    )
+    out = args.out or Path("runs") / args.task / f"seed{args.seed}" / "critic"
+    train, _ = load(recipe.task, _data(recipe, args.data))
+    train_critic(Episodes.from_ogbench(train), out, training, device=args.device)
+    print(f"critic: {out}")
+
+
+def _evaluate(args: argparse.Namespace) -> None:
+    from qsteer.critics import Critic
+    from qsteer.envs import ogbench
+    from qsteer.evaluation.arms import parse
+    from qsteer.evaluation.compare import compare, table, write_json
+    from qsteer.evaluation.rollouts import EVALUATION_SEED, TUNING_SEED
+    from qsteer.training import FlowPolicy
+
+    recipe = RECIPES[args.task]
+    policy, critic = FlowPolicy.from_pretrained(args.policy), Critic.from_pretrained(args.critic)
+    if args.rho is not None:
+        critic.config = replace(critic.config, rho=args.rho)
+    report, _ = compare(
+        partial(ogbench.make, recipe.task),
+        policy,
+        critic,
+        [parse(arm) for arm in args.arms or recipe.arms],
+        episodes=args.episodes,
+        seed=TUNING_SEED if args.tuning else EVALUATION_SEED,
+        num_envs=args.num_envs,
+    )
+    report = {
+        "task": recipe.task,
+        "policy": str(args.policy),
+        "critic": str(args.critic),
+        "rho": critic.config.rho,
+    } | report
+    print(table(report))
+    if args.out:
+        write_json(report, args.out)
+        print(f"results: {args.out}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,132 @@
+"""Compare arms: one frozen policy, one critic, the same episodes and the same noise for every arm."""
+
+import json
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import gymnasium
+import torch
+
+from qsteer.critics.critic import Critic
+from qsteer.evaluation.arms import Arm
+from qsteer.evaluation.cost import count, latencies
+from qsteer.evaluation.rollouts import EVALUATION_SEED, Rollouts, Simulators
+from qsteer.evaluation.statistics import paired_bootstrap, wilson_interval
+from qsteer.trace import Trace
+from qsteer.training.policy import FlowPolicy
+
+
+def compare(
+    make_env: Callable[[], gymnasium.Env],
+    policy: FlowPolicy,
+    critic: Critic,
+    arms: Sequence[Arm],
+    *,
+    episodes: int,
+    seed: int = EVALUATION_SEED,
+    num_envs: int = 8,
+    record: bool = False,
+    traces: Mapping[str, Trace] | None = None,
+    progress: bool = True,
+) -> tuple[dict[str, Any], list[Rollouts]]:
+    """Roll every arm out and report success, difference from the first arm, and cost per action.
+
+    Args:
+        make_env: see :class:`qsteer.evaluation.rollouts.Simulators`.
+        policy: the frozen policy.
+        critic: the critic that steers it.
+        arms: the arms; the first is what the others are compared with.
+        episodes: per arm; every arm meets the same ones.
+        seed: of the episodes and their noise.
+        num_envs: environments at once.
+        record: keep the executed actions in the rollouts, for videos.
+        traces: what records the guided steps of an arm, by its spec.
+        progress: show progress bars.
+
+    Returns:
+        A JSON-able report ``{"seed", "arms": [{"name", "spec", "kind", "success", "low", "high", "episodes",
+        ...}]}`` (rates in [0, 1] with 95 % Wilson intervals; ``difference`` with a paired bootstrap interval;
+        evaluations and milliseconds per action of one observation) and the rollouts.
+    """
+    with Simulators(make_env, horizon=policy.config.horizon, num_envs=min(num_envs, episodes)) as simulators:
+        runs = [
+            simulators.rollout(
+                arm.agent(policy, critic, (traces or {}).get(arm.spec)),
+                episodes=episodes,
+                seed=seed,
+                name=arm.spec,
+                record=record,
+                progress=progress,
+            )
+            for arm in arms
+        ]
+    return {"seed": seed, "arms": _rows(policy, critic, arms, runs)}, runs
+
+
+def _rows(
+    policy: FlowPolicy, critic: Critic, arms: Sequence[Arm], runs: Sequence[Rollouts]
+) -> list[dict[str, Any]]:
+    obs, noise = (
+        torch.zeros(1, policy.config.obs_dim),
+        torch.randn(1, policy.config.horizon, policy.config.action_dim),
+    )
+    agents = {arm.spec: arm.agent(policy, critic) for arm in arms}
+    times = latencies({spec: partial(act, obs, noise) for spec, act in agents.items()}, repeats=50)
+    rows = []
+    for arm, run in zip(arms, runs, strict=True):
+        low, high = wilson_interval(int(run.success.sum()), len(run.success))
+        difference = paired_bootstrap(run.success, runs[0].success)
+        cost = count(policy.field(obs), critic.bind(obs), noise, arm.rule, arm.sampler)
+        rows.append(
+            {
+                "name": arm.name,
+                "spec": arm.spec,
+                "kind": arm.kind,
+                "success": float(run.success.mean()),
+                "low": low,
+                "high": high,
+                "episodes": len(run.success),
+                "difference": list(difference),
+                "ms_per_action": times[arm.spec].median,
+                "time_ratio": times[arm.spec].ratio(times[arms[0].spec]),
+                "policy_passes": asdict(cost.field),
+                "critic_passes": asdict(cost.value),
+                "successes": "".join("01"[int(s)] for s in run.success),
+            }
+        )
+    return rows
+
+
+def table(report: Mapping[str, Any]) -> str:
+    """Return the report as text: one line per arm."""
+    base = report["arms"][0]
+    lines = [
+        f"{'':<28}{'':>9}{'95 %':>14}{'against ' + base['name']:>25}{'':>18}   policy passes   critic passes"
+    ]
+    lines += [
+        f"{'arm':<28}{'success':>9}{'interval':>14}{'gain':>9}{'interval':>16}{'ms/action':>11}{'ratio':>7}"
+        "   fwd  bwd  rows   fwd  bwd"
+    ]
+    for arm in report["arms"]:
+        gain, low, high = arm["difference"]
+        against = f"{gain:>+9.0%}{f'{low:+.0%} .. {high:+.0%}':>16}" if arm is not base else " " * 25
+        policy, critic = arm["policy_passes"], arm["critic_passes"]
+        lines.append(
+            f"{arm['spec']:<28}{arm['success']:>9.0%}{f'{arm["low"]:.0%} .. {arm["high"]:.0%}':>14}{against}"
+            f"{arm['ms_per_action']:>11.1f}{arm['time_ratio']:>7.2f}"
+            f"{policy['forwards']:>6}{policy['backwards']:>5}{policy['forward_rows']:>6}"
+            f"{critic['forwards']:>6}{critic['backwards']:>5}"
+        )
+    return "\n".join(lines)
+
+
+def write_json(report: dict[str, Any], path: Path) -> None:
+    """Write a report whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(json.dumps(report, indent=1) + "\n")
+    os.replace(temporary, path)

@@ -1,0 +1,159 @@
+"""Pictures of results and of what steering did."""
+
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float
+from numpy.typing import ArrayLike
+
+from qsteer.evaluation.statistics import wilson_interval
+
+INK, MUTED, RULE = "#1f2328", "#656d76", "#d8dee4"
+BASE, STEERED, CONTROL = "#e8833a", "#2f6fdb", "#a0a7b0"
+STYLE = {
+    "font.family": ["DejaVu Sans"],
+    "font.size": 10,
+    "text.color": INK,
+    "axes.edgecolor": RULE,
+    "axes.labelcolor": MUTED,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "xtick.color": RULE,
+    "ytick.color": RULE,
+    "xtick.labelcolor": MUTED,
+    "ytick.labelcolor": MUTED,
+    "savefig.dpi": 150,
+    "savefig.facecolor": "white",
+}
+
+
+def plot_success(
+    arms: Mapping[str, ArrayLike],
+    path: str | Path,
+    *,
+    base: str | None = None,
+    controls: Collection[str] = (),
+    title: str | None = None,
+) -> Path:
+    """Draw the success rate of each arm with its 95 % Wilson interval, from top to bottom in the given order.
+
+    Args:
+        arms: per-episode successes by name of the arm, for example ``{r.name: r.success for r in rollouts}``.
+        path: of the picture; its suffix says the format.
+        base: the unsteered arm, drawn in a colour of its own with a line to compare by.
+        controls: arms which should not gain, drawn in grey.
+        title: above the picture.
+
+    Raises:
+        ValueError: no arms, or ``base`` or ``controls`` are not among them.
+        ModuleNotFoundError: matplotlib is not installed.
+    """
+    if not arms:
+        raise ValueError("arms: expected at least one, got none")
+    if unknown := {*controls, *([base] if base else [])} - set(arms):
+        raise ValueError(f"base, controls: expected names among {sorted(arms)}, got {sorted(unknown)}")
+    plt = _pyplot()
+    with plt.rc_context(STYLE):
+        height = 0.42 * len(arms) + (1.15 if title else 0.8)
+        fig, ax = plt.subplots(figsize=(7.2, height), layout="constrained")
+        for y, (name, successes) in enumerate(arms.items()):
+            hits = np.asarray(successes, bool)
+            rate, interval = 100 * hits.mean(), 100 * np.array(wilson_interval(int(hits.sum()), len(hits)))
+            colour = BASE if name == base else CONTROL if name in controls else STEERED
+            ax.barh(y, rate, height=0.62, color=colour, alpha=0.22, linewidth=0)
+            ax.plot(interval, [y, y], color=colour, linewidth=2, solid_capstyle="round")
+            ax.plot(rate, y, "o", color=colour, markersize=7, markeredgecolor="white", markeredgewidth=1.2)
+            ax.annotate(
+                f"{rate:.0f}",
+                (interval[1], y),
+                (6, 0),
+                textcoords="offset points",
+                va="center_baseline",
+                fontweight="bold",
+                bbox={"facecolor": "white", "edgecolor": "none", "pad": 1},
+            )
+            if name == base:
+                ax.axvline(rate, color=BASE, linewidth=1, linestyle=(0, (2, 3)), zorder=0)
+        ax.set(xlim=(0, 106), ylim=(len(arms) - 0.4, -0.6))
+        ax.set_xticks(range(0, 101, 25), ["0", "25", "50", "75", "100 %"])
+        ax.set_yticks(range(len(arms)), arms, color=INK)
+        ax.set_xlabel(f"success rate of {_sizes(arms)} episodes, with 95 % interval", loc="left")
+        ax.tick_params(axis="y", length=0)
+        ax.spines["left"].set_visible(False)
+        ax.spines["bottom"].set_bounds(0, 100)
+        if title:
+            ax.set_title(title, loc="left", fontweight="bold", fontsize=11)
+        return _save(fig, path)
+
+
+def plot_trace(
+    t: Float[np.ndarray, "K"],
+    strength: Float[np.ndarray, "N K"],
+    gradient_norm: Float[np.ndarray, "N K"],
+    value: Float[np.ndarray, "N K"],
+    value_std: Float[np.ndarray, "N K"],
+    *,
+    path: str | Path,
+) -> Path:
+    """Draw what steering did along the flow: medians over N actions, with 10 to 90 % bands.
+
+    Args:
+        t: paper times of the guided steps.
+        strength: norm of the guidance over norm of the velocity.
+        gradient_norm: norm of the critic's gradient.
+        value: mean of the ensemble at the denoised action.
+        value_std: spread of the ensemble there.
+        path: of the picture; its suffix says the format.
+
+    Raises:
+        ValueError: there is no action or no step.
+        ModuleNotFoundError: matplotlib is not installed.
+    """
+    panels = {
+        "guidance / velocity": strength,
+        "critic gradient": gradient_norm,
+        "value": value,
+        "ensemble spread": value_std,
+    }
+    if not len(t) or any(panel.size == 0 for panel in panels.values()):
+        raise ValueError("trace: expected a guided action, got none; sample with a rule and trace=Trace()")
+    plt = _pyplot()
+    with plt.rc_context(STYLE):
+        fig, axes = plt.subplots(1, 4, figsize=(9.6, 2.4), layout="constrained")
+        for ax, (name, panel) in zip(axes, panels.items(), strict=True):
+            low, median, high = np.nanquantile(panel, [0.1, 0.5, 0.9], axis=0)
+            ax.fill_between(t, low, high, color=STEERED, alpha=0.16, linewidth=0)
+            ax.plot(t, median, color=STEERED, linewidth=2, solid_capstyle="round")
+            ax.set_title(name, loc="left", fontsize=10, fontweight="bold")
+            ax.set(xlim=(0, 1))
+            ax.set_xticks([0, 0.5, 1], ["noise", "t = 0.5", "action"])
+            ax.locator_params(axis="y", nbins=4)
+            if name != "value":  # the others are norms
+                ax.set_ylim(0, 1.2 * np.nanmax(high) or 1)
+        return _save(fig, path)
+
+
+def _sizes(arms: Mapping[str, ArrayLike]) -> str:
+    sizes = sorted({len(np.asarray(successes)) for successes in arms.values()})
+    return str(sizes[0]) if len(sizes) == 1 else f"{sizes[0]} to {sizes[-1]}"
+
+
+def _save(fig: Any, path: str | Path) -> Path:
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    fig.savefig(path)
+    _pyplot().close(fig)
+    return path
+
+
+def _pyplot() -> Any:
+    try:
+        import matplotlib
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError('plots need matplotlib: pip install "qsteer[plots]"') from error
+    matplotlib.use("agg")
+    import matplotlib.pyplot as plt
+
+    return plt

@@ -1,0 +1,60 @@
+"""The settings of the demonstration tasks: data, training and steering, in one place."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from qsteer.training.bc import PolicyTraining
+from qsteer.training.critic import CriticTraining
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """All that makes one demonstration.
+
+    Attributes:
+        task: OGBench's name of the task.
+        data: OGBench's name of the data set.
+        transitions: size of the training split; the validation split is a tenth.
+        policy: how to clone the behaviour.
+        critic: how to train the critic.
+        arms: the arms of the demonstration, see :func:`qsteer.evaluation.arms.parse`. Their strengths were
+            chosen on the tuning seeds.
+        minutes: how long everything takes from scratch on two cores, roughly.
+    """
+
+    task: str
+    data: str
+    transitions: int
+    policy: PolicyTraining
+    critic: CriticTraining
+    arms: tuple[str, ...]
+    minutes: int
+
+    @property
+    def horizon(self) -> int:
+        """Steps of an action chunk, all executed."""
+        return self.policy.horizon
+
+
+CUBE_SINGLE = Recipe(
+    task="cube-single-play-singletask-v0",
+    data="cube-single-play-v0",
+    transitions=200_000,
+    policy=PolicyTraining(steps=30_000),
+    critic=CriticTraining(steps=30_000),
+    arms=("base", "best-of-8", "qgf=0.06", "tweedie=0.2", "random-direction=0.2"),
+    minutes=30,
+)
+POINTMAZE = Recipe(
+    task="pointmaze-medium-navigate-singletask-v0",
+    data="pointmaze-medium-navigate-v0",
+    transitions=50_000,
+    policy=PolicyTraining(steps=4_000, hidden=(64, 64, 64)),
+    critic=CriticTraining(steps=6_000, hidden=(64, 64, 64), ema=0.03),
+    arms=("base", "best-of-8", "qgf-matched=0.3", "tweedie=0.3", "random-direction=0.3"),
+    minutes=4,
+)
+RECIPES = {"cube-single": CUBE_SINGLE, "pointmaze-medium": POINTMAZE}
+
+CHECKPOINTS = Path(__file__).parent.parent / "examples" / "checkpoints"
+"""Where a checkout keeps the small policies and critics of the demonstration."""

@@ -1,0 +1,42 @@
+import json
+
+import pytest
+
+from qsteer.cli import main
+
+
+def test_help_names_every_command(capsys):
+    with pytest.raises(SystemExit, match="0"):
+        main(["--help"])
+    text = capsys.readouterr().out
+    assert all(
+        command in text for command in ("demo", "generate", "train-policy", "train-critic", "evaluate")
+    )
+
+
+def test_a_missing_data_set_ends_with_the_command_that_makes_it(tmp_path):
+    with pytest.raises(SystemExit, match="generate"):
+        main(["train-policy", "--task", "pointmaze-medium", "--data", str(tmp_path / "none.npz")])
+
+
+def test_from_nothing_to_a_comparison(tmp_path, capsys):
+    """The README's commands, in small: data, policy, critic, comparison."""
+    task, data = ["--task", "pointmaze-medium"], ["--data", str(tmp_path / "maze.npz")]
+    main(["generate", *task, *data, "--transitions", "600", "--workers", "1"])
+    for kind in "policy", "critic":
+        main([f"train-{kind}", *task, *data, "--steps", "30", "--out", str(tmp_path / kind)])
+    evaluate = ["evaluate", *task, "--policy", str(tmp_path / "policy"), "--critic", str(tmp_path / "critic")]
+    options = ["--episodes", "2", "--num-envs", "2", "--out", str(tmp_path / "report.json")]
+    main([*evaluate, "--arms", "base", "tweedie=0.3", "best-of-3", *options])
+
+    report = json.loads((tmp_path / "report.json").read_text())
+    base, tweedie, best = report["arms"]
+    assert [arm["name"] for arm in report["arms"]] == ["base", "tweedie", "best-of-3"]
+    assert all(
+        arm["episodes"] == 2 and 0 <= arm["low"] <= arm["success"] <= arm["high"] <= 1
+        for arm in report["arms"]
+    )
+    assert base["policy_passes"]["forwards"] == 10 and base["critic_passes"]["forwards"] == 0
+    assert (tweedie["policy_passes"]["forwards"], tweedie["policy_passes"]["backwards"]) == (10, 9)
+    assert best["policy_passes"]["forwards"] == 10 and best["policy_passes"]["forward_rows"] == 30
+    assert "tweedie=0.3" in capsys.readouterr().out
