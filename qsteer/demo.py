@@ -83,8 +83,9 @@ def _kept(task: str) -> Path:
     source = CHECKPOINTS / task
     if not source.is_dir():
         raise FileNotFoundError(
-            f"expected the checkpoints of {task} in {source}, got none: a checkout of qsteer has them, an installed "
-            f"package has not; run from a checkout, or make them: qsteer demo --task {task} --from-scratch"
+            f"expected the checkpoints of {task} in {source}, got none: a checkout of qsteer has them, "
+            f"an installed package has not; run from a checkout, or make them with "
+            f"qsteer demo --task {task} --from-scratch"
         )
     return source
 

@@ -15,6 +15,7 @@ import contextlib
 import multiprocessing
 import os
 import sys
+import warnings
 from abc import ABC, abstractmethod
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -429,4 +430,6 @@ def _ogbench(*, render: bool = False) -> ModuleType:
         import ogbench
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError(f'expected ogbench, got {error}: pip install "qsteer[ogbench]"') from error
+    # OGBench makes its action space anew at each access, of float64 bounds, and gymnasium warns each time.
+    warnings.filterwarnings("ignore", "(?s).*precision lowered by casting", module="gymnasium")
     return ogbench
