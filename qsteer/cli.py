@@ -45,7 +45,7 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument(
         "--from-scratch", action="store_true", help="make data, policy and critic first (resumes)"
     )
-    demo.add_argument("--episodes", type=int, default=50, help="evaluation episodes per arm")
+    demo.add_argument("--episodes", type=int, default=100, help="evaluation episodes per arm")
     demo.add_argument("--num-envs", type=int, default=8, help="simulators at once")
     demo.add_argument("--seed", type=int, default=0, help="training seed, with --from-scratch")
     demo.add_argument(

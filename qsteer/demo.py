@@ -24,7 +24,7 @@ def demo(
     task: str = "cube-single",
     *,
     out: Path = Path("runs/demo"),
-    episodes: int = 50,
+    episodes: int = 100,
     num_envs: int = 8,
     from_scratch: bool = False,
     seed: int = 0,

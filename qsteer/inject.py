@@ -22,10 +22,9 @@ from typing import Any
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
 from qsteer.clock import Clock
-from qsteer.flow import repeat_rows
+from qsteer.flow import normal, repeat_rows
 from qsteer.samplers import Euler
 from qsteer.sampling import outside_inference_mode, sample
 from qsteer.trace import Trace
@@ -269,7 +268,7 @@ class Handle:
                 f"got a direct one; call policy.{self.host.batch}(batch), or remove the handle first"
             )
         with outside_inference_mode():
-            args, kwargs, batch = ordinary((args, kwargs, batch))
+            args, kwargs, batch = normal((args, kwargs, batch))
             field, noise = self._field(args, kwargs)
             value = self._value(batch, noise)
             return sample(field, value, noise, rule=self.rule, sampler=self.sampler, trace=self.trace)
@@ -477,8 +476,3 @@ def seen_by(critic: Bindable, policy: Any, host: Host) -> tuple[int, int]:
 def parameters_of(module: Any) -> list[nn.Parameter]:
     """Return the parameters of a module; anything else has none."""
     return list(module.parameters()) if isinstance(module, nn.Module) else []
-
-
-def ordinary(tree: Any) -> Any:
-    """Return a nested structure with its inference tensors, which autograd refuses, replaced by copies."""
-    return pytree.tree_map_only(Tensor, lambda x: x.clone() if x.is_inference() else x, tree)

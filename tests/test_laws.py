@@ -152,8 +152,15 @@ def test_law_05_zero_alpha_is_bit_identical(policy: nn.Module):
             assert torch.equal(torch.get_rng_state(), state)
 
 
+class Closure(hosts.Target):
+    """Multiplies by the batch's own tensor, which autograd must be able to keep."""
+
+    def bind(self, obs: dict[str, Tensor]) -> qsteer.Value:
+        return qsteer.value(lambda a: (a[:, 0] * obs["observation.state"][:, :3]).sum(1))
+
+
 def test_law_06_grad_modes(policy: nn.Module):
-    steered, critic = [], hosts.Target()
+    steered, critic = [], Closure()
     for mode in (torch.enable_grad, torch.no_grad, torch.inference_mode):
         with mode():
             base = chunk(policy)  # whatever the host keeps from here on was made in this mode

@@ -193,7 +193,7 @@ class _Film:
         draw = ImageDraw.Draw(panel)
         font = ImageFont.load_default(size=0.55 * bar)
         draw.text((0.3 * bar, bar / 2), name, "white", font, anchor="lm")
-        progress = f"solved, {step}" if solved else str(step)
+        progress = f"solved at {step}" if solved else f"step {step}"
         draw.text((self.size - 0.3 * bar, bar / 2), progress, "white", font, anchor="rm")
         if solved:
             draw.rectangle((0, 0, self.size - 1, self.size + bar - 1), outline=GREEN, width=edge)
