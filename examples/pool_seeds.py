@@ -3,8 +3,8 @@
     python examples/pool_seeds.py benchmarks/cube-single/seed*.json
 
 Prints Markdown: success for each training seed, pooled success with its 95 % Wilson interval, and the pooled
-gain over the first arm with a paired bootstrap interval. Both intervals are of the episodes; the columns of the
-seeds show how far training seeds differ.
+gain over the first arm with a paired bootstrap interval. Both intervals are of the episodes; the columns of
+the seeds show how far training seeds differ.
 """
 
 import argparse
@@ -34,9 +34,8 @@ def main() -> None:
         gain, worst, best = paired_bootstrap(hits, base)
         each = " | ".join(f"{arm['success']:.0%}" for arm in arms)
         against = "| |" if arms[0] is reports[0][0] else f"{gain:+.0%} | {worst:+.0%} to {best:+.0%} |"
-        print(
-            f"| {arms[0]['spec']} | {each} | {sum(hits) / len(hits):.0%} | {low:.0%} to {high:.0%} | {against}"
-        )
+        pooled = f"{sum(hits) / len(hits):.0%} | {low:.0%} to {high:.0%}"
+        print(f"| {arms[0]['spec']} | {each} | {pooled} | {against}")
 
 
 if __name__ == "__main__":

@@ -48,11 +48,11 @@ CUBE_SINGLE = Recipe(
 POINTMAZE = Recipe(
     task="pointmaze-medium-navigate-singletask-v0",
     data="pointmaze-medium-navigate-v0",
-    transitions=50_000,
-    policy=PolicyTraining(steps=4_000, hidden=(64, 64, 64)),
-    critic=CriticTraining(steps=6_000, hidden=(64, 64, 64), ema=0.03),
+    transitions=200_000,
+    policy=PolicyTraining(steps=6_000, hidden=(64, 64, 64)),
+    critic=CriticTraining(steps=15_000, hidden=(64, 64, 64), ema=0.05),
     arms=("base", "best-of-8", "qgf-matched=0.3", "tweedie=0.3", "random-direction=0.3"),
-    minutes=4,
+    minutes=6,
 )
 RECIPES = {"cube-single": CUBE_SINGLE, "pointmaze-medium": POINTMAZE}
 

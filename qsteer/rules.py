@@ -7,6 +7,8 @@ independent. The sampler knows nothing of them.
 Notation: ``D(x, t) = x + (1 - t) v(x, t)`` is the denoised action. Costs are per guided step and row.
 """
 
+import os
+import warnings
 from abc import abstractmethod
 from dataclasses import KW_ONLY, dataclass, field, replace
 from typing import Literal, NamedTuple, get_args
@@ -179,6 +181,13 @@ class Tweedie(Guidance):
         """Differentiate the value of the denoised action with respect to the noisy one."""
         x = x.requires_grad_()
         v = field(x, t)
+        if not v.requires_grad:
+            warnings.warn(
+                "Tweedie: expected a velocity that is differentiable in x, got one without a gradient: its "
+                "Jacobian is lost, and the rule is a QGF; compute the velocity without no_grad() or detach()",
+                RuntimeWarning,
+                skip_file_prefixes=(os.path.dirname(__file__),),
+            )
         a = clip_through(denoise(x, v, t), self.clip)
         q = value(a)
         return Ascent(v.detach(), gradient(q, x), q.detach(), a.detach())

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-_recording: ContextVar["Trace | None"] = ContextVar("qsteer_trace", default=None)
+_recording: ContextVar["recording | None"] = ContextVar("qsteer_trace", default=None)
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,6 @@ class Trace:
     keep: int = 1000
     fallbacks: int = 0
     actions: deque[list[Step]] = field(default_factory=deque, repr=False)
-    _pending: list[Tensor] = field(default_factory=list, repr=False)
     _warned: bool = False
 
     def __post_init__(self) -> None:
@@ -61,12 +60,11 @@ class Trace:
     def arrays(self) -> dict[str, np.ndarray]:
         """Return ``t`` (K,) and ``strength, gradient_norm, value, value_std`` (N, K).
 
-        N rows of actions, K guided steps.
-        Actions of another number of guided steps or rows than the last one's (a rule was swapped) are left
-        out.
+        N rows of actions, K guided steps. Actions guided at other times than the last one (a rule was
+        swapped) are left out.
         """
         names = ("strength", "gradient_norm", "value", "value_std")
-        if not self.actions or not self.actions[-1]:
+        if not self.actions:
             return {"t": np.zeros(0), **{name: np.zeros((0, 0)) for name in names}}
         times = torch.stack([step.t[0] for step in self.actions[-1]])
         alike = [
@@ -100,10 +98,8 @@ class Trace:
             lines.append(f"{t:5.2f}  {s:8.4f}  {g:10.3g}  {q:8.3f}  {d:6.3f}")
         return "\n".join(lines)
 
-    def _settle(self) -> None:
-        """Count the fallbacks of a finished action: the only place where tracing waits for the device."""
-        lost = int(torch.stack(self._pending).sum()) if self._pending else 0
-        self._pending.clear()
+    def _count(self, lost: int) -> None:
+        """Count the fallbacks of one action, and warn of the first."""
         self.fallbacks += lost
         if lost and not self._warned:
             self._warned = True
@@ -117,30 +113,36 @@ class Trace:
 
 
 class recording:  # noqa: N801 (used as a with statement)
-    """Record one sampled action into ``trace``; without one, only count and warn of fallbacks."""
+    """Record one sampled action into ``trace``; without one, only count and warn of fallbacks.
+
+    What is recorded belongs to the action until it is finished, so threads may share a trace.
+    """
 
     def __init__(self, trace: Trace | None) -> None:
         self.trace = Trace(steps=False) if trace is None else trace
+        self.steps: list[Step] = []
+        self.fell_back: list[Tensor] = []
 
     def __enter__(self) -> None:
-        """Start a new action."""
-        if self.trace.steps:
-            self.trace.actions.append([])
-        self._token = _recording.set(self.trace)
+        """Start the action."""
+        self._token = _recording.set(self)
 
     def __exit__(self, *_: object) -> None:
-        """Count its fallbacks."""
+        """Hand the action over: the only place where tracing waits for the device."""
         _recording.reset(self._token)
-        self.trace._settle()
+        if self.steps:
+            self.trace.actions.append(self.steps)
+        if self.fell_back:
+            self.trace._count(int(torch.stack(self.fell_back).sum()))
 
 
 def report_fallbacks(fell_back: Tensor) -> None:
     """Count the rows (True) which fell back to the base policy."""
-    if (trace := _recording.get()) is not None:
-        trace._pending.append(fell_back.sum())
+    if (action := _recording.get()) is not None:
+        action.fell_back.append(fell_back.sum())
 
 
 def recorder() -> list[Step] | None:
     """Return the list to append guided steps to, or None when nobody looks."""
-    trace = _recording.get()
-    return trace.actions[-1] if trace is not None and trace.steps else None
+    action = _recording.get()
+    return action.steps if action is not None and action.trace.steps else None

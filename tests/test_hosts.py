@@ -188,9 +188,8 @@ def counted(method: Any, name: str, calls: list[str]) -> Any:
     return counting
 
 
+@pytest.mark.parametrize("name", hosts.LEROBOT)
 def test_select_action_is_steered(policy: nn.Module, name: str):
-    if name == "plain":
-        pytest.skip("has chunks only")
     chunks = {}
     for method in (qsteer.Euler(), STRONG):
         with steer(policy, hosts.Target(), method):
@@ -205,7 +204,7 @@ def test_select_action_is_steered(policy: nn.Module, name: str):
 
 
 class Meeting(dict):
-    """A batch at whose first reading both robots wait for each other: both have handed theirs over by then."""
+    """A batch at whose first reading both robots wait for each other: by then both have been called."""
 
     def __init__(self, batch: dict[str, Tensor], barrier: Barrier) -> None:
         super().__init__(batch)

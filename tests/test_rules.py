@@ -850,3 +850,10 @@ def test_rules_are_immutable_and_compare_by_what_they_do(rule):
         rule().start = 0.5
     assert rule(0.1) == rule(0.1) != rule(0.2)
     assert hash(rule(0.1)) == hash(rule(0.1))
+
+
+def test_tweedie_says_that_the_jacobian_is_lost():
+    field = qsteer.field(torch.no_grad()(lambda x, t: torch.tanh(x)))
+    value = qsteer.value(lambda a: a.flatten(1).sum(1))
+    with pytest.warns(RuntimeWarning, match="without no_grad"):
+        qsteer.sample(field, value, torch.randn(2, 3, 2), rule=qsteer.Tweedie())

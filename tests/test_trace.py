@@ -217,3 +217,25 @@ def test_a_trace_that_keeps_nothing_is_refused_with_a_remedy(keep):
         pytest.raises(ValueError, match=f"keep: expected at least 1 action, got {keep}; use steps=False"),
     ):
         qsteer.Trace(keep=keep)
+
+
+def test_threads_may_share_a_trace():
+    trace, meet = qsteer.Trace(), threading.Barrier(2)
+
+    def act(rows):
+        def velocity(x, t):
+            meet.wait(timeout=30)
+            return torch.tanh(x)
+
+        value = qsteer.value(lambda a: a.flatten(1).sum(1))
+        qsteer.sample(
+            qsteer.field(velocity), value, torch.randn(rows, 3, 2), rule=qsteer.Tweedie(), trace=trace
+        )
+
+    threads = [threading.Thread(target=act, args=(rows,)) for rows in (1, 2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sorted({len(step.t) for step in action}.pop() for action in trace.actions) == [1, 2]
+    assert all(len(action) == 9 and len({len(step.t) for step in action}) == 1 for action in trace.actions)
