@@ -129,7 +129,7 @@ class TrustRegion(Sampler):
     """FMQ's closed-form projection on a finished action: ``a + eta_eff * g / ||g||`` (FMQ eq. 11 to 13).
 
     ``a + eta g / ||g||`` maximises the linearised value in a ball of radius eta around the policy's action;
-    beta > 0 shrinks the ball where the ensemble disagrees.
+    beta > 0 shrinks the ball where the ensemble disagrees. The moved action is not clipped again.
 
     Cost: that of ``inner``, and 1 critic forward and backward (one more forward when beta > 0).
 
@@ -177,7 +177,10 @@ class TrustRegion(Sampler):
 class KeepBest(Sampler):
     """Guard: the steered action, unless the same sampler on the unsteered field finds one of higher value.
 
-    Both start from the caller's noise. Cost: that of ``inner`` twice, steered and not, and 2 critic forwards.
+    Both start from the caller's noise. It catches pushes that fail by the critic's own measure, which are
+    rare; it cannot catch exploitation of the critic, whose mark is a higher value.
+
+    Cost: that of ``inner`` twice, steered and not, and 2 critic forwards.
 
     Args:
         inner: makes both actions.
