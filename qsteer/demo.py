@@ -111,9 +111,8 @@ def _film(recipe: Recipe, base: Rollouts, steered: Rollouts, path: Path) -> None
     telling = (steered.success & ~base.success).nonzero()[0]
     episode = int(telling[0]) if telling.size else 0
     try:
-        side_by_side(
-            partial(ogbench.make, recipe.task, render=True), [base, steered], episodes=[episode], paths=[path]
-        )
+        make_env = partial(ogbench.make, recipe.task, render=True)
+        side_by_side(make_env, [base, steered], episodes=[episode], paths=[path], camera=recipe.camera)
         print(f"video:   {path} (episode {episode})")
     except RenderError as error:
         print(f"video:   none: {error}")

@@ -19,6 +19,7 @@ class Recipe:
         critic: how to train the critic.
         arms: the arms of the demonstration, see :func:`qsteer.evaluation.arms.parse`. Their strengths were
             chosen on the tuning seeds.
+        camera: of the film; None: the environment's own.
         minutes: how long everything takes from scratch on two cores, roughly.
     """
 
@@ -29,6 +30,7 @@ class Recipe:
     critic: CriticTraining
     arms: tuple[str, ...]
     minutes: int
+    camera: str | None = None
 
     @property
     def horizon(self) -> int:
@@ -44,6 +46,7 @@ CUBE_SINGLE = Recipe(
     critic=CriticTraining(steps=30_000),
     arms=("base", "best-of-8", "qgf=0.06", "tweedie=0.2", "random-direction=0.2"),
     minutes=30,
+    camera="front_pixels",
 )
 POINTMAZE = Recipe(
     task="pointmaze-medium-navigate-singletask-v0",

@@ -16,7 +16,7 @@ from scipy.stats import binom, binomtest
 from torch import Tensor
 
 import qsteer
-from qsteer.evaluation.cost import Latency, count, latencies, latency
+from qsteer.evaluation.cost import Latency, Passes, count, latencies, latency
 from qsteer.evaluation.plots import plot_success, plot_trace
 from qsteer.evaluation.rollouts import ChunkedAction, Rollouts, Simulators, noise_generator, rollout
 from qsteer.evaluation.statistics import paired_bootstrap, wilson_interval
@@ -235,12 +235,13 @@ class TestRollouts:
 
 class TestChunkedAction:
     def test_success_is_what_the_environment_says_at_any_step_or_else_termination(self) -> None:
-        up, down = np.tile([0.0, 0.9], (H, 1)), np.tile([0.9, 0.0], (H, 1))
         for says in ("success", "is_success"):
-            env = ChunkedAction(Walk(says), H)
+            env = ChunkedAction(Walk(says), 2)
             env.reset(seed=0)
-            assert env.step(down)[-1]["success"]
-            assert env.step(up)[-1]["success"]  # though no longer in that state
+            assert env.step(np.array([[1.0, -1.0], [0.0, 0.0]]))[-1]["success"]
+            *_, info = env.step(np.array([[-1.0, 1.0], [-1.0, 1.0]]))
+            assert env.unwrapped.place[0] < env.unwrapped.place[1]  # no longer in that state
+            assert info["success"]
         for reach, ended in ((1.5, True), (np.inf, False)):
             env = ChunkedAction(Walk(None, reach), 20)
             env.reset(seed=0)
@@ -352,9 +353,14 @@ class TestCost:
         assert (cost.value.forwards, cost.value.forward_rows) == (1, 8)
         assert str(cost) == "policy 10 forward 0 backward, critic 1 forward 0 backward"
 
-    def test_a_field_that_returns_its_input_is_counted_as_any_other(self) -> None:
-        cost = count(qsteer.field(lambda x, t: x), self.value, torch.ones(1, H, A), qsteer.Tweedie())
-        assert (cost.field.forwards, cost.field.backwards) == (10, 9)
+    def test_only_gradients_through_the_network_count(self) -> None:
+        """A network may return its input; gradients that reach the input by another way are not its own."""
+        passes, x = Passes(), torch.ones(1, H, A, requires_grad=True)
+        passed = passes.seen(x)
+        (x**2).sum().backward()
+        assert (passes.forwards, passes.backwards) == (1, 0)
+        passed.sum().backward()
+        assert (passes.forwards, passes.backwards) == (1, 1)
 
     def test_counting_changes_nothing(self) -> None:
         """The host's own grid and the critic's mask are seen through the counters."""
