@@ -62,6 +62,10 @@ def sample(
     for name, part, example in (("rule", rule, "qsteer.Tweedie()"), ("sampler", sampler, "qsteer.Euler()")):
         if isinstance(part, type) or not (callable(part) or (part is None and name == "rule")):
             raise TypeError(f"{name}: expected an object such as {example}, got {part!r}; pass an instance")
+    if trace is not None and not isinstance(trace, Trace):
+        raise TypeError(
+            f"trace: expected a qsteer.Trace to record into, got {trace!r}; pass trace=qsteer.Trace()"
+        )
     if not isinstance(noise, Tensor) or not noise.is_floating_point():
         kind = noise.dtype if isinstance(noise, Tensor) else type(noise).__name__
         raise TypeError(f"noise: expected a floating-point tensor, got {kind}; use torch.randn(B, H, A)")

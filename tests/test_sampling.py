@@ -131,6 +131,7 @@ X = torch.zeros(1, 2, 2)
             r"rule: expected an object such as qsteer\.Tweedie\(\)",
         ),
         (lambda: qsteer.sample(BASE, VALUE, X, rule=qsteer.Tweedie), TypeError, "pass an instance"),
+        (lambda: qsteer.sample(BASE, VALUE, X, trace=True), TypeError, r"pass trace=qsteer\.Trace"),
         (lambda: qsteer.sample(BASE, VALUE, X, sampler=qsteer.Euler), TypeError, "pass an instance"),
         (
             lambda: qsteer.sample(BASE, VALUE, X, sampler=None),
