@@ -46,7 +46,7 @@ def demo(
         FileNotFoundError: the checkpoints kept in a checkout are not there.
     """
     started, recipe = time.perf_counter(), RECIPES[task]
-    source = _make(recipe, task, seed) if from_scratch else _kept(task)
+    source = Path(os.path.relpath(_make(recipe, task, seed) if from_scratch else _kept(task)))
     policy, critic = FlowPolicy.from_pretrained(source / "policy"), Critic.from_pretrained(source / "critic")
     arms = [parse(spec) for spec in recipe.arms]
     steered = next(spec for spec in recipe.arms if spec.startswith("tweedie"))
@@ -65,7 +65,11 @@ def demo(
         record=True,
         traces={steered: trace},
     )
-    report = {"task": recipe.task, "checkpoints": str(source), "command": shlex.join(sys.argv)} | report
+    report = {
+        "task": recipe.task,
+        "checkpoints": str(source),
+        "command": shlex.join(["qsteer", *sys.argv[1:]]),
+    } | report
     write_json(report, out / "results.json")
     print("\n" + table(report) + "\n")
     print(f"results: {out / 'results.json'}")

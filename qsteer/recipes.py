@@ -45,7 +45,7 @@ CUBE_SINGLE = Recipe(
     policy=PolicyTraining(steps=30_000),
     critic=CriticTraining(steps=30_000),
     arms=("base", "best-of-8", "qgf=0.06", "tweedie=0.2", "random-direction=0.2"),
-    minutes=30,
+    minutes=25,
     camera="front_pixels",
 )
 POINTMAZE = Recipe(
@@ -55,7 +55,7 @@ POINTMAZE = Recipe(
     policy=PolicyTraining(steps=6_000, hidden=(64, 64, 64)),
     critic=CriticTraining(steps=15_000, hidden=(64, 64, 64), ema=0.05),
     arms=("base", "best-of-8", "qgf-matched=0.3", "tweedie=0.3", "random-direction=0.3"),
-    minutes=6,
+    minutes=4,
 )
 RECIPES = {"cube-single": CUBE_SINGLE, "pointmaze-medium": POINTMAZE}
 
