@@ -1,5 +1,6 @@
 """The action-chunk critic: a pessimistic ensemble of Q functions, bound to an observation for use."""
 
+import contextlib
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -98,7 +99,8 @@ class Critic(
     @classmethod
     def _from_pretrained(cls, *, strict: bool = True, **hub: Any) -> "Critic":
         """Load with the hub's machinery, but refuse a checkpoint that lacks weights."""
-        return super()._from_pretrained(strict=strict, **hub)
+        with contextlib.redirect_stdout(None):  # the hub says where it loads from
+            return super()._from_pretrained(strict=strict, **hub)
 
     def fit_normalisation(self, obs: Float[Tensor, "N O"]) -> None:
         """Take the observations' mean and standard deviation into the checkpoint."""

@@ -1,5 +1,6 @@
 """A small chunked flow policy for state observations: the base policy of the examples and experiments."""
 
+import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -76,7 +77,8 @@ class FlowPolicy(
     @classmethod
     def _from_pretrained(cls, *, strict: bool = True, **hub: Any) -> "FlowPolicy":
         """Load with the hub's machinery, but refuse a checkpoint that lacks weights."""
-        return super()._from_pretrained(strict=strict, **hub)
+        with contextlib.redirect_stdout(None):  # the hub says where it loads from
+            return super()._from_pretrained(strict=strict, **hub)
 
     def encode(self, obs: Float[Tensor, "B O"]) -> Float[Tensor, "B D"]:
         """Return the observation's half of the first layer: what does not change while an action is made.
