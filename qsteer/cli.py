@@ -94,6 +94,11 @@ def _parser() -> argparse.ArgumentParser:
     )
     evaluate.add_argument("--num-envs", type=int, default=8, help="simulators at once")
     evaluate.add_argument("--out", type=Path, help="JSON to write")
+    evaluate.add_argument(
+        "--eval-info",
+        type=Path,
+        help="directory for each arm's episodes, as lerobot's eval info has them",
+    )
     return parser
 
 
@@ -165,15 +170,15 @@ def _evaluate(args: argparse.Namespace) -> None:
     from qsteer.critics import Critic
     from qsteer.envs import ogbench
     from qsteer.evaluation.arms import parse
-    from qsteer.evaluation.compare import compare, table, write_json
-    from qsteer.evaluation.rollouts import EVALUATION_SEED, TUNING_SEED
+    from qsteer.evaluation.compare import compare, table
+    from qsteer.evaluation.rollouts import EVALUATION_SEED, TUNING_SEED, write_json
     from qsteer.training import FlowPolicy
 
     recipe = RECIPES[args.task]
     policy, critic = FlowPolicy.from_pretrained(args.policy), Critic.from_pretrained(args.critic)
     if args.rho is not None:
         critic.config = replace(critic.config, rho=args.rho)
-    report, _ = compare(
+    report, runs = compare(
         partial(ogbench.make, recipe.task),
         policy,
         critic,
@@ -192,6 +197,8 @@ def _evaluate(args: argparse.Namespace) -> None:
     if args.out:
         write_json(report, args.out)
         print(f"results: {args.out}")
+    for run in runs if args.eval_info else ():
+        print(f"episodes: {run.save(args.eval_info / f'{run.name}.json')}")
 
 
 if __name__ == "__main__":

@@ -11,9 +11,9 @@ from pathlib import Path
 from qsteer.critics import Critic
 from qsteer.envs import ogbench
 from qsteer.evaluation.arms import parse
-from qsteer.evaluation.compare import compare, table, write_json
+from qsteer.evaluation.compare import compare, table
 from qsteer.evaluation.plots import plot_success
-from qsteer.evaluation.rollouts import Rollouts
+from qsteer.evaluation.rollouts import Rollouts, write_json
 from qsteer.evaluation.video import RenderError, side_by_side
 from qsteer.recipes import CHECKPOINTS, RECIPES, Recipe
 from qsteer.trace import Trace

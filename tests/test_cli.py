@@ -27,6 +27,7 @@ def test_from_nothing_to_a_comparison(tmp_path, capsys):
         main([f"train-{kind}", *task, *data, "--steps", "30", "--out", str(tmp_path / kind)])
     evaluate = ["evaluate", *task, "--policy", str(tmp_path / "policy"), "--critic", str(tmp_path / "critic")]
     options = ["--episodes", "2", "--num-envs", "2", "--out", str(tmp_path / "report.json")]
+    options += ["--eval-info", str(tmp_path / "episodes")]
     main([*evaluate, "--arms", "base", "tweedie=0.3", "best-of-3", *options])
 
     report = json.loads((tmp_path / "report.json").read_text())
@@ -39,4 +40,7 @@ def test_from_nothing_to_a_comparison(tmp_path, capsys):
     assert base["policy_passes"]["forwards"] == 10 and base["critic_passes"]["forwards"] == 0
     assert (tweedie["policy_passes"]["forwards"], tweedie["policy_passes"]["backwards"]) == (10, 9)
     assert best["policy_passes"]["forwards"] == 10 and best["policy_passes"]["forward_rows"] == 30
+    episodes = json.loads((tmp_path / "episodes" / "tweedie=0.3.json").read_text())
+    assert len(episodes["per_episode"]) == 2
+    assert episodes["aggregated"]["pc_success"] == 100 * tweedie["success"]
     assert "tweedie=0.3" in capsys.readouterr().out

@@ -1,11 +1,8 @@
 """Compare arms: one frozen policy, one critic, the same episodes and the same noise for every arm."""
 
-import json
-import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import gymnasium
@@ -122,11 +119,3 @@ def table(report: Mapping[str, Any]) -> str:
             f"{critic['forwards']:>6}{critic['backwards']:>5}"
         )
     return "\n".join(lines)
-
-
-def write_json(report: dict[str, Any], path: Path) -> None:
-    """Write a report whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(json.dumps(report, indent=1) + "\n")
-    os.replace(temporary, path)

@@ -10,9 +10,8 @@ agent's own batched arithmetic and for what an agent draws from torch's global g
 import json
 import multiprocessing
 import os
-import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -94,17 +93,7 @@ class Rollouts:
 
     def save(self, path: str | Path) -> Path:
         """Write :meth:`to_dict` as JSON, whole or not at all."""
-        path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile("w", dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
-            try:
-                json.dump(self.to_dict(), file, indent=1)
-                file.close()
-                os.replace(file.name, path)
-            except BaseException:
-                os.unlink(file.name)
-                raise
-        return path
+        return write_json(self.to_dict(), path)
 
     @classmethod
     def load(cls, path: str | Path) -> "Rollouts":
@@ -132,6 +121,16 @@ def rollout(
         return simulators.rollout(
             act, episodes=episodes, seed=seed, name=name, record=record, progress=progress
         )
+
+
+def write_json(report: Mapping[str, Any], path: str | Path) -> Path:
+    """Write a report, whole or not at all."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text(json.dumps(report, indent=1) + "\n")
+    os.replace(temporary, path)
+    return path
 
 
 class Simulators:
