@@ -6,10 +6,11 @@ from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from qsteer.recipes import RECIPES, Recipe
+from qsteer.recipes import RECIPES, run_directory
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -102,8 +103,9 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _data(recipe: Recipe, path: Path | None) -> Path:
-    return path or Path("runs/data") / f"{recipe.data}.npz"
+def _given(args: argparse.Namespace, *names: str) -> dict[str, Any]:
+    """Return the options that were given; the recipe has the others."""
+    return {name: getattr(args, name) for name in names if getattr(args, name) is not None}
 
 
 def _demo(args: argparse.Namespace) -> None:
@@ -123,7 +125,8 @@ def _generate(args: argparse.Namespace) -> None:
     from qsteer.envs.ogbench import generate
 
     recipe = RECIPES[args.task]
-    path, transitions = _data(recipe, args.data), args.transitions or recipe.transitions
+    path = args.data or recipe.data_path
+    transitions = recipe.transitions if args.transitions is None else args.transitions
     generate(
         recipe.data,
         path,
@@ -140,9 +143,9 @@ def _train_policy(args: argparse.Namespace) -> None:
     from qsteer.training import Episodes, train_policy
 
     recipe = RECIPES[args.task]
-    training = replace(recipe.policy, seed=args.seed, steps=args.steps or recipe.policy.steps)
-    out = args.out or Path("runs") / args.task / f"seed{args.seed}" / "policy"
-    train, _ = load(recipe.task, _data(recipe, args.data))
+    training = replace(recipe.policy, **_given(args, "seed", "steps"))
+    out = args.out or run_directory(args.task, args.seed) / "policy"
+    train, _ = load(recipe.task, args.data or recipe.data_path)
     train_policy(Episodes.from_ogbench(train), out, training, device=args.device)
     print(f"policy: {out}")
 
@@ -152,16 +155,9 @@ def _train_critic(args: argparse.Namespace) -> None:
     from qsteer.training import Episodes, train_critic
 
     recipe = RECIPES[args.task]
-    training = replace(
-        recipe.critic,
-        seed=args.seed,
-        target=args.target,
-        steps=args.steps or recipe.critic.steps,
-        members=args.members or recipe.critic.members,
-        rho=recipe.critic.rho if args.rho is None else args.rho,
-    )
-    out = args.out or Path("runs") / args.task / f"seed{args.seed}" / "critic"
-    train, _ = load(recipe.task, _data(recipe, args.data))
+    training = replace(recipe.critic, **_given(args, "seed", "steps", "target", "members", "rho"))
+    out = args.out or run_directory(args.task, args.seed) / "critic"
+    train, _ = load(recipe.task, args.data or recipe.data_path)
     train_critic(Episodes.from_ogbench(train), out, training, device=args.device)
     print(f"critic: {out}")
 

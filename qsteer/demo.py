@@ -15,7 +15,7 @@ from qsteer.evaluation.compare import compare, table
 from qsteer.evaluation.plots import plot_success
 from qsteer.evaluation.rollouts import Rollouts, write_json
 from qsteer.evaluation.video import RenderError, side_by_side
-from qsteer.recipes import CHECKPOINTS, RECIPES, Recipe
+from qsteer.recipes import CHECKPOINTS, RECIPES, Recipe, run_directory
 from qsteer.trace import Trace
 from qsteer.training import Episodes, FlowPolicy, train_critic, train_policy
 
@@ -96,7 +96,7 @@ def _kept(task: str) -> Path:
 
 def _make(recipe: Recipe, task: str, seed: int) -> Path:
     """Make data, policy and critic; each is kept and not made again."""
-    data, source = Path("runs/data") / f"{recipe.data}.npz", Path("runs") / task / f"seed{seed}"
+    data, source = recipe.data_path, run_directory(task, seed)
     print(
         f"{task} from scratch, about {recipe.minutes} minutes on two cores: data, policy, critic, evaluation"
     )

@@ -35,14 +35,14 @@ def denoise(
     x: Float[Tensor, "B H A"], v: Float[Tensor, "B H A"], t: Float[Tensor, "B"]
 ) -> Float[Tensor, "B H A"]:
     """Return the denoised action ``D(x, t) = x + (1 - t) v = E[x1 | x_t = x]`` (Tweedie; QPILOTS eq. 14)."""
-    return x + (1 - t).to(x.dtype)[:, None, None] * v
+    return x + rows(1 - t, x) * v
 
 
 def score(
     x: Float[Tensor, "B H A"], v: Float[Tensor, "B H A"], t: Float[Tensor, "B"]
 ) -> Float[Tensor, "B H A"]:
     """Return ``grad log p_t(x) = (t v - x) / (1 - t)``; infinite at t = 1."""
-    return (rows(t, x) * v - x) / (1 - t).to(x.dtype)[:, None, None]
+    return (rows(t, x) * v - x) / rows(1 - t, x)
 
 
 def clip_through(a: Tensor, bounds: Bounds) -> Tensor:

@@ -33,9 +33,9 @@ class Recipe:
     camera: str | None = None
 
     @property
-    def horizon(self) -> int:
-        """Steps of an action chunk, all executed."""
-        return self.policy.horizon
+    def data_path(self) -> Path:
+        """Where the data goes unless said otherwise."""
+        return Path("runs/data") / f"{self.data}.npz"
 
 
 CUBE_SINGLE = Recipe(
@@ -58,6 +58,12 @@ POINTMAZE = Recipe(
     minutes=4,
 )
 RECIPES = {"cube-single": CUBE_SINGLE, "pointmaze-medium": POINTMAZE}
+
+
+def run_directory(task: str, seed: int) -> Path:
+    """Return where policy and critic of a training seed go unless said otherwise."""
+    return Path("runs") / task / f"seed{seed}"
+
 
 CHECKPOINTS = Path(__file__).parent.parent / "examples" / "checkpoints"
 """Where a checkout keeps the small policies and critics of the demonstration."""

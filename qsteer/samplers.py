@@ -54,7 +54,20 @@ class Euler(Sampler):
 
 
 @dataclass(frozen=True)
-class BestOfN(Sampler):
+class _OfN(Sampler):
+    """What best-of-n and random-of-n share."""
+
+    n: int
+    inner: Sampler = attribute(default_factory=Euler)
+
+    def __post_init__(self) -> None:
+        """Check the arguments."""
+        if self.n < 1:
+            raise ValueError(f"{type(self).__name__}: expected n of at least 1 candidate, got {self.n}")
+
+
+@dataclass(frozen=True)
+class BestOfN(_OfN):
     """The best of n candidates by value. All run as one batch on one prefix.
 
     Non-finite values never win; a row without any finite value keeps candidate 0 and counts as a fallback.
@@ -68,13 +81,6 @@ class BestOfN(Sampler):
     Raises:
         ValueError: fewer than one candidate.
     """
-
-    n: int
-    inner: Sampler = attribute(default_factory=Euler)
-
-    def __post_init__(self) -> None:
-        """Check the arguments."""
-        check_count(self)
 
     def __call__(
         self, field: Field, value: Value | None, noise: Float[Tensor, "B H A"]
@@ -91,7 +97,7 @@ class BestOfN(Sampler):
 
 
 @dataclass(frozen=True)
-class RandomOfN(Sampler):
+class RandomOfN(_OfN):
     """Control arm of best-of-n: one of the same n candidates, at random.
 
     A gain it shares is no gain of the critic's. Only the drawn candidate is integrated.
@@ -105,13 +111,6 @@ class RandomOfN(Sampler):
     Raises:
         ValueError: fewer than one candidate.
     """
-
-    n: int
-    inner: Sampler = attribute(default_factory=Euler)
-
-    def __post_init__(self) -> None:
-        """Check the arguments."""
-        check_count(self)
 
     def __call__(
         self, field: Field, value: Value | None, noise: Float[Tensor, "B H A"]
@@ -230,9 +229,3 @@ def needed(value: Value | None, sampler: Sampler) -> Value:
             "qsteer.value(fn)"
         )
     return value
-
-
-def check_count(sampler: BestOfN | RandomOfN) -> None:
-    """Raise ValueError unless there is at least one candidate."""
-    if sampler.n < 1:
-        raise ValueError(f"{type(sampler).__name__}: expected n of at least 1 candidate, got {sampler.n}")

@@ -1,24 +1,23 @@
 """Compare arms: one frozen policy, one critic, the same episodes and the same noise for every arm."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from functools import partial
 from typing import Any
 
-import gymnasium
 import torch
 
 from qsteer.critics.critic import Critic
 from qsteer.evaluation.arms import Arm
 from qsteer.evaluation.cost import count, latencies
-from qsteer.evaluation.rollouts import EVALUATION_SEED, Rollouts, Simulators
+from qsteer.evaluation.rollouts import EVALUATION_SEED, MakeEnv, Rollouts, Simulators
 from qsteer.evaluation.statistics import paired_bootstrap, wilson_interval
 from qsteer.trace import Trace
 from qsteer.training.policy import FlowPolicy
 
 
 def compare(
-    make_env: Callable[[], gymnasium.Env],
+    make_env: MakeEnv,
     policy: FlowPolicy,
     critic: Critic,
     arms: Sequence[Arm],
@@ -67,10 +66,8 @@ def compare(
 def _rows(
     policy: FlowPolicy, critic: Critic, arms: Sequence[Arm], runs: Sequence[Rollouts]
 ) -> list[dict[str, Any]]:
-    obs, noise = (
-        torch.zeros(1, policy.config.obs_dim),
-        torch.randn(1, policy.config.horizon, policy.config.action_dim),
-    )
+    obs = torch.zeros(1, policy.config.obs_dim)
+    noise = torch.randn(1, policy.config.horizon, policy.config.action_dim)
     agents = {arm.spec: arm.agent(policy, critic) for arm in arms}
     times = latencies({spec: partial(act, obs, noise) for spec, act in agents.items()}, repeats=50)
     rows = []
@@ -102,11 +99,9 @@ def table(report: Mapping[str, Any]) -> str:
     """Return the report as text: one line per arm."""
     base = report["arms"][0]
     lines = [
-        f"{'':<28}{'':>9}{'95 %':>14}{'against ' + base['name']:>25}{'':>18}   policy passes   critic passes"
-    ]
-    lines += [
+        f"{'':<28}{'':>9}{'95 %':>14}{'against ' + base['name']:>25}{'':>18}   policy passes   critic passes",
         f"{'arm':<28}{'success':>9}{'interval':>14}{'gain':>9}{'interval':>16}{'ms/action':>11}{'ratio':>7}"
-        "   fwd  bwd  rows   fwd  bwd"
+        "   fwd  bwd  rows   fwd  bwd",
     ]
     for arm in report["arms"]:
         gain, low, high = arm["difference"]

@@ -39,6 +39,7 @@ TUNING_SEED = 20_000
 """First seed of the episodes on which strengths are chosen. Never report what was tuned on."""
 OUTCOMES = ("success", "sum_reward", "max_reward", "length")
 
+type MakeEnv = Callable[[], gymnasium.Env]
 type Act = Callable[[Tensor, Tensor], Tensor]
 
 
@@ -105,7 +106,7 @@ class Rollouts:
 
 
 def rollout(
-    make_env: Callable[[], gymnasium.Env],
+    make_env: MakeEnv,
     act: Act,
     *,
     horizon: int,
@@ -156,7 +157,7 @@ class Simulators:
         ...     steered = simulators.rollout(steered_act, name="steered")
     """
 
-    def __init__(self, make_env: Callable[[], gymnasium.Env], *, horizon: int, num_envs: int = 8) -> None:
+    def __init__(self, make_env: MakeEnv, *, horizon: int, num_envs: int = 8) -> None:
         if horizon < 1 or num_envs < 1:
             raise ValueError(f"horizon, num_envs: expected at least 1, got {horizon} and {num_envs}")
         make_chunked = partial(_make_chunked, make_env, horizon)
@@ -316,7 +317,7 @@ def noise_generator(seed: int, episode: int) -> torch.Generator:
     return torch.Generator().manual_seed(int(np.random.SeedSequence((seed, episode)).generate_state(1)[0]))
 
 
-def _make_chunked(make_env: Callable[[], gymnasium.Env], horizon: int) -> ChunkedAction:
+def _make_chunked(make_env: MakeEnv, horizon: int) -> ChunkedAction:
     return ChunkedAction(make_env(), horizon)
 
 
