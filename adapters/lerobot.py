@@ -4,6 +4,7 @@ from copy import copy
 from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
@@ -34,6 +35,17 @@ def repeat_context(context: Any, k: int) -> Any:
     return pytree.tree_map(repeated, context, is_leaf=is_cache)
 
 
+def prefix_features(context: dict[str, Any]) -> tuple[Tensor, Tensor]:
+    """Return the prefix as the denoiser sees it: values at a third, two thirds and the end of its depth.
+
+    Values, for keys carry their position's rotation. Tokens (B, L, F) and the mask (B, L) of those present.
+    """
+    layers = context["past_key_values"].layers
+    depths = (len(layers) // 3, 2 * len(layers) // 3, len(layers) - 1)
+    tokens = [layers[depth].values.transpose(1, 2).flatten(2) for depth in depths]
+    return torch.cat(tokens, -1), context["prefix_pad_masks"]
+
+
 PI05 = Host(
     serves="PI05Policy",
     entry="model.sample_actions",
@@ -45,6 +57,7 @@ PI05 = Host(
     action_shape="config.action_feature.shape",
     rtc="model._rtc_enabled",
     repeat=repeat_context,
+    features=prefix_features,
 )
 
 PI0 = replace(PI05, serves="PI0Policy")

@@ -1,6 +1,7 @@
 """A velocity function as a policy, steered by the same mechanism as any other."""
 
 from collections.abc import Callable
+from operator import itemgetter
 from typing import Any
 
 import torch
@@ -66,6 +67,7 @@ class PlainPolicy(nn.Module):
             steps="steps",
             executed="executed",
             action_shape="action_shape",
+            features=itemgetter("obs"),
         )
 
     @torch.no_grad()

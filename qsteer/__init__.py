@@ -4,8 +4,17 @@ from qsteer.clock import Clock
 from qsteer.critics import Critic, CriticConfig
 from qsteer.flow import field, value
 from qsteer.inject import Handle, steer, unsteer
-from qsteer.rules import QGF, Negated, NoisyGradient, RandomDirection, ThroughTime, Tweedie
-from qsteer.samplers import BestOfN, Euler, KeepBest, RandomOfN, TrustRegion
+from qsteer.rules import (
+    QGF,
+    GradientFreePosterior,
+    Negated,
+    NoisyGradient,
+    Posterior,
+    RandomDirection,
+    ThroughTime,
+    Tweedie,
+)
+from qsteer.samplers import BeamSearch, BestOfN, Euler, KeepBest, RandomOfN, TrustRegion
 from qsteer.sampling import sample
 from qsteer.trace import Trace
 from qsteer.types import Field, Rule, Sampler, Value
@@ -14,16 +23,19 @@ __version__ = "0.1.0"
 
 __all__ = [
     "QGF",
+    "BeamSearch",
     "BestOfN",
     "Clock",
     "Critic",
     "CriticConfig",
     "Euler",
     "Field",
+    "GradientFreePosterior",
     "Handle",
     "KeepBest",
     "Negated",
     "NoisyGradient",
+    "Posterior",
     "RandomDirection",
     "RandomOfN",
     "Rule",

@@ -7,6 +7,7 @@ determines everything else: the denoised action, the score, the noise that was t
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from dataclasses import field as attribute
 from typing import Any
 
 import torch
@@ -57,6 +58,14 @@ class FunctionField:
     fn: Callable[..., Tensor]
     context: Any = None
     clock: Clock = PAPER
+    _repeats: dict[int, "FunctionField"] = attribute(
+        default_factory=dict, init=False, repr=False, compare=False
+    )
+
+    @property
+    def features(self) -> Any:
+        """The context: what the velocity knows of the observations."""
+        return self.context
 
     def __call__(self, x: Float[Tensor, "B H A"], t: Float[Tensor, "B"]) -> Float[Tensor, "B H A"]:
         """Return the velocity at ``x`` and ``t``."""
@@ -71,8 +80,10 @@ class FunctionField:
         return v
 
     def repeat(self, k: int) -> "FunctionField":
-        """Return the field for ``k`` rows per observation."""
-        return replace(self, context=repeat_rows(self.context, k))
+        """Return the field for ``k`` rows per observation; made once, however often it is asked for."""
+        if k not in self._repeats:
+            self._repeats[k] = replace(self, context=repeat_rows(self.context, k))
+        return self._repeats[k]
 
 
 @dataclass(frozen=True)
@@ -138,6 +149,22 @@ def value(fn: Callable[..., Tensor], context: Any = None, *, mask: Tensor | None
             f"value: expected a function action -> score, got {type(fn).__name__}; wrap it in a lambda"
         )
     return FunctionValue(fn, normal(context), mask)
+
+
+def features_of(field: Field) -> Any:
+    """Return the features of the observations which a field is closed over.
+
+    Raises:
+        ValueError: it has none.
+    """
+    features = getattr(field, "features", None)
+    if features is None:
+        raise ValueError(
+            "field: expected features of the observation for a learnt map, got "
+            f"{type(field).__name__} without; "
+            "hand observations over as qsteer.field(fn, context=features), or set Host.features"
+        )
+    return features
 
 
 def repeat_rows(tree: Any, k: int) -> Any:

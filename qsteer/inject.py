@@ -15,6 +15,7 @@ import inspect
 from collections.abc import Callable, Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
+from dataclasses import field as attribute
 from operator import attrgetter
 from types import EllipsisType, MethodType
 from typing import Any
@@ -58,6 +59,8 @@ class Host:
         rtc: method that says whether real-time chunking is on; None: the host has none.
         repeat: ``(context, k)``: the step's other arguments for k rows per observation, rows as in
             :meth:`qsteer.types.Field.repeat`. With k = 1, a context which the step may change as it likes.
+        features: what the step's other arguments say of the observations, for learnt maps: a tensor (B, F),
+            or tokens (B, L, F) and their mask (B, L); None: nothing.
     """
 
     serves: str
@@ -73,6 +76,7 @@ class Host:
     num_steps: str = "num_steps"
     rtc: str | None = None
     repeat: Callable[[Any, int], Any] = repeat_context
+    features: Callable[[dict[str, Any]], Any] | None = None
 
     def read(self, policy: Any, path: str) -> Any:
         """Return what ``path`` names on the policy.
@@ -108,6 +112,12 @@ class HostField:
     step: MethodType
     context: dict[str, Any]
     clock: Clock
+    _repeats: dict[int, "HostField"] = attribute(default_factory=dict, init=False, repr=False, compare=False)
+
+    @property
+    def features(self) -> Any:
+        """What the host made of its observations, for learnt maps; None: its record does not say."""
+        return None if self.host.features is None else self.host.features(self.context)
 
     def __call__(self, x: Float[Tensor, "B H A"], t: Float[Tensor, "B"]) -> Float[Tensor, "B H A"]:
         """Run the host's step, on a context that it may change."""
@@ -116,8 +126,10 @@ class HostField:
         return self.clock.velocity(self.step(**context, **chunk))
 
     def repeat(self, k: int) -> "HostField":
-        """Return the field for ``k`` rows per observation; nothing is encoded again."""
-        return replace(self, context=self.host.repeat(self.context, k))
+        """Return the field for ``k`` rows per observation; nothing is encoded again, and repeated once."""
+        if k not in self._repeats:
+            self._repeats[k] = replace(self, context=self.host.repeat(self.context, k))
+        return self._repeats[k]
 
 
 @dataclass(frozen=True)

@@ -57,7 +57,17 @@ POINTMAZE = Recipe(
     arms=("base", "best-of-8", "qgf-matched=0.3", "tweedie=0.3", "random-direction=0.3"),
     minutes=4,
 )
-RECIPES = {"cube-single": CUBE_SINGLE, "pointmaze-medium": POINTMAZE}
+SCENE = Recipe(
+    task="scene-play-singletask-v0",
+    data="scene-play-v0",
+    transitions=300_000,
+    policy=PolicyTraining(steps=30_000),
+    critic=CriticTraining(steps=30_000),
+    arms=("base", "best-of-8", "qgf=0.06", "tweedie=0.2", "random-direction=0.2"),
+    minutes=40,
+    camera="front_pixels",
+)
+RECIPES = {"cube-single": CUBE_SINGLE, "pointmaze-medium": POINTMAZE, "scene": SCENE}
 
 
 def run_directory(task: str, seed: int) -> Path:

@@ -11,16 +11,18 @@ import os
 import warnings
 from abc import abstractmethod
 from dataclasses import KW_ONLY, dataclass, field, replace
-from typing import Literal, NamedTuple, get_args
+from functools import cached_property
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
+from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor
 
 from qsteer.clock import Clock, clock_of
 from qsteer.flow import clip_through, denoise, finite_rows, rows
 from qsteer.trace import Step, recorder, report_fallbacks
-from qsteer.types import Bounds, Field, Rule, Value
+from qsteer.types import Bounds, Field, PosteriorSampler, Rule, Value
 
 Scaling = Literal["match_norm", "raw", "clip_norm", "sigma"]
 _EPS = 1e-8
@@ -94,6 +96,10 @@ class Guidance(Rule):
     def ascent(self, field: Field, value: Value, x: Tensor, t: Tensor) -> Ascent:
         """Return the base velocity at (x, t) and the direction of ascent. Called with gradients enabled."""
 
+    def on(self, field: Field) -> "Guidance":
+        """Return the rule for this field's observations; rules that carry a learnt map bind it here, once."""
+        return self
+
     def __call__(self, field: Field, value: Value) -> Field:
         """Return the steered field; of strength 0 it is ``field`` itself, bit for bit and at no cost."""
         return Steered(self, field, value) if self.strength else field
@@ -130,6 +136,16 @@ class Steered:
         """The base field's clock."""
         return clock_of(self.base)
 
+    @property
+    def features(self) -> Any:
+        """The base field's features."""
+        return getattr(self.base, "features", None)
+
+    @cached_property
+    def bound(self) -> Guidance:
+        """The rule, bound to the observations."""
+        return self.rule.on(self.base)
+
     def repeat(self, k: int) -> "Steered":
         """Return the steered field for ``k`` rows per observation."""
         return replace(self, base=self.base.repeat(k), value=self.value.repeat(k))
@@ -140,7 +156,7 @@ class Steered:
         if not guided.any():
             return self.base(x, t)
         with torch.enable_grad():
-            v, g, q, a = self.rule.ascent(self.base, self.value, x.detach(), t)
+            v, g, q, a = self.bound.ascent(self.base, self.value, x.detach(), t)
         mask = getattr(self.value, "mask", None)
         g, seen = (g, v) if mask is None else (torch.where(mask.bool(), part, 0.0) for part in (g, v))
         v_norm, g_norm = seen.flatten(1).norm(dim=1), g.flatten(1).norm(dim=1)
@@ -191,6 +207,109 @@ class Tweedie(Guidance):
         a = clip_through(denoise(x, v, t), self.clip)
         q = value(a)
         return Ascent(v.detach(), gradient(q, x), q.detach(), a.detach())
+
+
+@dataclass(frozen=True)
+class PosteriorGuidance(Guidance):
+    """What the rules that look at samples of the endpoint posterior share.
+
+    Args:
+        posterior: a :class:`~qsteer.types.PosteriorSampler`: a trained :class:`qsteer.maps.MetaFlowMap`,
+            :class:`qsteer.maps.GlassPosterior` (no training), or a function ``(eps, x, t) -> x1``.
+        alpha: norm of the guidance relative to the velocity's (``match_norm``).
+        samples: posterior samples N per step; their noise comes from torch's global generator.
+        standardize: divide each row's values by their spread over the samples, so that no scale of the critic
+            makes one sample decide alone; without, the tilt is ``exp(tau Q)`` itself.
+        tau: inverse temperature of the tilt.
+    """
+
+    posterior: PosteriorSampler
+    alpha: float = 0.2
+    samples: int = 8
+    _: KW_ONLY
+    standardize: bool = True
+    tau: float = 1.0
+
+    def __post_init__(self) -> None:
+        """Check the arguments."""
+        super().__post_init__()
+        if isinstance(self.posterior, type) or not callable(getattr(self.posterior, "on", self.posterior)):
+            raise TypeError(
+                "posterior: expected a sampler (eps, x, t) -> x1, such as GlassPosterior() or a MetaFlowMap, "
+                f"got {self.posterior!r}; pass an instance"
+            )
+        if self.samples < 1 or not 0 < self.tau < float("inf"):
+            raise ValueError(
+                f"samples, tau: expected at least 1 and a positive number, got {self.samples}, {self.tau}"
+            )
+
+    @property
+    def strength(self) -> float:
+        """``alpha``."""
+        return self.alpha
+
+    def on(self, field: Field) -> "PosteriorGuidance":
+        """Bind the posterior to the policy and its observations."""
+        bind = getattr(self.posterior, "on", None)
+        return self if bind is None else replace(self, posterior=bind(field))
+
+    def draw(self, field: Field, x: Tensor, t: Tensor) -> tuple[Tensor, Float[Tensor, "N B H A"]]:
+        """Return the base velocity and N posterior samples, clipped; v is evaluated once for both."""
+        eps = torch.randn(self.samples, *x.shape, dtype=x.dtype, device=x.device)
+        given = getattr(self.posterior, "given", None)
+        with torch.set_grad_enabled(torch.is_grad_enabled() and given is not None):
+            v = field(x, t)
+        x1 = self.posterior(eps, x, t) if given is None else given(v, eps, x, t)
+        return v.detach(), clip_through(x1, self.clip)
+
+    def tilt(self, q: Float[Tensor, "N B"]) -> Float[Tensor, "N B"]:
+        """Return psi, the log-weights of the samples."""
+        if self.standardize and self.samples > 1:
+            q = (q - q.detach().mean(0)) / (q.detach().std(0, unbiased=False) + _EPS)
+        return self.tau * q
+
+
+@dataclass(frozen=True)
+class Posterior(PosteriorGuidance):
+    """QPILOTS-M: the gradient of ``log mean_n exp psi(x1_n)`` over N posterior samples (eq. 16, MFM-G).
+
+    It is the gradient of the log-tilt potential V_t itself as N grows, where Tweedie replaces the posterior
+    by its mean. Samples are differentiable in x, so the gradient goes through the posterior's own dependence
+    on x.
+
+    Cost, beside the posterior's: 1 velocity forward and the backward of all this, 1 critic forward and
+    backward on N rows. With ``GlassPosterior(steps=m)``: m - 1 velocity forwards and m backwards on N rows;
+    with a :class:`~qsteer.maps.MetaFlowMap`: 1 forward and backward of the map on N rows.
+    """
+
+    def ascent(self, field: Field, value: Value, x: Tensor, t: Tensor) -> Ascent:
+        """Differentiate the log-mean-exp of the samples' values with respect to x."""
+        x = x.requires_grad_()
+        v, x1 = self.draw(field, x, t)
+        q = values(value, x1)
+        g = gradient(self.tilt(q).logsumexp(0), x)
+        return Ascent(v, g, q.detach().mean(0), x1.detach().mean(0))
+
+
+@dataclass(frozen=True)
+class GradientFreePosterior(PosteriorGuidance):
+    """MFM-GF: how far weighing the samples moves their mean. Any black-box score will do.
+
+    ``(sum_n softmax(psi)_n x1_n - mean_n x1_n) / (1 - t)`` is ``(sigma_t^2 / 2) grad V_t`` as N grows (Meta
+    Flow Maps); divided by ``sigma_t^2 / 2 = (1 - t) / t`` it estimates what the other rules estimate. Neither
+    the policy nor the critic is differentiated.
+
+    Cost, beside the posterior's: 1 velocity forward, 1 critic forward on N rows. Never a backward.
+    """
+
+    def ascent(self, field: Field, value: Value, x: Tensor, t: Tensor) -> Ascent:
+        """Compare the weighted with the plain mean of the samples."""
+        with torch.no_grad():
+            v, x1 = self.draw(field, x, t)
+            q = values(value, x1)
+            moved = (self.tilt(q).softmax(0)[:, :, None, None] * x1).sum(0) - x1.mean(0)
+            g = rows(t / (1 - t) ** 2, x) * moved
+        return Ascent(v, g, q.mean(0), x1.mean(0))
 
 
 @dataclass(frozen=True)
@@ -364,6 +483,12 @@ def gradient(q: Float[Tensor, "B"], x: Float[Tensor, "B H A"]) -> Float[Tensor, 
             "select with qsteer.BestOfN, which needs no gradient"
         )
     return torch.autograd.grad(q.sum(), x)[0]
+
+
+def values(value: Value, x1: Float[Tensor, "N B H A"]) -> Float[Tensor, "N B"]:
+    """Return the value of N actions per observation, in one call."""
+    q = value.repeat(len(x1))(rearrange(x1, "n b h a -> (b n) h a"))
+    return rearrange(q, "(b n) -> n b", n=len(x1))
 
 
 def check_bounds(bounds: Bounds) -> None:

@@ -6,6 +6,7 @@ with one candidate a selecting sampler is its inner sampler, bit for bit.
 
 from dataclasses import dataclass
 from dataclasses import field as attribute
+from typing import Any
 
 import torch
 from einops import rearrange
@@ -14,9 +15,11 @@ from torch import Tensor
 
 from qsteer.clock import clock_of
 from qsteer.flow import finite_rows
+from qsteer.maps.flow_maps import EulerMap
+from qsteer.maps.losses import fmq_target, trust_radius
 from qsteer.rules import check_bounds, gradient
 from qsteer.trace import report_fallbacks
-from qsteer.types import Bounds, Field, Sampler, Value
+from qsteer.types import Bounds, Field, Jump, Sampler, Value
 
 
 @dataclass(frozen=True)
@@ -88,12 +91,10 @@ class BestOfN(_OfN):
         """Return the candidate with the highest value."""
         if self.n == 1:
             return self.inner(field, value, noise)
-        field, value = field.repeat(self.n), needed(value, self).repeat(self.n)
-        a = self.inner(field, value, rearrange(candidates(noise, self.n), "b n h a -> (b n) h a"))
-        a, q = rearrange(a, "(b n) h a -> b n h a", n=self.n), rearrange(value(a), "(b n) -> b n", n=self.n)
-        q = torch.where(torch.isfinite(q), q, -torch.inf)
-        report_fallbacks(q.amax(1) == -torch.inf)
-        return take(a, torch.where(q.amax(1) == -torch.inf, 0, q.argmax(1)))
+        value, n = needed(value, self), self.n
+        noise = rearrange(candidates(noise, n), "b n h a -> (b n) h a")
+        a = self.inner(field.repeat(n), value.repeat(n), noise)
+        return best(a, scores(value, a, n))
 
 
 @dataclass(frozen=True)
@@ -155,21 +156,88 @@ class TrustRegion(Sampler):
     ) -> Float[Tensor, "B H A"]:
         """Return the projected action; rows without a finite gradient keep the action."""
         value = needed(value, self)
-        a = self.inner(field, value, noise)
-        if self.eta == 0:
-            return a
-        with torch.enable_grad():
-            x = a.detach().requires_grad_()
-            q = value(x)
-            g = gradient(q, x)
-        if (mask := getattr(value, "mask", None)) is not None:
-            g = torch.where(mask.bool(), g, 0.0)
-        members = value.members(a) if self.beta else torch.zeros_like(a[None, :, 0, 0])
-        radius = trust_radius(self.eta, members, self.beta)
-        moved = a + (radius / (g.flatten(1).norm(dim=1) + 1e-8))[:, None, None] * g
-        finite = finite_rows(moved) & torch.isfinite(q)
-        report_fallbacks(~finite)
-        return torch.where(finite[:, None, None], moved, a)
+        return project(self.inner(field, value, noise), value, self.eta, self.beta)
+
+
+@dataclass(frozen=True)
+class BeamSearch(Sampler):
+    """Q-guided beam search: renoise, complete in branches, keep the best, climb (FMQ, Algorithm 2).
+
+    M particles; each of K rounds takes every particle back to ``t' = snr / (1 + snr)`` B times with fresh
+    noise, completes the M B branches, keeps the M of highest value and moves each by eta along the critic's
+    gradient. The best particle is returned. Without a round, the M particles are moved once: with one
+    particle that is :class:`TrustRegion`, with eta = 0 it is :class:`BestOfN`.
+
+    A rule bends the completions of a policy without a flow map; a flow map jumps as it was trained.
+
+    Cost: ``M (1 + K B)`` rows through the flow map. Without one: M rows through ``inner`` and ``M K B``
+    through ``ceil((1 - t') steps)`` of its Euler steps. Critic: K + 1 forwards on M B and M rows, max(K, 1)
+    forwards and backwards on M rows.
+
+    Args:
+        particles: M.
+        branches: B per particle and round.
+        rounds: K.
+        snr: signal-to-noise ratio of the renoised particles; 1.5 goes back to t' = 0.6.
+        eta: norm of the move, over the whole chunk.
+        flow_map: the jump (x, r, t) -> x_t on rows: a :class:`qsteer.maps.FlowMap`, or any function; None:
+            the policy's own integration.
+        inner: makes the first particles where there is no flow map, and says how many steps a chain has.
+
+    Raises:
+        ValueError: a number is out of its range.
+    """
+
+    particles: int = 4
+    branches: int = 4
+    rounds: int = 1
+    snr: float = 1.5
+    eta: float = 0.3
+    flow_map: Jump | None = None
+    inner: Sampler = attribute(default_factory=Euler)
+
+    def __post_init__(self) -> None:
+        """Check the arguments."""
+        if min(self.particles, self.branches, self.rounds + 1) < 1:
+            raise ValueError(
+                f"particles, branches, rounds: expected at least 1, 1, 0, got {self.particles}, "
+                f"{self.branches}, {self.rounds}"
+            )
+        if not (0 < self.snr < float("inf") and 0 <= self.eta < float("inf")):
+            raise ValueError(
+                f"snr, eta: expected a positive number and one of at least 0, got {self.snr}, {self.eta}"
+            )
+
+    def __call__(
+        self, field: Field, value: Value | None, noise: Float[Tensor, "B H A"]
+    ) -> Float[Tensor, "B H A"]:
+        """Return the best particle."""
+        value, m, n = needed(value, self), self.particles, self.particles * self.branches
+        t = self.snr / (1 + self.snr)
+        a = self._complete(field, value, rearrange(candidates(noise, m), "b m h a -> (b m) h a"), 0.0, m)
+        for _ in range(self.rounds):
+            a = a.repeat_interleave(self.branches, 0)
+            a = self._complete(field, value, t * a + (1 - t) * torch.randn_like(a), t, n)
+            kept = scores(value, a, n).topk(m, 1).indices
+            a = project(
+                take(rearrange(a, "(b n) h a -> b n h a", n=n), kept).flatten(0, 1), value.repeat(m), self.eta
+            )
+        if not self.rounds:
+            a = project(a, value.repeat(m), self.eta)
+        return best(a, scores(value, a, m))
+
+    def _complete(self, field: Field, value: Value, x: Tensor, t: float, k: int) -> Tensor:
+        """Jump from time t to the action, k rows per observation."""
+        if self.flow_map is None and t == 0.0:
+            return self.inner(field.repeat(k), value.repeat(k), x)
+        jump: Any = (
+            EulerMap(field, getattr(self.inner, "steps", None)) if self.flow_map is None else self.flow_map
+        )
+        jump = jump.on(field) if hasattr(jump, "on") else jump
+        jump = jump.repeat(k) if hasattr(jump, "repeat") else jump
+        times = clock_of(field).times
+        a, bounds = jump(x, times(t, x), times(1.0, x)), getattr(self.inner, "clip", None)
+        return a if bounds is None else a.clamp(*bounds)
 
 
 @dataclass(frozen=True)
@@ -200,25 +268,46 @@ class KeepBest(Sampler):
         return torch.where(better[:, None, None], steered, base)
 
 
-def trust_radius(eta: float, q_members: Float[Tensor, "J B"], beta: float) -> Float[Tensor, "B"]:
-    """Return the trust region's radius ``eta / (1 + beta * delta)`` (FMQ, Algorithm 1).
-
-    delta is the ensemble's disagreement over its mean in the batch; the disagreement is ``sqrt(2)`` times the
-    population std, which is FMQ's ``|Q1 - Q2| / sqrt(2)`` for two members.
-    """
-    delta = 2**0.5 * q_members.std(0, unbiased=False)
-    return eta / (1 + beta * delta / (delta.nanmean() + 1e-8))
-
-
 def candidates(noise: Float[Tensor, "B H A"], n: int) -> Float[Tensor, "B n H A"]:
     """Return the caller's noise and n - 1 fresh draws per observation."""
     fresh = torch.randn(len(noise), n - 1, *noise.shape[1:], device=noise.device, dtype=noise.dtype)
     return torch.cat([noise[:, None], fresh], dim=1)
 
 
-def take(a: Float[Tensor, "B n H A"], pick: Tensor) -> Float[Tensor, "B H A"]:
-    """Return candidate ``pick[b]`` of each observation b."""
-    return a[torch.arange(len(a), device=a.device), pick]
+def take(a: Float[Tensor, "B n H A"], pick: Tensor) -> Tensor:
+    """Return candidate ``pick[b]`` of each observation b, or several: ``pick[b, m]``."""
+    row = torch.arange(len(a), device=a.device)
+    return a[row if pick.ndim == 1 else row[:, None], pick]
+
+
+def best(a: Float[Tensor, "Bn H A"], q: Float[Tensor, "B n"]) -> Float[Tensor, "B H A"]:
+    """Return the candidate of the highest value; without a finite value, candidate 0."""
+    lost = q.amax(1) == -torch.inf
+    report_fallbacks(lost)
+    return take(a.unflatten(0, q.shape), torch.where(lost, 0, q.argmax(1)))
+
+
+def scores(value: Value, a: Float[Tensor, "Bn H A"], n: int) -> Float[Tensor, "B n"]:
+    """Return the values of n candidates per observation; those that are not finite count as the lowest."""
+    q = rearrange(value.repeat(n)(a), "(b n) -> b n", n=n)
+    return torch.where(torch.isfinite(q), q, -torch.inf)
+
+
+def project(a: Float[Tensor, "B H A"], value: Value, eta: float, beta: float = 0.0) -> Float[Tensor, "B H A"]:
+    """Move finished actions by ``eta_eff g / ||g||``; rows without a finite gradient stay."""
+    if eta == 0:
+        return a
+    with torch.enable_grad():
+        x = a.detach().requires_grad_()
+        q = value(x)
+        g = gradient(q, x)
+    if (mask := getattr(value, "mask", None)) is not None:
+        g = torch.where(mask.bool(), g, 0.0)
+    members = value.members(a) if beta else torch.zeros_like(a[None, :, 0, 0])
+    moved = fmq_target(a, g, trust_radius(eta, members, beta))
+    finite = finite_rows(moved) & torch.isfinite(q)
+    report_fallbacks(~finite)
+    return torch.where(finite[:, None, None], moved, a)
 
 
 def needed(value: Value | None, sampler: Sampler) -> Value:

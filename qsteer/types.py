@@ -21,9 +21,10 @@ type Bounds = tuple[float, float] | None
 class Field(Protocol):
     """The frozen policy's velocity for fixed observations; it points from noise to action.
 
-    Two optional attributes are read when present: ``clock`` (a :class:`qsteer.clock.Clock`, the host's own
-    step grid)
-    and ``base`` (on a steered field: the field as it was before any rule).
+    Three optional attributes are read when present: ``clock`` (a :class:`qsteer.clock.Clock`, the host's own
+    step grid), ``base`` (on a steered field: the field as it was before any rule) and ``features`` (what the
+    policy made of its observations, for learnt maps: a tensor (B, F), or tokens (B, L, F) and their mask (B,
+    L)).
     """
 
     def __call__(self, x: Float[Tensor, "B H A"], t: Float[Tensor, "B"], /) -> Float[Tensor, "B H A"]:
@@ -54,6 +55,37 @@ class Value(Protocol):
 
     def members(self, a: Float[Tensor, "B H A"], /) -> Float[Tensor, "J B"]:
         """Return what each ensemble member says of each action chunk."""
+        ...
+
+
+@runtime_checkable
+class PosteriorSampler(Protocol):
+    """Samples of the endpoint posterior ``p(x1 | x_t = x)``, one per noise, differentiable in x.
+
+    Two optional methods are used when present: ``on(field)`` returns the sampler for the policy and the
+    observations at hand, and ``given(v, eps, x, t)`` the same samples where the policy's ``v = v(x, t)`` is
+    known.
+    """
+
+    def __call__(
+        self, eps: Float[Tensor, "N B H A"], x: Float[Tensor, "B H A"], t: Float[Tensor, "B"], /
+    ) -> Float[Tensor, "N B H A"]:
+        """Return N samples per row."""
+        ...
+
+
+@runtime_checkable
+class Jump(Protocol):
+    """A two-time jump of the flow: ``(x at time r, r, t) -> x at time t``.
+
+    Two optional methods are used when present: ``on(field)`` returns the jump for the policy and the
+    observations at hand, and ``repeat(k)`` the jump for k rows per observation.
+    """
+
+    def __call__(
+        self, x: Float[Tensor, "B H A"], r: Float[Tensor, "B"], t: Float[Tensor, "B"], /
+    ) -> Float[Tensor, "B H A"]:
+        """Return the states at time t."""
         ...
 
 

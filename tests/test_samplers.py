@@ -24,7 +24,7 @@ from fields import (
 )
 
 import qsteer
-from qsteer.samplers import trust_radius
+from qsteer.maps import trust_radius
 
 SELECTING = [qsteer.BestOfN, qsteer.RandomOfN]
 BAD = torch.tensor([False, True, False])

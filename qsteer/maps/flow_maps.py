@@ -1,0 +1,170 @@
+"""Flow maps: jumps between two times of the flow, learnt, or made of the frozen policy's own integration."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import torch
+from huggingface_hub import PyTorchModelHubMixin
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from qsteer.clock import clock_of
+from qsteer.flow import features_of, normal, repeat_rows, rows
+from qsteer.maps.networks import ChunkMLP, ChunkNetwork, ChunkTransformer
+from qsteer.types import Field
+
+
+@dataclass(frozen=True)
+class MapConfig:
+    """Shape of a learnt map.
+
+    Attributes:
+        horizon: steps of a chunk, as the policy generates it (with padding).
+        action_dim: dimensions of an action, as the policy generates it (with padding).
+        features: size of the observation's feature vector, or of a feature token.
+        network: ``mlp`` for feature vectors (B, F) of state policies, ``transformer`` for feature tokens
+            (B, L, F) of vision-language-action models.
+        hidden: widths of the MLP's hidden layers.
+        width, depth, heads: of the transformer.
+        harmonics: Fourier harmonics per time.
+    """
+
+    horizon: int
+    action_dim: int
+    features: int
+    network: Literal["mlp", "transformer"] = "mlp"
+    hidden: Sequence[int] = (512, 512, 512, 512)
+    width: int = 512
+    depth: int = 8
+    heads: int = 8
+    harmonics: int = 32
+
+    def __post_init__(self) -> None:
+        """Check the values; widths read from JSON become a tuple."""
+        object.__setattr__(self, "hidden", tuple(self.hidden))
+        for name in ("horizon", "action_dim", "features", "width", "depth", "heads", "harmonics"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")
+        if self.network not in ("mlp", "transformer"):
+            raise ValueError(f"network: expected 'mlp' or 'transformer', got {self.network!r}")
+        if not self.hidden or min(self.hidden) < 1:
+            raise ValueError(f"hidden: expected at least one positive width, got {self.hidden}")
+        if self.width % self.heads:
+            raise ValueError(f"width: expected a multiple of heads = {self.heads}, got {self.width}")
+
+    def build(self, chunks: int, times: int) -> ChunkNetwork:
+        """Return an untrained network of ``chunks`` chunks and ``times`` times."""
+        shape = {
+            "features": self.features,
+            "horizon": self.horizon,
+            "action_dim": self.action_dim,
+            "chunks": chunks,
+            "times": times,
+            "harmonics": self.harmonics,
+        }
+        if self.network == "mlp":
+            return ChunkMLP(**shape, hidden=self.hidden)
+        return ChunkTransformer(**shape, width=self.width, depth=self.depth, heads=self.heads)
+
+
+class FlowMap(
+    nn.Module,
+    PyTorchModelHubMixin,
+    library_name="qsteer",
+    tags=["qsteer", "robotics", "flow-matching", "flow-map"],
+    pipeline_tag="robotics",
+):
+    """A learnt two-time jump ``X_{r,t}(x) = x + (t - r) u_{r,t}(x)``; in one step, a policy.
+
+    Bound to observations by :meth:`bind` or to a policy's field by :meth:`on`, it is called as ``(x, r, t)``.
+
+    Example:
+        >>> flow_map = FlowMap(MapConfig(horizon=5, action_dim=2, features=3)).bind(torch.zeros(4, 3))
+        >>> flow_map(torch.randn(4, 5, 2), torch.zeros(4), torch.ones(4)).shape
+        torch.Size([4, 5, 2])
+    """
+
+    def __init__(self, config: MapConfig) -> None:
+        """Build an untrained map."""
+        super().__init__()
+        self.config = config
+        self.net = config.build(chunks=1, times=2)
+
+    def bind(self, features: Any) -> "BoundFlowMap":
+        """Encode the observation's features once, without a graph, and return the map closed over them."""
+        with torch.no_grad():
+            return BoundFlowMap(self, self.net.encode(normal(features)))
+
+    def on(self, field: Field) -> "BoundFlowMap":
+        """Bind to the features of the observation which ``field`` is closed over.
+
+        Raises:
+            ValueError: the field has none.
+        """
+        return self.bind(features_of(field))
+
+    def average_velocity(
+        self, z: Any, x: Float[Tensor, "B H A"], r: Float[Tensor, "B"], t: Float[Tensor, "B"]
+    ) -> Float[Tensor, "B H A"]:
+        """Return ``u_{r,t}(x)`` for encoded features ``z``."""
+        return self.net(z, (x,), (r, t))
+
+
+@dataclass(frozen=True)
+class BoundFlowMap:
+    """A :class:`FlowMap` closed over encoded observations."""
+
+    flow_map: FlowMap
+    z: Any
+
+    def __call__(
+        self, x: Float[Tensor, "B H A"], r: Float[Tensor, "B"], t: Float[Tensor, "B"]
+    ) -> Float[Tensor, "B H A"]:
+        """Jump from time r to time t. Cost: 1 forward of the map."""
+        return x + rows(t - r, x) * self.flow_map.average_velocity(self.z, x, r, t)
+
+    def repeat(self, k: int) -> "BoundFlowMap":
+        """Return the map for ``k`` rows per observation; nothing is encoded again."""
+        return replace(self, z=repeat_rows(self.z, k))
+
+
+@dataclass(frozen=True)
+class EulerMap:
+    """The frozen policy's own integration as a two-time jump, for policies without a learnt map.
+
+    Cost: ``ceil((t - r) steps)`` velocity forwards.
+
+    Args:
+        field: the policy's velocity.
+        steps: Euler steps from 0 to 1; None: the field's own number. A shorter jump has its share of them.
+
+    Raises:
+        ValueError: fewer than one step.
+    """
+
+    field: Field
+    steps: int | None = None
+
+    def __post_init__(self) -> None:
+        """Check the arguments."""
+        if self.steps is not None and self.steps < 1:
+            raise ValueError(f"EulerMap: expected at least 1 step, got {self.steps}")
+
+    def __call__(
+        self, x: Float[Tensor, "B H A"], r: Float[Tensor, "B"], t: Float[Tensor, "B"]
+    ) -> Float[Tensor, "B H A"]:
+        """Integrate from time r to time t; from 0 to 1 it is the policy's own chain."""
+        clock = clock_of(self.field)
+        steps = clock.steps if self.steps is None else self.steps
+        span = (t - r).double()
+        n = max(1, math.ceil(float(span.abs().max()) * steps - 1e-6))
+        for i in range(n):
+            time = (r.double() + i * (span / n)).to(clock.times(0.0, x).dtype)
+            x = x + rows(span / n, x) * self.field(x, time)
+        return x
+
+    def repeat(self, k: int) -> "EulerMap":
+        """Return the map for ``k`` rows per observation."""
+        return replace(self, field=self.field.repeat(k))

@@ -1,0 +1,139 @@
+"""GLASS: the exact posterior flow of a frozen policy, from nothing but its velocity.
+
+For an outer state (x, t) there is an *inner* flow that carries noise at u = 0 to a sample of the endpoint
+posterior p(x1 | x_t = x) at u = 1. Its state ``xbar = (1 - u) x0' + u x1`` and ``x`` are two noisy looks at
+the same x1; together they are one look ``x*`` of the better time ``t*``, where the policy can be asked.
+"""
+
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+import torch
+from einops import rearrange
+from jaxtyping import Float
+from torch import Tensor
+
+from qsteer.flow import denoise, rows
+from qsteer.types import Field
+
+
+class Look(NamedTuple):
+    """Outer and inner state as one: where the policy is asked, and ``offset + gain * v``, the answer."""
+
+    x: Float[Tensor, "B H A"]
+    t: Float[Tensor, "B"]
+    offset: Float[Tensor, "B H A"]
+    gain: Float[Tensor, "B 1 1"]
+
+
+def glass_look(
+    x: Float[Tensor, "B H A"], t: Float[Tensor, "B"], xbar: Float[Tensor, "B H A"], u: Float[Tensor, "B"]
+) -> Look:
+    """Combine outer and inner state, see :func:`glass_velocity`.
+
+    Written with ``p / r`` and ``s / r``, so that nothing is divided by the r that vanishes at t = u = 0.
+    """
+    p, s, q = t * (1 - u), (1 - t) * u, (1 - t) * (1 - u)
+    r = torch.hypot(p, s)
+    outer = torch.where(r > 0, p / r, 0.0)
+    inner = torch.where(r > 0, s / r, 1.0)
+    total = (r + q).clamp(min=1e-12)
+    best = ((1 - u) * outer / total, (1 - t) * inner / total)
+    offset = (outer / total, ((1 - t) * (inner - 1) - t * outer) / total)
+    return Look(
+        x=rows(best[0], x) * x + rows(best[1], x) * xbar,
+        t=r / total,
+        offset=rows(offset[0], x) * x + rows(offset[1], x) * xbar,
+        gain=rows((1 - t) / total, x),
+    )
+
+
+def glass_velocity(
+    field: Field,
+    x: Float[Tensor, "B H A"],
+    t: Float[Tensor, "B"],
+    xbar: Float[Tensor, "B H A"],
+    u: Float[Tensor, "B"],
+) -> Float[Tensor, "B H A"]:
+    """Return the velocity of the posterior flow at inner time u and state ``xbar``, given (x, t).
+
+    ``A x + B xbar + C v(x*, t*)`` (Meta Flow Maps, GLASS; QPILOTS appendix B). At t = 0 it is the policy's
+    own velocity at (xbar, u); at u = 0 it is ``D(x, t) - xbar``.
+
+    Cost: 1 velocity forward.
+
+    Args:
+        field: the policy's velocity.
+        x: outer state.
+        t: outer time, in [0, 1).
+        xbar: inner state.
+        u: inner time, in [0, 1].
+    """
+    look = glass_look(x, t, xbar, u)
+    return look.offset + look.gain * field(look.x, look.t)
+
+
+@dataclass(frozen=True)
+class GlassPosterior:
+    """Samples of the endpoint posterior from the frozen policy alone: no training, exact as steps grow.
+
+    A :class:`~qsteer.types.PosteriorSampler`: ``(eps: (N, B, H, A), x, t) -> x1: (N, B, H, A)``,
+    differentiable in x. All N samples run as one batch on one prefix.
+
+    Cost: ``steps`` velocity forwards on N rows; one less inside a rule, which knows v(x, t). With one step
+    every sample is the denoised action itself.
+
+    Args:
+        field: the policy's velocity; None: that of the policy which is steered.
+        steps: Euler steps of the inner flow.
+
+    Raises:
+        ValueError: fewer than one step.
+    """
+
+    field: Field | None = None
+    steps: int = 4
+
+    def __post_init__(self) -> None:
+        """Check the arguments."""
+        if self.steps < 1:
+            raise ValueError(f"GlassPosterior: expected at least 1 step, got {self.steps}")
+
+    def on(self, field: Field) -> "GlassPosterior":
+        """Return the posterior of the steered policy, unless it was given a policy of its own."""
+        return replace(self, field=field) if self.field is None else self
+
+    def __call__(
+        self, eps: Float[Tensor, "N B H A"], x: Float[Tensor, "B H A"], t: Float[Tensor, "B"]
+    ) -> Float[Tensor, "N B H A"]:
+        """Return one posterior sample per noise."""
+        return self._flow(None, eps, x, t)
+
+    def given(
+        self,
+        v: Float[Tensor, "B H A"],
+        eps: Float[Tensor, "N B H A"],
+        x: Float[Tensor, "B H A"],
+        t: Float[Tensor, "B"],
+    ) -> Float[Tensor, "N B H A"]:
+        """Return the same samples for t > 0, where the first inner step asks only for ``v = v(x, t)``."""
+        return self._flow(v, eps, x, t)
+
+    def _flow(self, v: Tensor | None, eps: Tensor, x: Tensor, t: Tensor) -> Tensor:
+        if self.field is None:
+            raise ValueError(
+                "GlassPosterior: expected a policy to sample from, got none; give it the field, "
+                "GlassPosterior(field, steps=4), or use it inside a rule: Posterior(GlassPosterior())"
+            )
+        n = len(eps)
+        field = self.field.repeat(n)
+        x_n, t_n = x.repeat_interleave(n, 0), t.repeat_interleave(n, 0)
+        xbar = rearrange(eps, "n b h a -> (b n) h a")
+        for step in range(self.steps):
+            if step == 0 and v is not None:
+                velocity = denoise(x, v, t).repeat_interleave(n, 0) - xbar
+            else:
+                u = torch.full_like(t_n, step / self.steps)
+                velocity = glass_velocity(field, x_n, t_n, xbar, u)
+            xbar = xbar + velocity / self.steps
+        return rearrange(xbar, "(b n) h a -> n b h a", n=n)

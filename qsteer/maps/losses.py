@@ -1,0 +1,169 @@
+"""Losses of flow maps and meta flow maps, each as short as its formula.
+
+``u(x, r, t)`` is an average velocity: the jump ``X_{r,t}(x) = x + (t - r) u(x, r, t)`` leads from time r to
+time t, and ``u(x, t, t)`` is the velocity. Times have shape (B,); every loss is a sum of squares over the
+action entries, one number per sample. Derivatives in time are forward-mode (``torch.func.jvp``).
+"""
+
+from collections.abc import Callable
+from typing import Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from torch.func import jvp
+
+from qsteer.flow import interpolate, rows
+
+type AverageVelocity = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+def jump(
+    u: AverageVelocity, x: Float[Tensor, "B H A"], r: Float[Tensor, "B"], t: Float[Tensor, "B"]
+) -> Float[Tensor, "B H A"]:
+    """Return ``X_{r,t}(x) = x + (t - r) u(x, r, t)``."""
+    return x + rows(t - r, x) * u(x, r, t)
+
+
+def diagonal_loss(
+    u: AverageVelocity,
+    x0: Float[Tensor, "B H A"],
+    x1: Float[Tensor, "B H A"],
+    t: Float[Tensor, "B"],
+    velocity: Float[Tensor, "B H A"] | None = None,
+) -> Float[Tensor, "B"]:
+    """Flow matching: ``|| u_{t,t}(x_t) - (x1 - x0) ||^2`` with ``x_t = (1 - t) x0 + t x1``.
+
+    Args:
+        u: average velocity.
+        x0: noise.
+        x1: clean actions.
+        t: times.
+        velocity: a teacher's velocity at x_t, in place of ``x1 - x0``.
+    """
+    return _squares(u(interpolate(x0, x1, t), t, t) - (x1 - x0 if velocity is None else velocity.detach()))
+
+
+def lagrangian_loss(
+    u: AverageVelocity, x: Float[Tensor, "B H A"], r: Float[Tensor, "B"], t: Float[Tensor, "B"]
+) -> Float[Tensor, "B"]:
+    """Lagrangian self-distillation: ``|| d/dt X_{r,t}(x) - sg[u_{t,t}(X_{r,t}(x))] ||^2`` (FMQ eq. 4)."""
+    end, slope = jvp(lambda t: jump(u, x, r, t), (t,), (torch.ones_like(t),))[:2]
+    with torch.no_grad():
+        teacher = u(end.detach(), t, t)
+    return _squares(slope - teacher)
+
+
+def eulerian_loss(
+    u: AverageVelocity,
+    x: Float[Tensor, "B H A"],
+    r: Float[Tensor, "B"],
+    t: Float[Tensor, "B"],
+    velocity: Float[Tensor, "B H A"] | None = None,
+    stop: Literal["target", "velocity"] = "target",
+) -> Float[Tensor, "B"]:
+    """Eulerian self-distillation: ``|| d/dr X_{r,t}(x) + grad X_{r,t}(x) u_{r,r}(x) ||^2`` (FMQ eq. 5).
+
+    The residual is ``-u + u_{r,r} + (t - r) du/dr``, the last a total derivative along the flow. With the
+    data velocity ``x1 - x0`` in place of ``u_{r,r}`` it is mean-flow training (FMQ appendix A.2).
+
+    Args:
+        u: average velocity.
+        x: states at time r.
+        r: first time.
+        t: second time, not before r.
+        velocity: in place of ``u_{r,r}(x)``.
+        stop: what is not differentiated: everything but the leading ``u`` (``target``, as mean flows do), or
+            only
+            ``u_{r,r}`` (``velocity``: convex in the map).
+    """
+    if velocity is None:
+        with torch.no_grad():
+            velocity = u(x, r, r)
+    average, slope = jvp(lambda x, r: u(x, r, t), (x, r), (velocity, torch.ones_like(r)))[:2]
+    target = velocity + rows(t - r, x) * slope
+    return _squares(average - (target.detach() if stop == "target" else target))
+
+
+def progressive_loss(
+    u: AverageVelocity,
+    x: Float[Tensor, "B H A"],
+    r: Float[Tensor, "B"],
+    t: Float[Tensor, "B"],
+    w: Float[Tensor, "B"],
+) -> Float[Tensor, "B"]:
+    """Progressive self-distillation: one jump from r to t against two with a stop at w (FMQ eq. 6).
+
+    ``|| u_{r,t}(x) - sg[g u_{r,w}(x) + (1 - g) u_{w,t}(X_{r,w}(x))] ||^2`` with ``w = r + g (t - r)``: each
+    leg counts for its share of the time. The teacher is the two jumps (Boffi et al. 2025; the paper's
+    equation has it the other way round).
+    """
+    with torch.no_grad():
+        first = u(x, r, w)
+        second = u(x + rows(w - r, x) * first, w, t)
+        g = rows(torch.where(t > r, (w - r) / (t - r), 0.0), x)
+        teacher = g * first + (1 - g) * second
+    return _squares(u(x, r, t) - teacher)
+
+
+def semigroup_loss(
+    u: AverageVelocity,
+    x: Float[Tensor, "B H A"],
+    r: Float[Tensor, "B"],
+    t: Float[Tensor, "B"],
+    w: Float[Tensor, "B"],
+    target: AverageVelocity | None = None,
+) -> Float[Tensor, "B"]:
+    """Consistency: ``|| X_{r,t}(x) - sg[X'_{w,t}(X'_{r,w}(x))] ||^2`` for r <= w <= t (QPILOTS appendix B).
+
+    Args:
+        u: average velocity.
+        x: states at time r.
+        r: first time.
+        t: last time.
+        w: time between.
+        target: average velocity of the moving average X'; None: ``u`` itself.
+    """
+    with torch.no_grad():
+        target = u if target is None else target
+        teacher = jump(target, jump(target, x, r, w), w, t)
+    return _squares(jump(u, x, r, t) - teacher)
+
+
+def adaptive(loss: Float[Tensor, "B"], power: float, c: float = 0.01) -> Float[Tensor, "B"]:
+    """Weigh each sample's loss by ``sg[(loss + c)^-power]``: large errors count less (Geng et al. 2025)."""
+    return loss * (loss.detach() + c) ** -power
+
+
+def fmq_target(
+    u_ref: Float[Tensor, "B H A"],
+    grad: Float[Tensor, "B H A"],
+    eta: float | Float[Tensor, "B"],
+    kappa: float = 1e-8,
+) -> Float[Tensor, "B H A"]:
+    """Return FMQ's optimal average velocity ``u_ref + eta grad / (||grad|| + kappa)`` (eq. 11).
+
+    It maximises the critic, linearised at ``a1 = x_r + (1 - r) u_ref``, within ``||u - u_ref|| <= eta``.
+
+    Args:
+        u_ref: average velocity of the offline map from r to 1.
+        grad: gradient of the critic at a1.
+        eta: radius; one, or one per sample (:func:`trust_radius`).
+        kappa: keeps a vanishing gradient finite.
+    """
+    eta = torch.as_tensor(eta, dtype=grad.dtype, device=grad.device).expand(len(grad))
+    return u_ref + rows(eta / (grad.flatten(1).norm(dim=1) + kappa), grad) * grad
+
+
+def trust_radius(eta: float, q_members: Float[Tensor, "J B"], beta: float) -> Float[Tensor, "B"]:
+    """Return the trust region's radius ``eta / (1 + beta * delta)`` (FMQ, Algorithm 1).
+
+    delta is the ensemble's disagreement over its mean in the batch; the disagreement is ``sqrt(2)`` times the
+    population std, which is FMQ's ``|Q1 - Q2| / sqrt(2)`` for two members.
+    """
+    delta = 2**0.5 * q_members.std(0, unbiased=False)
+    return eta / (1 + beta * delta / (delta.nanmean() + 1e-8))
+
+
+def _squares(residual: Float[Tensor, "B H A"]) -> Float[Tensor, "B"]:
+    return residual.square().flatten(1).sum(1)
