@@ -68,7 +68,14 @@ def _parser() -> argparse.ArgumentParser:
     )
     critic.add_argument("--members", type=int, help="size of the ensemble; default: the recipe's")
     critic.add_argument("--rho", type=float, help="pessimism; default: the recipe's")
-    for sub, kind in (policy, "policy"), (critic, "critic"):
+    distil = command("distill", _distil, "Distil a map of the frozen policy: jumps, or posterior samples.")
+    distil.add_argument(
+        "--map",
+        choices=["meta", "flow"],
+        default="meta",
+        help="meta: meta flow map (Posterior); flow: flow map (BeamSearch)",
+    )
+    for sub, kind in (policy, "policy"), (critic, "critic"), (distil, "meta or flow"):
         sub.add_argument(
             "--data", type=Path, help="the .npz to read, generated or official; default runs/data/NAME.npz"
         )
@@ -160,6 +167,33 @@ def _train_critic(args: argparse.Namespace) -> None:
     train, _ = load(recipe.task, args.data or recipe.data_path)
     train_critic(Episodes.from_ogbench(train), out, training, device=args.device)
     print(f"critic: {out}")
+
+
+def _distil(args: argparse.Namespace) -> None:
+    from qsteer.envs.ogbench import load
+    from qsteer.maps import FlowMap, MapConfig, MetaFlowMap, MetaMapConfig
+    from qsteer.training import Chunks, Episodes, FlowPolicy
+    from qsteer.training.maps import StateTeacher, distil, distil_flow_map
+
+    recipe, run = RECIPES[args.task], run_directory(args.task, args.seed)
+    policy = FlowPolicy.from_pretrained(run / "policy").to(args.device)
+    shape = policy.config
+    teacher, held_out = (
+        StateTeacher(policy, Chunks(Episodes.from_ogbench(d).to(args.device), shape.horizon, 1.0, "actions"))
+        for d in load(recipe.task, args.data or recipe.data_path)
+    )
+    out, given = args.out or run / args.map, _given(args, "seed", "steps")
+    kind = MetaMapConfig if args.map == "meta" else MapConfig
+    config = kind(
+        shape.horizon, shape.action_dim, shape.hidden[0], hidden=recipe.map_hidden, harmonics=shape.harmonics
+    )
+    torch.manual_seed(args.seed)
+    if isinstance(config, MetaMapConfig):
+        meta = MetaFlowMap(config).to(args.device)
+        distil(meta, teacher, out, replace(recipe.meta, **given), held_out=held_out)
+    else:
+        distil_flow_map(FlowMap(config).to(args.device), teacher, out, replace(recipe.flow_map, **given))
+    print(f"{args.map}: {out}")
 
 
 def _evaluate(args: argparse.Namespace) -> None:

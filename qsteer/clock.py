@@ -60,6 +60,10 @@ class Clock:
         exact = (self.noise, self.action) != (0.0, 1.0) and x.device.type != "mps"
         return torch.full((x.shape[0],), t, dtype=torch.float64 if exact else x.dtype, device=x.device)
 
+    def snap(self, t: Float[Tensor, "B"]) -> Float[Tensor, "B"]:
+        """Return the nearest times that are exact for the host's float32 time, as those of :meth:`grid` are."""
+        return (self.to_host(t).to(t.dtype) - self.noise).abs() / abs(self.action - self.noise)
+
     def to_host(self, t: Float[Tensor, "B"]) -> Float[Tensor, "B"]:
         """Return the host time of paper time ``t``, in float32 as hosts want it."""
         return (self.noise + t * (self.action - self.noise)).to(torch.float32)

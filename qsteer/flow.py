@@ -155,13 +155,14 @@ def features_of(field: Field) -> Any:
     """Return the features of the observations which a field is closed over.
 
     Raises:
-        ValueError: it has none.
+        ValueError: it has none, or something that is neither a tensor nor tokens and mask.
     """
     features = getattr(field, "features", None)
-    if features is None:
+    if not isinstance(features, Tensor) and not (isinstance(features, tuple | list) and len(features) == 2):
+        got = "without" if features is None else f"with {type(features).__name__}"
         raise ValueError(
-            "field: expected features of the observation for a learnt map, got "
-            f"{type(field).__name__} without; "
+            "field: expected features of the observation for a learnt map, (B, F) or tokens (B, L, F) and "
+            f"their mask, got {type(field).__name__} {got}; "
             "hand observations over as qsteer.field(fn, context=features), or set Host.features"
         )
     return features

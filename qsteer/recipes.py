@@ -5,6 +5,10 @@ from pathlib import Path
 
 from qsteer.training.bc import PolicyTraining
 from qsteer.training.critic import CriticTraining
+from qsteer.training.maps import FlowMapTraining, MetaTraining
+
+META = MetaTraining(steps=8_000, learning_rate=3e-4, warmup=200, evaluate_every=1_000)
+FLOW_MAP = FlowMapTraining(steps=15_000, distillation="lagrangian", diagonal_steps=1_000, anneal_steps=6_000)
 
 
 @dataclass(frozen=True)
@@ -17,6 +21,9 @@ class Recipe:
         transitions: size of the training split; the validation split is a tenth.
         policy: how to clone the behaviour.
         critic: how to train the critic.
+        meta: how to distil the meta flow map.
+        flow_map: how to distil the flow map.
+        map_hidden: widths of both maps.
         arms: the arms of the demonstration, see :func:`qsteer.evaluation.arms.parse`. Their strengths were
             chosen on the tuning seeds.
         camera: of the film; None: the environment's own.
@@ -30,6 +37,9 @@ class Recipe:
     critic: CriticTraining
     arms: tuple[str, ...]
     minutes: int
+    meta: MetaTraining = META
+    flow_map: FlowMapTraining = FLOW_MAP
+    map_hidden: tuple[int, ...] = (256, 256, 256)
     camera: str | None = None
 
     @property

@@ -4,7 +4,7 @@ The caller's noise is candidate 0 of every sampler, further candidates come from
 with one candidate a selecting sampler is its inner sampler, bit for bit.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from dataclasses import field as attribute
 from typing import Any
 
@@ -214,10 +214,12 @@ class BeamSearch(Sampler):
         """Return the best particle."""
         value, m, n = needed(value, self), self.particles, self.particles * self.branches
         t = self.snr / (1 + self.snr)
-        a = self._complete(field, value, rearrange(candidates(noise, m), "b m h a -> (b m) h a"), 0.0, m)
+        bind = getattr(self.flow_map, "on", None)
+        search = self if bind is None else replace(self, flow_map=bind(field))
+        a = search._complete(field, value, rearrange(candidates(noise, m), "b m h a -> (b m) h a"), 0.0, m)
         for _ in range(self.rounds):
             a = a.repeat_interleave(self.branches, 0)
-            a = self._complete(field, value, t * a + (1 - t) * torch.randn_like(a), t, n)
+            a = search._complete(field, value, t * a + (1 - t) * torch.randn_like(a), t, n)
             kept = scores(value, a, n).topk(m, 1).indices
             a = project(
                 take(rearrange(a, "(b n) h a -> b n h a", n=n), kept).flatten(0, 1), value.repeat(m), self.eta
@@ -233,7 +235,6 @@ class BeamSearch(Sampler):
         jump: Any = (
             EulerMap(field, getattr(self.inner, "steps", None)) if self.flow_map is None else self.flow_map
         )
-        jump = jump.on(field) if hasattr(jump, "on") else jump
         jump = jump.repeat(k) if hasattr(jump, "repeat") else jump
         times = clock_of(field).times
         a, bounds = jump(x, times(t, x), times(1.0, x)), getattr(self.inner, "clip", None)

@@ -1,7 +1,8 @@
 """What an action costs: evaluations of policy and critic, counted, and milliseconds, measured."""
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from dataclasses import field as attribute
 from typing import Any
@@ -9,8 +10,10 @@ from typing import Any
 import numpy as np
 import torch
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_hook
 
+from qsteer.maps.networks import ChunkNetwork
 from qsteer.samplers import Euler
 from qsteer.sampling import sample
 from qsteer.types import Field, Rule, Sampler, Value
@@ -44,17 +47,19 @@ class Cost:
     """Evaluations behind one call of :func:`qsteer.sample`.
 
     A call of a critic's whole ensemble is one pass, and so is a call on many rows: passes are what a small
-    batch waits for, rows what a full device computes.
+    batch waits for, rows what a full device computes. ``map`` counts learnt maps, not their encoding of the
+    observation.
     """
 
     field: Passes = attribute(default_factory=Passes)
     value: Passes = attribute(default_factory=Passes)
+    map: Passes = attribute(default_factory=Passes)
 
     def __str__(self) -> str:
-        return (
-            f"policy {self.field.forwards} forward {self.field.backwards} backward, "
-            f"critic {self.value.forwards} forward {self.value.backwards} backward"
-        )
+        parts = {"policy": self.field, "critic": self.value}
+        if self.map.forwards:
+            parts["map"] = self.map
+        return ", ".join(f"{name} {p.forwards} forward {p.backwards} backward" for name, p in parts.items())
 
 
 @dataclass(frozen=True)
@@ -99,6 +104,20 @@ class CountedValue:
         return getattr(self.inner, name)
 
 
+@contextmanager
+def counted_maps(passes: Passes) -> Iterator[None]:
+    """Count the passes of every learnt map's network in the block."""
+
+    def seen(module: nn.Module, args: Any, output: Any) -> Any:
+        return passes.seen(output) if isinstance(module, ChunkNetwork) else None
+
+    hook = register_module_forward_hook(seen)
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
 def count(
     field: Field,
     value: Value | None,
@@ -112,7 +131,8 @@ def count(
     """
     cost = Cost()
     counted = None if value is None else CountedValue(value, cost.value)
-    sample(CountedField(field, cost.field), counted, noise, rule=rule, sampler=sampler)
+    with counted_maps(cost.map):
+        sample(CountedField(field, cost.field), counted, noise, rule=rule, sampler=sampler)
     return cost
 
 

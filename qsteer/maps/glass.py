@@ -17,19 +17,27 @@ from qsteer.flow import denoise, rows
 from qsteer.types import Field
 
 
-class Look(NamedTuple):
-    """Outer and inner state as one: where the policy is asked, and ``offset + gain * v``, the answer."""
+class Glass(NamedTuple):
+    """The posterior flow at one point: the policy's answer v at (x*, t*), and what makes a velocity of it."""
 
-    x: Float[Tensor, "B H A"]
-    t: Float[Tensor, "B"]
     offset: Float[Tensor, "B H A"]
     gain: Float[Tensor, "B 1 1"]
+    v: Float[Tensor, "B H A"]
+
+    @property
+    def velocity(self) -> Float[Tensor, "B H A"]:
+        """The velocity of the posterior flow."""
+        return self.offset + self.gain * self.v
 
 
-def glass_look(
-    x: Float[Tensor, "B H A"], t: Float[Tensor, "B"], xbar: Float[Tensor, "B H A"], u: Float[Tensor, "B"]
-) -> Look:
-    """Combine outer and inner state, see :func:`glass_velocity`.
+def glass(
+    field: Field,
+    x: Float[Tensor, "B H A"],
+    t: Float[Tensor, "B"],
+    xbar: Float[Tensor, "B H A"],
+    u: Float[Tensor, "B"],
+) -> Glass:
+    """Ask the policy where outer and inner state are one look, see :func:`glass_velocity`.
 
     Written with ``p / r`` and ``s / r``, so that nothing is divided by the r that vanishes at t = u = 0.
     """
@@ -38,14 +46,9 @@ def glass_look(
     outer = torch.where(r > 0, p / r, 0.0)
     inner = torch.where(r > 0, s / r, 1.0)
     total = (r + q).clamp(min=1e-12)
-    best = ((1 - u) * outer / total, (1 - t) * inner / total)
-    offset = (outer / total, ((1 - t) * (inner - 1) - t * outer) / total)
-    return Look(
-        x=rows(best[0], x) * x + rows(best[1], x) * xbar,
-        t=r / total,
-        offset=rows(offset[0], x) * x + rows(offset[1], x) * xbar,
-        gain=rows((1 - t) / total, x),
-    )
+    best = rows((1 - u) * outer / total, x) * x + rows((1 - t) * inner / total, x) * xbar
+    offset = rows(outer / total, x) * x + rows(((1 - t) * (inner - 1) - t * outer) / total, x) * xbar
+    return Glass(offset, rows((1 - t) / total, x), field(best, r / total))
 
 
 def glass_velocity(
@@ -69,8 +72,7 @@ def glass_velocity(
         xbar: inner state.
         u: inner time, in [0, 1].
     """
-    look = glass_look(x, t, xbar, u)
-    return look.offset + look.gain * field(look.x, look.t)
+    return glass(field, x, t, xbar, u).velocity
 
 
 @dataclass(frozen=True)
@@ -84,7 +86,7 @@ class GlassPosterior:
     every sample is the denoised action itself.
 
     Args:
-        field: the policy's velocity; None: that of the policy which is steered.
+        field: the policy's velocity; a rule puts that of the policy which it steers.
         steps: Euler steps of the inner flow.
 
     Raises:
@@ -100,8 +102,8 @@ class GlassPosterior:
             raise ValueError(f"GlassPosterior: expected at least 1 step, got {self.steps}")
 
     def on(self, field: Field) -> "GlassPosterior":
-        """Return the posterior of the steered policy, unless it was given a policy of its own."""
-        return replace(self, field=field) if self.field is None else self
+        """Return the same posterior of another policy: inside a rule, of the policy which is steered."""
+        return replace(self, field=field)
 
     def __call__(
         self, eps: Float[Tensor, "N B H A"], x: Float[Tensor, "B H A"], t: Float[Tensor, "B"]

@@ -12,6 +12,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 from torch.func import jvp
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from qsteer.flow import interpolate, rows
 
@@ -48,7 +49,7 @@ def lagrangian_loss(
     u: AverageVelocity, x: Float[Tensor, "B H A"], r: Float[Tensor, "B"], t: Float[Tensor, "B"]
 ) -> Float[Tensor, "B"]:
     """Lagrangian self-distillation: ``|| d/dt X_{r,t}(x) - sg[u_{t,t}(X_{r,t}(x))] ||^2`` (FMQ eq. 4)."""
-    end, slope = jvp(lambda t: jump(u, x, r, t), (t,), (torch.ones_like(t),))[:2]
+    end, slope = _derivative(lambda t: jump(u, x, r, t), (t,), (torch.ones_like(t),))
     with torch.no_grad():
         teacher = u(end.detach(), t, t)
     return _squares(slope - teacher)
@@ -80,7 +81,7 @@ def eulerian_loss(
     if velocity is None:
         with torch.no_grad():
             velocity = u(x, r, r)
-    average, slope = jvp(lambda x, r: u(x, r, t), (x, r), (velocity, torch.ones_like(r)))[:2]
+    average, slope = _derivative(lambda x, r: u(x, r, t), (x, r), (velocity, torch.ones_like(r)))
     target = velocity + rows(t - r, x) * slope
     return _squares(average - (target.detach() if stop == "target" else target))
 
@@ -163,6 +164,14 @@ def trust_radius(eta: float, q_members: Float[Tensor, "J B"], beta: float) -> Fl
     """
     delta = 2**0.5 * q_members.std(0, unbiased=False)
     return eta / (1 + beta * delta / (delta.nanmean() + 1e-8))
+
+
+def _derivative(
+    fn: Callable[..., Tensor], at: tuple[Tensor, ...], along: tuple[Tensor, ...]
+) -> tuple[Tensor, Tensor]:
+    """Return the value and the directional derivative; fused attention kernels have no forward mode."""
+    with sdpa_kernel(SDPBackend.MATH):
+        return jvp(fn, at, along)[:2]
 
 
 def _squares(residual: Float[Tensor, "B H A"]) -> Float[Tensor, "B"]:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from qsteer.flow import denoise, features_of, normal, repeat_rows, rows
 from qsteer.maps.flow_maps import MapConfig
-from qsteer.maps.glass import glass_look
+from qsteer.maps.glass import Glass
 from qsteer.maps.networks import ChunkNetwork
 from qsteer.types import Field
 
@@ -79,7 +79,9 @@ class MetaFlowMap(
             )
         with torch.no_grad():
             z = self.net.encode(normal(features))
-        return BoundMetaFlowMap(self, z) if field is None else ResidualMetaFlowMap(self, z, field)
+        if field is None or not self.config.residual:
+            return BoundMetaFlowMap(self, z)
+        return ResidualMetaFlowMap(self, z, field)
 
     def on(self, field: Field) -> "BoundMetaFlowMap | ResidualMetaFlowMap":
         """Bind to a policy's velocity and to the features of the observation which it is closed over.
@@ -87,7 +89,7 @@ class MetaFlowMap(
         Raises:
             ValueError: the field has no features.
         """
-        return self.bind(features_of(field), field if self.config.residual else None)
+        return self.bind(features_of(field), field)
 
     def velocity(
         self,
@@ -97,18 +99,22 @@ class MetaFlowMap(
         w: Float[Tensor, "B"],
         x: Float[Tensor, "B H A"],
         t: Float[Tensor, "B"],
-        field: Field | None = None,
+        base: Glass | None = None,
     ) -> Float[Tensor, "B H A"]:
         """Return ``vhat_{u,w}(xbar; t, x)`` for encoded features ``z``.
 
-        ``field`` is the policy's velocity, which only a residual map needs; it is not differentiated here.
+        Args:
+            z: encoded features.
+            xbar: inner state at time u.
+            u: inner time.
+            w: inner time to which the velocity is averaged, not before u.
+            x: outer state.
+            t: outer time.
+            base: the policy's answer, ``glass(field, x, t, xbar, u)``; only a residual map needs it.
         """
-        if not self.config.residual or field is None:
+        if base is None:
             return self.net(z, (xbar, x), (t, u, w))
-        look = glass_look(x, t, xbar, u)
-        with torch.no_grad():
-            v = field(look.x, look.t)
-        return look.offset + look.gain * (v + self.net(z, (xbar, x, v), (t, u, w)))
+        return base.velocity + base.gain * self.net(z, (xbar, x, base.v), (t, u, w))
 
 
 @dataclass(frozen=True)

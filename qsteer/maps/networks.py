@@ -124,7 +124,7 @@ class ChunkTransformer(ChunkNetwork):
         self.time = nn.Sequential(nn.Linear(times * 2 * harmonics, width), nn.SiLU(), nn.Linear(width, width))
         self.memories = nn.ModuleList(nn.Linear(features, 2 * width) for _ in range(depth))
         self.blocks = nn.ModuleList(Block(width, heads) for _ in range(depth))
-        self.norm, self.last = nn.LayerNorm(width), nn.Linear(width, action_dim)
+        self.last = nn.Linear(width, action_dim)
 
     def encode(self, features: tuple[Float[Tensor, "B L F"], Bool[Tensor, "B L"]]) -> Any:
         """Return each block's keys and values of the feature tokens, and the tokens' mask."""
@@ -139,7 +139,7 @@ class ChunkTransformer(ChunkNetwork):
         time = self.time(self.fourier(times).to(h.dtype))
         for block, memory in zip(self.blocks, memories, strict=True):
             h = block(h, time, memory, mask)
-        return self.last(self.norm(h)).to(chunks[0].dtype)
+        return self.last(standard(h)).to(chunks[0].dtype)
 
 
 class Block(nn.Module):
@@ -149,7 +149,6 @@ class Block(nn.Module):
         """Build the block; its gates start at zero."""
         super().__init__()
         self.heads = heads
-        self.norms = nn.ModuleList(nn.LayerNorm(width, elementwise_affine=False) for _ in range(3))
         self.modulation = nn.Linear(width, 9 * width)
         nn.init.zeros_(self.modulation.weight)
         nn.init.zeros_(self.modulation.bias)
@@ -168,11 +167,9 @@ class Block(nn.Module):
     ) -> Float[Tensor, "B H W"]:
         """Return the steps' next state."""
         parts = self.modulation(F.silu(time))[:, None].chunk(9, -1)
-        for norm, branch, i in zip(
-            self.norms, (self._mix, self._observe, self._mlp), range(0, 9, 3), strict=True
-        ):
-            scale, shift, gate = parts[i : i + 3]
-            h = h + gate * branch(norm(h) * (1 + scale) + shift, memory, mask)
+        for i, branch in enumerate((self._mix, self._observe, self._mlp)):
+            scale, shift, gate = parts[3 * i : 3 * i + 3]
+            h = h + gate * branch(standard(h) * (1 + scale) + shift, memory, mask)
         return h
 
     def _mix(self, h: Tensor, memory: Tensor, mask: Tensor) -> Tensor:
@@ -192,3 +189,13 @@ class Block(nn.Module):
 
     def _join(self, x: Tensor) -> Tensor:
         return rearrange(x, "b h l d -> b l (h d)")
+
+
+def standard(h: Tensor) -> Tensor:
+    """Return the layer norm without weights, written out.
+
+    The gradient of a forward-mode derivative of ``torch.nn.functional.layer_norm`` is wrong (torch 2.11),
+    and flow map losses take one.
+    """
+    variance, mean = torch.var_mean(h, -1, correction=0, keepdim=True)
+    return (h - mean) * (variance + 1e-5).rsqrt()

@@ -8,7 +8,7 @@ weights and the metrics of a run that was not.
 import json
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,6 +34,9 @@ class Training:
         seed: of initial weights, batches and noise.
         log_every: steps between lines of metrics, and between synchronisations with an accelerator.
         checkpoint_every: steps between checkpoints.
+        evaluate_every: steps between held-out evaluations, for learners that have one; a multiple of
+            ``log_every``.
+        warmup: steps in which the learning rate grows from zero.
     """
 
     steps: int
@@ -43,16 +46,22 @@ class Training:
     seed: int = 0
     log_every: int = 500
     checkpoint_every: int = 5000
+    evaluate_every: int = 5000
+    warmup: int = 0
 
     def __post_init__(self) -> None:
         """Check the values."""
-        for name in ("steps", "batch_size", "log_every", "checkpoint_every"):
+        for name in ("steps", "batch_size", "log_every", "checkpoint_every", "evaluate_every"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")
         for name in ("learning_rate", "gradient_clip"):
             value = getattr(self, name)
             if value is not None and value <= 0:
                 raise ValueError(f"{name}: expected more than 0, got {value}")
+
+    def optimizer(self, parameters: Sequence[nn.Parameter]) -> torch.optim.Optimizer:
+        """Return the optimiser."""
+        return torch.optim.Adam(parameters, self.learning_rate, fused=True)
 
 
 class Learner(nn.Module, ABC):
@@ -64,6 +73,10 @@ class Learner(nn.Module, ABC):
 
     def after_step(self) -> None:
         """Run after every optimiser step: move averages."""
+
+    def evaluate(self) -> dict[str, float]:
+        """Return held-out metrics; drawn from a generator of its own, or training would depend on it."""
+        return {}
 
 
 def fit(
@@ -84,7 +97,7 @@ def fit(
     """
     out.mkdir(parents=True, exist_ok=True)
     parameters = [p for p in learner.parameters() if p.requires_grad]
-    optimizer = torch.optim.Adam(parameters, training.learning_rate, fused=True)
+    optimizer = training.optimizer(parameters)
     generator = torch.Generator(parameters[0].device).manual_seed(training.seed)
     start = _resume(out, learner, optimizer, generator, identity)
     _truncate(out / METRICS, start)
@@ -101,6 +114,8 @@ def fit(
         for step in bar:
             loss, info = learner.loss(generator)
             optimizer.zero_grad()
+            for group in optimizer.param_groups:
+                group["lr"] = training.learning_rate * min(1.0, step / max(1, training.warmup))
             loss.backward()
             if training.gradient_clip is not None:
                 nn.utils.clip_grad_norm_(parameters, training.gradient_clip)
@@ -108,6 +123,8 @@ def fit(
             learner.after_step()
             if step % training.log_every == 0 or step == training.steps:
                 values = {"loss": loss.item()} | {name: value.item() for name, value in info.items()}
+                if step % training.evaluate_every == 0 or step == training.steps:
+                    values |= learner.evaluate()
                 metrics.write(json.dumps({"step": step} | values) + "\n")
                 metrics.flush()
                 bar.set_postfix({name: f"{value:.4g}" for name, value in values.items()})

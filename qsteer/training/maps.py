@@ -1,0 +1,353 @@
+"""Distilling maps from a frozen policy: meta flow maps (QPILOTS) and flow maps (FMQ section 3.1)."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from copy import deepcopy
+from dataclasses import asdict, dataclass
+from functools import cache
+from hashlib import sha256
+from pathlib import Path
+from typing import Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.optim.swa_utils import get_ema_multi_avg_fn
+
+from qsteer.flow import denoise, features_of, interpolate
+from qsteer.maps.flow_maps import FlowMap
+from qsteer.maps.glass import Glass, GlassPosterior, glass
+from qsteer.maps.losses import (
+    adaptive,
+    diagonal_loss,
+    eulerian_loss,
+    lagrangian_loss,
+    progressive_loss,
+    semigroup_loss,
+)
+from qsteer.maps.meta import MetaFlowMap
+from qsteer.maps.networks import ChunkMLP
+from qsteer.training.data import Chunks
+from qsteer.training.loop import Learner, Training, fit
+from qsteer.training.policy import FlowPolicy
+from qsteer.types import Field
+
+
+class Teacher(ABC):
+    """A frozen policy together with observations to ask it about."""
+
+    @abstractmethod
+    def batch(self, size: int, generator: torch.Generator) -> tuple[Field, Float[Tensor, "B H A"]]:
+        """Return the policy's field for ``size`` drawn observations, encoded once, and an action for each."""
+
+    @abstractmethod
+    def fingerprint(self) -> str:
+        """Return a hash of policy and data: a resumed run must see the teacher that it started with."""
+
+
+@dataclass(frozen=True)
+class StateTeacher(Teacher):
+    """A small state policy on the data that it was cloned from.
+
+    Attributes:
+        policy: the frozen policy.
+        chunks: the data.
+    """
+
+    policy: FlowPolicy
+    chunks: Chunks
+
+    def batch(self, size: int, generator: torch.Generator) -> tuple[Field, Float[Tensor, "B H A"]]:
+        """Draw stored observations and the chunks which followed them."""
+        batch = self.chunks.sample(size, generator)
+        return self.policy.field(batch.observations), batch.actions
+
+    def fingerprint(self) -> str:
+        """Return a hash of policy and data."""
+        digest = sha256(self.chunks.episodes.fingerprint().encode())
+        for tensor in self.policy.state_dict().values():
+            digest.update(tensor.cpu().contiguous().numpy())
+        return digest.hexdigest()[:16]
+
+
+@dataclass(frozen=True, kw_only=True)
+class MetaTraining(Training):
+    """How to distil a :class:`~qsteer.maps.MetaFlowMap` (QPILOTS appendix B).
+
+    Attributes:
+        semigroup: weight of the consistency loss; the diagonal loss has weight 1.
+        time_power: outer times are ``U^time_power``, denser near the noise.
+        zero_share: share of the batch with outer time exactly 0.
+        ema: step of the target map's moving average; 1e-4 for the paper's long distillation of a VLA.
+    """
+
+    steps: int = 40_000
+    learning_rate: float = 1e-4
+    gradient_clip: float | None = 1.5
+    semigroup: float = 0.5
+    time_power: float = 2.0
+    zero_share: float = 0.1
+    ema: float = 0.005
+    warmup: int = 2000
+
+    def optimizer(self, parameters: Sequence[nn.Parameter]) -> torch.optim.Optimizer:
+        """Return the paper's optimiser."""
+        return torch.optim.RAdam(parameters, self.learning_rate)
+
+
+class MetaDistillation(Learner):
+    """Diagonal and semigroup losses of a meta flow map under a frozen teacher's GLASS velocity.
+
+    A residual map adds to the teacher's GLASS velocity and is compared with it; one that stands alone learns
+    from the clean actions ``x1 - x0'`` by themselves.
+    """
+
+    def __init__(
+        self,
+        meta: MetaFlowMap,
+        teacher: Teacher,
+        settings: MetaTraining,
+        held_out: "PosteriorError | None" = None,
+    ) -> None:
+        """Learn ``meta`` from ``teacher``, and judge it by ``held_out``."""
+        super().__init__()
+        self.held_out = held_out
+        self.meta, self.target = meta, deepcopy(meta).requires_grad_(False)
+        self.teacher, self.settings = teacher, settings
+        self._average = get_ema_multi_avg_fn(1 - settings.ema)
+        self._averaged = list(self.target.parameters()), list(self.meta.parameters())
+
+    def loss(self, generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return the weighted sum of both losses on one batch."""
+        s = self.settings
+        field, x1 = self.teacher.batch(s.batch_size, generator)
+        uniform, normal = draws(x1, generator)
+
+        t = uniform() ** s.time_power
+        t = torch.where(uniform() < s.zero_share, 0.0, t)
+        x = interpolate(normal(), x1, t)
+
+        @cache
+        def base(xbar: Tensor, u: Tensor) -> Glass | None:
+            with torch.no_grad():
+                return glass(field, x, t, xbar, u) if self.meta.config.residual else None
+
+        def average_velocity(meta: MetaFlowMap) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+            z = meta.net.encode(features_of(field))
+            return lambda xbar, u, w: meta.velocity(z, xbar, u, w, x, t, base(xbar, u))
+
+        v, u, noise = average_velocity(self.meta), uniform(), normal()
+        xbar = interpolate(noise, x1, u)
+        known = base(xbar, u)
+        diagonal = diagonal_loss(v, noise, x1, u, None if known is None else known.velocity)
+
+        u, w = torch.stack([uniform(), uniform()]).sort(0).values
+        middle = u + uniform() * (w - u)
+        xbar = interpolate(normal(), x1, u)
+        with torch.no_grad():
+            target = average_velocity(self.target)
+        semigroup = semigroup_loss(v, xbar, u, w, middle, target)
+
+        loss = adaptive(diagonal, 0.5) + s.semigroup * adaptive(semigroup, 1.0)
+        return loss.mean(), {"diagonal": diagonal.detach().mean(), "semigroup": semigroup.detach().mean()}
+
+    def after_step(self) -> None:
+        """Move the target map."""
+        self._average(*self._averaged, 0)
+
+    def evaluate(self) -> dict[str, float]:
+        """Return the posterior error on held-out observations."""
+        return {} if self.held_out is None else self.held_out(self.meta)
+
+
+class PosteriorError:
+    """How far a map's posterior samples are from GLASS on held-out states: sliced Wasserstein distance.
+
+    The distance is that between the two sets of samples along random directions of the chunk, in units of one
+    action entry, averaged over states and outer times. ``floor`` is the distance between two sets of GLASS
+    samples,
+    ``tweedie`` that of the denoised action alone.
+
+    Args:
+        teacher: a policy on held-out observations.
+        observations: how many.
+        samples: posterior samples per state.
+        steps: inner Euler steps of GLASS.
+        times: outer times.
+        seed: of the states, the samples and the directions.
+    """
+
+    def __init__(
+        self,
+        teacher: Teacher,
+        *,
+        observations: int = 32,
+        samples: int = 64,
+        steps: int = 32,
+        times: Sequence[float] = (0.1, 0.3, 0.5, 0.7, 0.9),
+        seed: int = 0,
+    ) -> None:
+        generator = torch.Generator().manual_seed(seed)
+        self.field, x1 = teacher.batch(observations, generator)
+        _, normal = draws(x1, generator)
+        exact = GlassPosterior(self.field, steps)
+        self.directions = torch.randn(x1[0].numel(), 128, generator=generator).to(x1)
+        self.directions /= self.directions.square().mean(0).sqrt()
+        self.states: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
+        self.constants = {"floor": 0.0, "tweedie": 0.0}
+        with torch.no_grad():
+            for time in times:
+                t = x1.new_full((observations,), time)
+                x = interpolate(normal(), x1, t)
+                eps, again = (torch.stack([normal() for _ in range(samples)]) for _ in range(2))
+                reference = exact(again, x, t)
+                self.states.append((eps, x, t, reference))
+                mean = denoise(x, self.field(x, t), t).expand_as(eps)
+                for name, other in ("floor", exact(eps, x, t)), ("tweedie", mean):
+                    self.constants[name] += self.distance(other, reference) / len(times)
+
+    @torch.no_grad()
+    def __call__(self, meta: MetaFlowMap) -> dict[str, float]:
+        """Return ``posterior_error`` and what to compare it with."""
+        posterior = meta.on(self.field)
+        errors = [self.distance(posterior(eps, x, t), reference) for eps, x, t, reference in self.states]
+        return {"posterior_error": sum(errors) / len(errors)} | self.constants
+
+    def distance(self, a: Float[Tensor, "N B H A"], b: Float[Tensor, "N B H A"]) -> float:
+        """Return the sliced Wasserstein distance between two sets of samples, averaged over states."""
+        a, b = ((s.flatten(2) @ self.directions).sort(0).values for s in (a, b))
+        return float(((a - b).square().mean((0, 2)) / len(self.directions)).sqrt().mean())
+
+
+@dataclass(frozen=True, kw_only=True)
+class FlowMapTraining(Training):
+    """How to train a :class:`~qsteer.maps.FlowMap` (FMQ section 3.1).
+
+    Attributes:
+        distillation: the off-diagonal loss, on top of the diagonal one.
+        weight: of that loss.
+        diagonal_steps: steps with the diagonal loss alone.
+        anneal_steps: steps after them in which intervals grow to the full range.
+    """
+
+    steps: int = 60_000
+    distillation: Literal["eulerian", "lagrangian", "progressive"] = "eulerian"
+    weight: float = 1.0
+    diagonal_steps: int = 5_000
+    anneal_steps: int = 50_000
+
+
+class FlowMapDistillation(Learner):
+    """Diagonal loss plus one self-distillation of a flow map, under a frozen teacher's velocity."""
+
+    step: Tensor
+
+    def __init__(self, flow_map: FlowMap, teacher: Teacher, settings: FlowMapTraining) -> None:
+        """Learn ``flow_map`` from ``teacher``."""
+        super().__init__()
+        self.flow_map, self.teacher, self.settings = flow_map, teacher, settings
+        self.register_buffer("step", torch.zeros((), dtype=torch.int64))
+
+    def loss(self, generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return the weighted sum of both losses on one batch."""
+        s = self.settings
+        field, x1 = self.teacher.batch(s.batch_size, generator)
+        uniform, normal = draws(x1, generator)
+        z = self.flow_map.net.encode(features_of(field))
+
+        def u(x: Tensor, r: Tensor, t: Tensor) -> Tensor:
+            return self.flow_map.average_velocity(z, x, r, t)
+
+        t, x0 = uniform(), normal()
+        diagonal = diagonal_loss(u, x0, x1, t, field(interpolate(x0, x1, t), t)).mean()
+        info = {"diagonal": diagonal.detach()}
+        reach = ((self.step - s.diagonal_steps) / s.anneal_steps).clamp(0.0, 1.0)
+        if not reach:
+            return diagonal, info
+
+        r, t = torch.stack([uniform(), uniform()]).sort(0).values
+        t = r + reach * (t - r)
+        x = interpolate(normal(), x1, r)
+        match s.distillation:
+            case "eulerian":
+                off = eulerian_loss(u, x, r, t, field(x, r))
+            case "lagrangian":
+                off = lagrangian_loss(u, x, r, t)
+            case "progressive":
+                off = progressive_loss(u, x, r, t, r + uniform() * (t - r))
+        return diagonal + s.weight * off.mean(), info | {s.distillation: off.detach().mean()}
+
+    def after_step(self) -> None:
+        """Count the steps of the curriculum."""
+        self.step += 1
+
+
+def distil(
+    meta: MetaFlowMap,
+    teacher: Teacher,
+    out: str | Path,
+    training: MetaTraining | None = None,
+    *,
+    held_out: Teacher | None = None,
+    progress: bool = True,
+) -> MetaFlowMap:
+    """Distil a meta flow map; ``MetaFlowMap.from_pretrained`` reads the result in ``out``.
+
+    A run that was interrupted goes on from its last checkpoint; a finished run is returned as it is.
+
+    Args:
+        meta: the untrained map, on its device.
+        teacher: the frozen policy with the data to distil it on.
+        out: run directory.
+        training: how to train; defaults to ``MetaTraining()``.
+        held_out: the same policy on other data, to judge the map by (:class:`PosteriorError`).
+        progress: show a progress bar.
+
+    Raises:
+        ValueError: ``out`` holds a run with other settings, or another teacher.
+    """
+    out, training = Path(out), training or MetaTraining()
+    error = None if held_out is None else PosteriorError(held_out)
+    _fit_normalisation(meta, teacher)
+    learner = MetaDistillation(meta, teacher, training, error)
+    fit(learner, out, training, _identity(meta, teacher, training), progress=progress)
+    meta.requires_grad_(False).eval().save_pretrained(out)
+    return meta
+
+
+def distil_flow_map(
+    flow_map: FlowMap,
+    teacher: Teacher,
+    out: str | Path,
+    training: FlowMapTraining | None = None,
+    *,
+    progress: bool = True,
+) -> FlowMap:
+    """Distil a flow map; ``FlowMap.from_pretrained`` reads the result in ``out``. As :func:`distil`."""
+    out, training = Path(out), training or FlowMapTraining()
+    _fit_normalisation(flow_map, teacher)
+    learner = FlowMapDistillation(flow_map, teacher, training)
+    fit(learner, out, training, _identity(flow_map, teacher, training), progress=progress)
+    flow_map.requires_grad_(False).eval().save_pretrained(out)
+    return flow_map
+
+
+def _fit_normalisation(model: MetaFlowMap | FlowMap, teacher: Teacher, size: int = 4096) -> None:
+    if isinstance(model.net, ChunkMLP):
+        device = model.net.last.weight.device
+        field, _ = teacher.batch(size, torch.Generator(device).manual_seed(0))
+        model.net.fit_normalisation(features_of(field))
+
+
+def _identity(model: MetaFlowMap | FlowMap, teacher: Teacher, training: Training) -> dict[str, object]:
+    return asdict(training) | {"map": asdict(model.config), "teacher": teacher.fingerprint()}
+
+
+def draws(
+    like: Float[Tensor, "B H A"], generator: torch.Generator
+) -> tuple[Callable[[], Tensor], Callable[[], Tensor]]:
+    """Return functions that draw uniform times (B,) and standard normal chunks (B, H, A)."""
+    return (
+        lambda: torch.rand(len(like), generator=generator, device=like.device),
+        lambda: torch.randn(like.shape, generator=generator, device=like.device),
+    )
