@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 from torch.utils import _pytree as pytree
 
 from qsteer.clock import MIRRORED
@@ -39,11 +40,17 @@ def prefix_features(context: dict[str, Any]) -> tuple[Tensor, Tensor]:
     """Return the prefix as the denoiser sees it: values at a third, two thirds and the end of its depth.
 
     Values, for keys carry their position's rotation. Tokens (B, L, F) and the mask (B, L) of those present.
+    A state which stands beside the prefix (pi0) is the last token: ``[state, 1, 0 ..]``, where the one keeps
+    the state's scale through the normalisation of tokens.
     """
-    layers = context["past_key_values"].layers
+    layers, mask = context["past_key_values"].layers, context["prefix_pad_masks"]
     depths = (len(layers) // 3, 2 * len(layers) // 3, len(layers) - 1)
-    tokens = [layers[depth].values.transpose(1, 2).flatten(2) for depth in depths]
-    return torch.cat(tokens, -1), context["prefix_pad_masks"]
+    tokens = torch.cat([layers[depth].values.transpose(1, 2).flatten(2) for depth in depths], -1)
+    if "state" in context:
+        state = F.pad(context["state"], (0, 1), value=1.0)[:, None]
+        state = F.pad(state, (0, tokens.shape[-1] - state.shape[-1]))
+        tokens, mask = torch.cat([tokens, state], 1), torch.cat([mask, torch.ones_like(mask[:, :1])], 1)
+    return tokens, mask
 
 
 PI05 = Host(

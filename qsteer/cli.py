@@ -88,6 +88,9 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--policy", type=Path, required=True, help="directory or hub name of the policy")
     evaluate.add_argument("--critic", type=Path, required=True, help="directory or hub name of the critic")
     evaluate.add_argument(
+        "--maps", type=Path, help="directory with the learnt maps meta/, flow/, fmq/ that arms ask for"
+    )
+    evaluate.add_argument(
         "--arms",
         nargs="+",
         metavar="ARM",
@@ -199,20 +202,21 @@ def _distil(args: argparse.Namespace) -> None:
 def _evaluate(args: argparse.Namespace) -> None:
     from qsteer.critics import Critic
     from qsteer.envs import ogbench
-    from qsteer.evaluation.arms import parse
+    from qsteer.evaluation.arms import Maps, parse
     from qsteer.evaluation.compare import compare, table
     from qsteer.evaluation.rollouts import EVALUATION_SEED, TUNING_SEED, write_json
     from qsteer.training import FlowPolicy
 
     recipe = RECIPES[args.task]
     policy, critic = FlowPolicy.from_pretrained(args.policy), Critic.from_pretrained(args.critic)
+    maps = Maps.load(args.maps) if args.maps else Maps()
     if args.rho is not None:
         critic.config = replace(critic.config, rho=args.rho)
     report, runs = compare(
         partial(ogbench.make, recipe.task),
         policy,
         critic,
-        [parse(arm) for arm in args.arms or recipe.arms],
+        [parse(arm, maps) for arm in args.arms or recipe.arms],
         episodes=args.episodes,
         seed=TUNING_SEED if args.tuning else EVALUATION_SEED,
         num_envs=args.num_envs,

@@ -61,7 +61,7 @@ class Clock:
         return torch.full((x.shape[0],), t, dtype=torch.float64 if exact else x.dtype, device=x.device)
 
     def snap(self, t: Float[Tensor, "B"]) -> Float[Tensor, "B"]:
-        """Return the nearest times that are exact for the host's float32 time, as those of :meth:`grid` are."""
+        """Return the nearest times that are exact for the host's float32 time, as :meth:`grid`'s are."""
         return (self.to_host(t).to(t.dtype) - self.noise).abs() / abs(self.action - self.noise)
 
     def to_host(self, t: Float[Tensor, "B"]) -> Float[Tensor, "B"]:

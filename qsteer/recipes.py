@@ -8,7 +8,9 @@ from qsteer.training.critic import CriticTraining
 from qsteer.training.maps import FlowMapTraining, MetaTraining
 
 META = MetaTraining(steps=8_000, learning_rate=3e-4, warmup=200, evaluate_every=1_000)
-FLOW_MAP = FlowMapTraining(steps=15_000, distillation="lagrangian", diagonal_steps=1_000, anneal_steps=6_000)
+FLOW_MAP = FlowMapTraining(
+    steps=10_000, batch_size=128, distillation="lagrangian", diagonal_steps=500, anneal_steps=4_000
+)
 
 
 @dataclass(frozen=True)

@@ -218,8 +218,8 @@ class PosteriorGuidance(Guidance):
             :class:`qsteer.maps.GlassPosterior` (no training), or a function ``(eps, x, t) -> x1``.
         alpha: norm of the guidance relative to the velocity's (``match_norm``).
         samples: posterior samples N per step; their noise comes from torch's global generator.
-        standardize: divide each row's values by their spread over the samples, so that no scale of the critic
-            makes one sample decide alone; without, the tilt is ``exp(tau Q)`` itself.
+        standardize: weigh each row's samples by their values over the values' spread, so that no scale of the
+            critic makes one sample decide alone; without, the tilt is ``exp(tau Q)`` itself.
         tau: inverse temperature of the tilt.
     """
 
@@ -265,7 +265,7 @@ class PosteriorGuidance(Guidance):
     def tilt(self, q: Float[Tensor, "N B"]) -> Float[Tensor, "N B"]:
         """Return psi, the log-weights of the samples."""
         if self.standardize and self.samples > 1:
-            q = (q - q.detach().mean(0)) / (q.detach().std(0, unbiased=False) + _EPS)
+            q = (q - q.mean(0)) / (q.std(0, unbiased=False) + _EPS)
         return self.tau * q
 
 
@@ -274,8 +274,8 @@ class Posterior(PosteriorGuidance):
     """QPILOTS-M: the gradient of ``log mean_n exp psi(x1_n)`` over N posterior samples (eq. 16, MFM-G).
 
     It is the gradient of the log-tilt potential V_t itself as N grows, where Tweedie replaces the posterior
-    by its mean. Samples are differentiable in x, so the gradient goes through the posterior's own dependence
-    on x.
+    by its mean: ``tau sum_n softmax(psi)_n grad Q(x1_n)``. Samples are differentiable in x, so the gradient
+    goes through the posterior's own dependence on x.
 
     Cost, beside the posterior's: 1 velocity forward and the backward of all this, 1 critic forward and
     backward on N rows. With ``GlassPosterior(steps=m)``: m - 1 velocity forwards and m backwards on N rows;
@@ -287,7 +287,8 @@ class Posterior(PosteriorGuidance):
         x = x.requires_grad_()
         v, x1 = self.draw(field, x, t)
         q = values(value, x1)
-        g = gradient(self.tilt(q).logsumexp(0), x)
+        weights = self.tilt(q.detach()).softmax(0)
+        g = gradient(self.tau * (weights * q).sum(0), x)
         return Ascent(v, g, q.detach().mean(0), x1.detach().mean(0))
 
 
@@ -307,7 +308,9 @@ class GradientFreePosterior(PosteriorGuidance):
         with torch.no_grad():
             v, x1 = self.draw(field, x, t)
             q = values(value, x1)
-            moved = (self.tilt(q).softmax(0)[:, :, None, None] * x1).sum(0) - x1.mean(0)
+            weights = self.tilt(q).softmax(0) - 1 / len(q)
+            # from sample 0: samples that agree move nothing, not even by rounding, which scaling amplifies
+            moved = (weights[:, :, None, None] * (x1 - x1[0])).sum(0)
             g = rows(t / (1 - t) ** 2, x) * moved
         return Ascent(v, g, q.mean(0), x1.mean(0))
 

@@ -135,8 +135,10 @@ class TrustRegion(Sampler):
 
     Args:
         eta: radius, in the norm of the whole chunk (over the entries which the critic sees).
-        beta: shrinkage by disagreement, see :func:`trust_radius`.
+        beta: shrinkage by disagreement, see :func:`qsteer.maps.trust_radius`.
         inner: makes the action.
+        typical: disagreement that counts as 1, for example its mean over the data; None: the batch's mean,
+            under which one observation alone always shrinks to ``eta / (1 + beta)``.
 
     Raises:
         ValueError: a negative radius or shrinkage.
@@ -145,6 +147,7 @@ class TrustRegion(Sampler):
     eta: float = 0.3
     beta: float = 0.0
     inner: Sampler = attribute(default_factory=Euler)
+    typical: float | None = None
 
     def __post_init__(self) -> None:
         """Check the arguments."""
@@ -156,7 +159,8 @@ class TrustRegion(Sampler):
     ) -> Float[Tensor, "B H A"]:
         """Return the projected action; rows without a finite gradient keep the action."""
         value = needed(value, self)
-        return project(self.inner(field, value, noise), value, self.eta, self.beta)
+        a = self.inner(field, value, noise)
+        return project(a, value, self.eta, self.beta, self.typical)
 
 
 @dataclass(frozen=True)
@@ -294,7 +298,9 @@ def scores(value: Value, a: Float[Tensor, "Bn H A"], n: int) -> Float[Tensor, "B
     return torch.where(torch.isfinite(q), q, -torch.inf)
 
 
-def project(a: Float[Tensor, "B H A"], value: Value, eta: float, beta: float = 0.0) -> Float[Tensor, "B H A"]:
+def project(
+    a: Float[Tensor, "B H A"], value: Value, eta: float, beta: float = 0.0, typical: float | None = None
+) -> Float[Tensor, "B H A"]:
     """Move finished actions by ``eta_eff g / ||g||``; rows without a finite gradient stay."""
     if eta == 0:
         return a
@@ -305,7 +311,7 @@ def project(a: Float[Tensor, "B H A"], value: Value, eta: float, beta: float = 0
     if (mask := getattr(value, "mask", None)) is not None:
         g = torch.where(mask.bool(), g, 0.0)
     members = value.members(a) if beta else torch.zeros_like(a[None, :, 0, 0])
-    moved = fmq_target(a, g, trust_radius(eta, members, beta))
+    moved = fmq_target(a, g, trust_radius(eta, members, beta, typical))
     finite = finite_rows(moved) & torch.isfinite(q)
     report_fallbacks(~finite)
     return torch.where(finite[:, None, None], moved, a)

@@ -2,34 +2,106 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
 from qsteer.critics.critic import Critic
-from qsteer.rules import QGF, Negated, NoisyGradient, RandomDirection, ThroughTime, Tweedie
-from qsteer.samplers import BestOfN, Euler, KeepBest, RandomOfN, TrustRegion
+from qsteer.maps.flow_maps import FlowMap
+from qsteer.maps.glass import GlassPosterior
+from qsteer.maps.meta import MetaFlowMap
+from qsteer.rules import (
+    QGF,
+    GradientFreePosterior,
+    Negated,
+    NoisyGradient,
+    Posterior,
+    RandomDirection,
+    ThroughTime,
+    Tweedie,
+)
+from qsteer.samplers import BeamSearch, BestOfN, Euler, KeepBest, RandomOfN, TrustRegion
 from qsteer.sampling import sample
 from qsteer.trace import Trace
 from qsteer.training.policy import FlowPolicy
 from qsteer.types import Rule, Sampler
 
-RULES: dict[str, Callable[[float], Rule]] = {
-    "tweedie": lambda s: Tweedie(alpha=s),
-    "tweedie-raw": lambda s: Tweedie(alpha=s, scaling="raw"),
-    "qgf": lambda s: QGF(weight=s),
-    "qgf-matched": lambda s: QGF(weight=s, scaling="match_norm"),
-    "noisy-gradient": lambda s: NoisyGradient(alpha=s),
-    "through-time": lambda s: ThroughTime(alpha=s),
-    "random-direction": lambda s: RandomDirection(alpha=s),
-    "negated": lambda s: Negated(Tweedie(alpha=s)),
+
+@dataclass(frozen=True)
+class Maps:
+    """The learnt maps of a policy that arms may ask for.
+
+    Attributes:
+        meta: meta flow map.
+        flow: flow map.
+        fmq: flow map adapted to the critic.
+    """
+
+    meta: MetaFlowMap | None = None
+    flow: FlowMap | None = None
+    fmq: FlowMap | None = None
+
+    @classmethod
+    def load(cls, directory: str | Path) -> "Maps":
+        """Load those maps which have a directory of their name under ``directory``."""
+        kinds: dict[str, Any] = {"meta": MetaFlowMap, "flow": FlowMap, "fmq": FlowMap}
+        return cls(
+            **{
+                name: kind.from_pretrained(Path(directory) / name).requires_grad_(False).eval()
+                for name, kind in kinds.items()
+                if (Path(directory) / name / "config.json").exists()
+            }
+        )
+
+    def need(self, name: str) -> Any:
+        """Return a map.
+
+        Raises:
+            FileNotFoundError: it was not loaded.
+        """
+        if (found := getattr(self, name)) is None:
+            raise FileNotFoundError(
+                f"arm: expected a trained {name!r} map, got none; train it with qsteer distill (fmq: qsteer "
+                "adapt) and pass the directory that holds it as --maps"
+            )
+        return found
+
+
+RULES: dict[str, Callable[[float, Maps], Rule]] = {
+    "tweedie": lambda s, _: Tweedie(alpha=s),
+    "tweedie-raw": lambda s, _: Tweedie(alpha=s, scaling="raw"),
+    "posterior": lambda s, maps: Posterior(maps.need("meta"), alpha=s),
+    "posterior-raw": lambda s, maps: Posterior(maps.need("meta"), alpha=s, scaling="raw", standardize=False),
+    "posterior-glass": lambda s, _: Posterior(GlassPosterior(), alpha=s),
+    "gradient-free": lambda s, maps: GradientFreePosterior(maps.need("meta"), alpha=s),
+    "gradient-free-glass": lambda s, _: GradientFreePosterior(GlassPosterior(), alpha=s),
+    "qgf": lambda s, _: QGF(weight=s),
+    "qgf-matched": lambda s, _: QGF(weight=s, scaling="match_norm"),
+    "noisy-gradient": lambda s, _: NoisyGradient(alpha=s),
+    "through-time": lambda s, _: ThroughTime(alpha=s),
+    "random-direction": lambda s, _: RandomDirection(alpha=s),
+    "negated": lambda s, _: Negated(Tweedie(alpha=s)),
 }
-SAMPLERS: dict[str, Callable[[float, Sampler], Sampler]] = {
-    "best-of": lambda n, inner: BestOfN(int(n), inner),
-    "random-of": lambda n, inner: RandomOfN(int(n), inner),
-    "trust-region": lambda eta, inner: TrustRegion(eta, inner=inner),
-    "keep-best": lambda _, inner: KeepBest(inner),
+SAMPLERS: dict[str, Callable[[float, Sampler, Maps], Sampler]] = {
+    "best-of": lambda n, inner, _: BestOfN(int(n), inner),
+    "random-of": lambda n, inner, _: RandomOfN(int(n), inner),
+    "trust-region": lambda eta, inner, _: TrustRegion(eta, inner=inner),
+    "trust-region-adaptive": lambda eta, inner, _: TrustRegion(eta, beta=0.3, inner=inner),
+    "keep-best": lambda _, inner, __: KeepBest(inner),
+    "beam-search": lambda eta, inner, _: BeamSearch(eta=eta, inner=inner),
+    "beam-search-map": lambda eta, inner, maps: BeamSearch(eta=eta, flow_map=maps.need("flow"), inner=inner),
+    "beam-search-fmq": lambda eta, inner, maps: BeamSearch(eta=eta, flow_map=maps.need("fmq"), inner=inner),
+    "map-best-of": lambda n, inner, maps: best_of_map(int(n), maps.need("flow"), inner),
+    "fmq-best-of": lambda n, inner, maps: best_of_map(int(n), maps.need("fmq"), inner),
 }
+COUNTED = ("best-of-", "random-of-", "map-best-of-", "fmq-best-of-")
 CONTROLS = ("base", "random-direction", "random-of", "negated")
+
+
+def best_of_map(n: int, flow_map: FlowMap, inner: Sampler) -> BeamSearch:
+    """Return best-of-n over a flow map's one-step actions: a beam search without a round or a move."""
+    return BeamSearch(particles=n, rounds=0, eta=0.0, flow_map=flow_map, inner=inner)
 
 
 @dataclass(frozen=True)
@@ -56,7 +128,7 @@ class Arm:
         """``base``, ``control`` or ``steered``."""
         if self.spec == "base":
             return "base"
-        return "control" if self.name.startswith(CONTROLS) else "steered"
+        return "control" if self.name.startswith(CONTROLS) or self.spec == "map-best-of-1" else "steered"
 
     def agent(
         self, policy: FlowPolicy, critic: Critic, trace: Trace | None = None
@@ -70,34 +142,41 @@ class Arm:
         return act
 
 
-def parse(spec: str) -> Arm:
+def parse(spec: str, maps: Maps | None = None) -> Arm:
     """Make an arm of a short name.
 
     ``base`` is the frozen policy alone. A rule has a strength: ``tweedie=0.2`` and ``qgf=0.06`` in their
     papers' scalings (matched norm, raw), ``tweedie-raw=0.06`` and ``qgf-matched=0.2`` in the other's,
+    ``posterior=0.2`` and ``gradient-free=0.2`` with a meta flow map (``-glass``: without training),
     ``noisy-gradient=0.2``, ``through-time=0.2``, ``random-direction=0.2``, ``negated=0.2`` (Tweedie
     downhill). A sampler follows it or stands alone: ``best-of-8``, ``random-of-8``, ``trust-region=0.3``,
-    ``keep-best``; each goes around what precedes it: ``tweedie=0.2+best-of-8+keep-best``. Actions are clipped
-    to [-1, 1].
+    ``beam-search=0.3`` (``-map``: on the flow map, ``-fmq``: on the adapted one), ``map-best-of-8``,
+    ``fmq-best-of-8``, ``keep-best``; each goes around what precedes it: ``tweedie=0.2+best-of-8+keep-best``.
+    Actions are clipped to [-1, 1].
+
+    Args:
+        spec: the name.
+        maps: what the arms which need a learnt map use.
 
     Raises:
         ValueError: the name is not of that form.
+        FileNotFoundError: it needs a map which was not loaded.
     """
     rule: Rule | None = None
     sampler: Sampler = Euler(clip=(-1.0, 1.0))
+    maps = maps or Maps()
     for part in () if spec == "base" else spec.split("+"):
         name, _, number = part.partition("=")
-        if not number and name.startswith(("best-of-", "random-of-")):
+        if not number and name.startswith(COUNTED):
             name, _, number = part.rpartition("-")
         try:
             if name in RULES and rule is None:
-                rule = RULES[name](float(number))
+                rule = RULES[name](float(number), maps)
             else:
-                sampler = SAMPLERS[name](float(number or "nan"), sampler)
+                sampler = SAMPLERS[name](float(number or "nan"), sampler, maps)
         except (KeyError, ValueError) as error:
             raise ValueError(
                 f"arm: expected 'base', or at most one of {', '.join(RULES)} with =STRENGTH and any "
-                f"of best-of-N, random-of-N, trust-region=ETA, keep-best, joined by '+'; got "
-                f"{part!r} in {spec!r}"
+                f"of {', '.join(SAMPLERS)} with =ETA or -N, joined by '+'; got {part!r} in {spec!r}"
             ) from error
     return Arm(spec, rule, sampler)

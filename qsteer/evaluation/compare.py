@@ -89,6 +89,7 @@ def _rows(
                 "time_ratio": times[arm.spec].ratio(times[arms[0].spec]),
                 "policy_passes": asdict(cost.field),
                 "critic_passes": asdict(cost.value),
+                "map_passes": asdict(cost.map),
                 "successes": "".join("01"[int(s)] for s in run.success),
             }
         )
@@ -99,18 +100,20 @@ def table(report: Mapping[str, Any]) -> str:
     """Return the report as text: one line per arm."""
     base = report["arms"][0]
     lines = [
-        f"{'':<28}{'':>9}{'95 %':>14}{'against ' + base['name']:>25}{'':>18}   policy passes   critic passes",
+        f"{'':<28}{'':>9}{'95 %':>14}{'against ' + base['name']:>25}{'':>18}"
+        "   policy passes   critic passes   map passes",
         f"{'arm':<28}{'success':>9}{'interval':>14}{'gain':>9}{'interval':>16}{'ms/action':>11}{'ratio':>7}"
-        "   fwd  bwd  rows   fwd  bwd",
+        "   fwd  bwd  rows   fwd  bwd   fwd  bwd rows",
     ]
     for arm in report["arms"]:
         gain, low, high = arm["difference"]
         against = f"{gain:>+9.0%}{f'{low:+.0%} .. {high:+.0%}':>16}" if arm is not base else " " * 25
-        policy, critic = arm["policy_passes"], arm["critic_passes"]
+        policy, critic, learnt = (arm[f"{network}_passes"] for network in ("policy", "critic", "map"))
         lines.append(
             f"{arm['spec']:<28}{arm['success']:>9.0%}{f'{arm["low"]:.0%} .. {arm["high"]:.0%}':>14}{against}"
             f"{arm['ms_per_action']:>11.1f}{arm['time_ratio']:>7.2f}"
             f"{policy['forwards']:>6}{policy['backwards']:>5}{policy['forward_rows']:>6}"
             f"{critic['forwards']:>6}{critic['backwards']:>5}"
+            f"{learnt['forwards']:>6}{learnt['backwards']:>5}{learnt['forward_rows']:>5}"
         )
     return "\n".join(lines)

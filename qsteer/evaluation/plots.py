@@ -1,6 +1,6 @@
 """Pictures of results and of what steering did."""
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -132,6 +132,60 @@ def plot_trace(
             ax.locator_params(axis="y", nbins=4)
             if name != "value":  # the others are norms
                 ax.set_ylim(0, 1.2 * np.nanmax(high) or 1)
+        return _save(fig, path)
+
+
+def plot_distillation(runs: Mapping[str, Sequence[Mapping[str, float]]], path: str | Path) -> Path:
+    """Draw how a meta flow map learnt: its two losses, and its posterior error against GLASS.
+
+    Args:
+        runs: lines of ``metrics.jsonl`` of each run, by name.
+        path: of the picture; its suffix says the format.
+
+    Raises:
+        ValueError: no run was judged on held-out data.
+        ModuleNotFoundError: matplotlib is not installed.
+    """
+    judged = {name: [m for m in lines if "posterior_error" in m] for name, lines in runs.items()}
+    if not judged or not all(judged.values()):
+        raise ValueError(
+            "runs: expected lines with 'posterior_error', got a run without; distil with held_out"
+        )
+    plt = _pyplot()
+    with plt.rc_context(STYLE):
+        fig, (losses, error) = plt.subplots(1, 2, figsize=(8.4, 3.0), layout="constrained")
+        for lines in runs.values():
+            steps = [m["step"] for m in lines]
+            for name, colour in ("diagonal", BASE), ("semigroup", STEERED):
+                losses.plot(steps, [m[name] for m in lines], color=colour, linewidth=1.4, alpha=0.75)
+        for name, colour in ("diagonal", BASE), ("semigroup", STEERED):
+            losses.plot([], [], color=colour, label=name)
+        losses.set(yscale="log", xlabel="step")
+        losses.set_title("loss per chunk, one line a seed", loc="left", fontsize=10, fontweight="bold")
+        losses.legend(frameon=False, fontsize=9)
+        for lines in judged.values():
+            error.plot(
+                [m["step"] for m in lines],
+                [m["posterior_error"] for m in lines],
+                color=STEERED,
+                marker="o",
+                ms=3,
+            )
+        for name, label in ("tweedie", "denoised action alone"), ("floor", "two sets of GLASS samples"):
+            level = float(np.mean([lines[-1][name] for lines in judged.values()]))
+            error.axhline(level, color=CONTROL, linewidth=1, linestyle=(0, (2, 3)))
+            error.annotate(
+                label,
+                (1, level),
+                (-2, 3),
+                xycoords=("axes fraction", "data"),
+                ha="right",
+                textcoords="offset points",
+                color=MUTED,
+                fontsize=8.5,
+            )
+        error.set(ylim=(0, None), xlabel="step")
+        error.set_title("posterior error against GLASS, held out", loc="left", fontsize=10, fontweight="bold")
         return _save(fig, path)
 
 

@@ -133,9 +133,8 @@ class GlassPosterior:
         xbar = rearrange(eps, "n b h a -> (b n) h a")
         for step in range(self.steps):
             if step == 0 and v is not None:
-                velocity = denoise(x, v, t).repeat_interleave(n, 0) - xbar
+                xbar = torch.lerp(xbar, denoise(x, v, t).repeat_interleave(n, 0), 1 / self.steps)
             else:
                 u = torch.full_like(t_n, step / self.steps)
-                velocity = glass_velocity(field, x_n, t_n, xbar, u)
-            xbar = xbar + velocity / self.steps
+                xbar = xbar + glass_velocity(field, x_n, t_n, xbar, u) / self.steps
         return rearrange(xbar, "(b n) h a -> n b h a", n=n)

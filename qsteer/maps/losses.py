@@ -156,14 +156,24 @@ def fmq_target(
     return u_ref + rows(eta / (grad.flatten(1).norm(dim=1) + kappa), grad) * grad
 
 
-def trust_radius(eta: float, q_members: Float[Tensor, "J B"], beta: float) -> Float[Tensor, "B"]:
+def trust_radius(
+    eta: float, q_members: Float[Tensor, "J B"], beta: float, typical: float | None = None
+) -> Float[Tensor, "B"]:
     """Return the trust region's radius ``eta / (1 + beta * delta)`` (FMQ, Algorithm 1).
 
-    delta is the ensemble's disagreement over its mean in the batch; the disagreement is ``sqrt(2)`` times the
+    delta is the ensemble's disagreement over a typical one; the disagreement is ``sqrt(2)`` times the
     population std, which is FMQ's ``|Q1 - Q2| / sqrt(2)`` for two members.
+
+    Args:
+        eta: the largest radius.
+        q_members: what each member says of each action.
+        beta: shrinkage.
+        typical: disagreement that counts as 1; None: the batch's mean, as in the paper, where a batch of one
+            always shrinks to ``eta / (1 + beta)``.
     """
-    delta = 2**0.5 * q_members.std(0, unbiased=False)
-    return eta / (1 + beta * delta / (delta.nanmean() + 1e-8))
+    disagreement = 2**0.5 * q_members.std(0, unbiased=False)
+    unit = disagreement.nanmean() if typical is None else typical
+    return eta / (1 + beta * disagreement / (unit + 1e-8))
 
 
 def _derivative(
