@@ -50,6 +50,17 @@ class Gaussian:
         t, c2, _ = self._deviation(x, t)
         return self.std**2 * (1 - t) ** 2 / c2
 
+    def average_velocity(self, x: Tensor, r: Tensor, t: Tensor) -> Tensor:
+        """(X_{r,t}(x) - x) / (t - r) of X_{r,t}(x) = t m + c_t/c_r (x - r m), divided out: fine at t = r."""
+        (r, cr2, dx), (t, ct2, _) = self._deviation(x, r), self._deviation(x, t)
+        stretch = ((t + r) * (1 + self.std**2) - 2) / (cr2 + (cr2 * ct2).sqrt())
+        return self.mean + stretch * dx
+
+    def jump(self, x: Tensor, r: Tensor, t: Tensor) -> Tensor:
+        """The flow map itself, as it is written above."""
+        (r, cr2, dx), (t, ct2, _) = self._deviation(x, r), self._deviation(x, t)
+        return t * self.mean + (ct2 / cr2).sqrt() * dx
+
     def log_density(self, x: Tensor, t: Tensor) -> Tensor:
         """Of x_t; shape (B,)."""
         _, c2, dx = self._deviation(x, t)
@@ -92,6 +103,27 @@ class Mixture:
         total = (r[..., None] * (inner + d[..., :, None] * d[..., None, :])).sum(0)
         mean = (r * d).sum(0)
         return total - mean[:, :, None] * mean[:, None, :]
+
+    def log_tilt(self, x: Tensor, t: Tensor, slope: Tensor, curvature: Tensor) -> Tensor:
+        """V_t(x) = log E[exp(slope x1 - curvature x1² / 2) | x_t = x], t < 1; shape (B,).
+
+        For x1 ~ N(d, p): ((d + p b)² / (1 + lam p) - d²) / 2p - log(1 + lam p) / 2, entry by entry.
+        """
+        logs = []
+        for gaussian in self.parts():
+            d, p = gaussian.denoised(x, t), gaussian.variance(x, t)
+            shrunk = 1 + curvature * p
+            logs.append(
+                (((d + p * slope) ** 2 / shrunk - d**2) / (2 * p) - shrunk.log() / 2).flatten(1).sum(1)
+            )
+        return (self.posterior(x, t)[..., 0, 0].log() + torch.stack(logs)).logsumexp(0)
+
+    def draw(self, n: int, seed: int = 0) -> Tensor:
+        """n clean actions."""
+        generator = torch.Generator().manual_seed(seed)
+        k = torch.multinomial(self.weights, n, replacement=True, generator=generator)
+        z = torch.randn(n, *self.means.shape[1:], generator=generator, dtype=self.means.dtype)
+        return self.means[k] + self.stds[k, None, None] * z
 
 
 def nonlinear(x: Tensor, t: Tensor) -> Tensor:
