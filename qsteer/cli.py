@@ -75,7 +75,14 @@ def _parser() -> argparse.ArgumentParser:
         default="meta",
         help="meta: meta flow map (Posterior); flow: flow map (BeamSearch)",
     )
-    for sub, kind in (policy, "policy"), (critic, "critic"), (distil, "meta or flow"):
+    adapt = command("adapt", _adapt, "Adapt a distilled flow map to the critic, in the environment (FMQ).")
+    adapt.add_argument(
+        "--env-steps", type=int, help="environment steps; default: the recipe's; 0: on the data alone"
+    )
+    adapt.add_argument(
+        "--critic", type=Path, help="directory of the critic to start from; default runs/TASK/seedN/critic"
+    )
+    for sub, kind in (policy, "policy"), (critic, "critic"), (distil, "meta or flow"), (adapt, "fmq"):
         sub.add_argument(
             "--data", type=Path, help="the .npz to read, generated or official; default runs/data/NAME.npz"
         )
@@ -176,10 +183,13 @@ def _distil(args: argparse.Namespace) -> None:
     from qsteer.envs.ogbench import load
     from qsteer.maps import FlowMap, MapConfig, MetaFlowMap, MetaMapConfig
     from qsteer.training import Chunks, Episodes, FlowPolicy
-    from qsteer.training.maps import StateTeacher, distil, distil_flow_map
+    from qsteer.training.loop import processes
+    from qsteer.training.maps import distil, distil_flow_map
+    from qsteer.training.teachers import StateTeacher
 
+    state = processes(args.device)
     recipe, run = RECIPES[args.task], run_directory(args.task, args.seed)
-    policy = FlowPolicy.from_pretrained(run / "policy").to(args.device)
+    policy = FlowPolicy.from_pretrained(run / "policy").requires_grad_(False).to(args.device)
     shape = policy.config
     teacher, held_out = (
         StateTeacher(policy, Chunks(Episodes.from_ogbench(d).to(args.device), shape.horizon, 1.0, "actions"))
@@ -188,7 +198,12 @@ def _distil(args: argparse.Namespace) -> None:
     out, given = args.out or run / args.map, _given(args, "seed", "steps")
     kind = MetaMapConfig if args.map == "meta" else MapConfig
     config = kind(
-        shape.horizon, shape.action_dim, shape.hidden[0], hidden=recipe.map_hidden, harmonics=shape.harmonics
+        shape.horizon,
+        shape.action_dim,
+        shape.hidden[0],
+        hidden=recipe.map_hidden,
+        harmonics=shape.harmonics,
+        residual=True,
     )
     torch.manual_seed(args.seed)
     if isinstance(config, MetaMapConfig):
@@ -196,7 +211,38 @@ def _distil(args: argparse.Namespace) -> None:
         distil(meta, teacher, out, replace(recipe.meta, **given), held_out=held_out)
     else:
         distil_flow_map(FlowMap(config).to(args.device), teacher, out, replace(recipe.flow_map, **given))
-    print(f"{args.map}: {out}")
+    if state.is_main_process:
+        print(f"{args.map}: {out}")
+
+
+def _adapt(args: argparse.Namespace) -> None:
+    from qsteer.critics import Critic
+    from qsteer.envs import ogbench
+    from qsteer.evaluation.plots import plot_adaptation
+    from qsteer.maps import FlowMap
+    from qsteer.training import Episodes, FlowPolicy
+    from qsteer.training.fmq import adapt
+    from qsteer.training.loop import METRICS
+
+    recipe, run = RECIPES[args.task], run_directory(args.task, args.seed)
+    given = _given(args, "seed", "steps", "env_steps")
+    if args.env_steps and args.steps is None:
+        given["steps"] = args.env_steps  # one update per environment step
+    training = replace(recipe.fmq, **given)
+    out = args.out or run / "fmq"
+    train, _ = ogbench.load(recipe.task, args.data or recipe.data_path)
+    adapt(
+        FlowMap.from_pretrained(run / "flow").to(args.device),
+        Critic.from_pretrained(args.critic or run / "critic").to(args.device),
+        FlowPolicy.from_pretrained(run / "policy").requires_grad_(False).to(args.device),
+        Episodes.from_ogbench(train),
+        out,
+        training,
+        make_env=partial(ogbench.make, recipe.task) if training.env_steps else None,
+    )
+    print(
+        f"fmq: {out}, distance to the offline map: {plot_adaptation(out / METRICS, out / 'adaptation.png')}"
+    )
 
 
 def _evaluate(args: argparse.Namespace) -> None:

@@ -5,11 +5,17 @@ from pathlib import Path
 
 from qsteer.training.bc import PolicyTraining
 from qsteer.training.critic import CriticTraining
+from qsteer.training.fmq import FMQTraining
 from qsteer.training.maps import FlowMapTraining, MetaTraining
 
 META = MetaTraining(steps=8_000, learning_rate=3e-4, warmup=200, evaluate_every=1_000)
 FLOW_MAP = FlowMapTraining(
-    steps=10_000, batch_size=128, distillation="lagrangian", diagonal_steps=500, anneal_steps=4_000
+    steps=8_000,
+    batch_size=128,
+    distillation="lagrangian",
+    diagonal_steps=1,
+    anneal_steps=2_500,
+    zero_share=0.5,
 )
 
 
@@ -25,6 +31,7 @@ class Recipe:
         critic: how to train the critic.
         meta: how to distil the meta flow map.
         flow_map: how to distil the flow map.
+        fmq: how to adapt the flow map to the critic.
         map_hidden: widths of both maps.
         arms: the arms of the demonstration, see :func:`qsteer.evaluation.arms.parse`. Their strengths were
             chosen on the tuning seeds.
@@ -41,6 +48,7 @@ class Recipe:
     minutes: int
     meta: MetaTraining = META
     flow_map: FlowMapTraining = FLOW_MAP
+    fmq: FMQTraining = FMQTraining()  # noqa: RUF009  # frozen
     map_hidden: tuple[int, ...] = (256, 256, 256)
     camera: str | None = None
 

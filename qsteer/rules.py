@@ -215,7 +215,8 @@ class PosteriorGuidance(Guidance):
 
     Args:
         posterior: a :class:`~qsteer.types.PosteriorSampler`: a trained :class:`qsteer.maps.MetaFlowMap`,
-            :class:`qsteer.maps.GlassPosterior` (no training), or a function ``(eps, x, t) -> x1``.
+            :class:`qsteer.maps.GlassPosterior` (no training), or a function ``(eps, x, t) -> x1``. Give the
+            map itself, not one that is bound: the rule binds it to each observation.
         alpha: norm of the guidance relative to the velocity's (``match_norm``).
         samples: posterior samples N per step; their noise comes from torch's global generator.
         standardize: weigh each row's samples by their values over the values' spread, so that no scale of the
@@ -277,9 +278,10 @@ class Posterior(PosteriorGuidance):
     by its mean: ``tau sum_n softmax(psi)_n grad Q(x1_n)``. Samples are differentiable in x, so the gradient
     goes through the posterior's own dependence on x.
 
-    Cost, beside the posterior's: 1 velocity forward and the backward of all this, 1 critic forward and
-    backward on N rows. With ``GlassPosterior(steps=m)``: m - 1 velocity forwards and m backwards on N rows;
-    with a :class:`~qsteer.maps.MetaFlowMap`: 1 forward and backward of the map on N rows.
+    Cost: 1 velocity forward, 1 critic forward and backward on N rows, and the posterior's forward and
+    backward: with ``GlassPosterior(steps=m)`` 1 velocity backward, and m - 1 velocity forwards and backwards
+    on N rows; with a :class:`~qsteer.maps.MetaFlowMap` 1 forward and backward of the map on N rows, and if it
+    is residual 1 velocity backward.
     """
 
     def ascent(self, field: Field, value: Value, x: Tensor, t: Tensor) -> Ascent:

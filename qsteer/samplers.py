@@ -186,7 +186,8 @@ class BeamSearch(Sampler):
         eta: norm of the move, over the whole chunk.
         flow_map: the jump (x, r, t) -> x_t on rows: a :class:`qsteer.maps.FlowMap`, or any function; None:
             the policy's own integration.
-        inner: makes the first particles where there is no flow map, and says how many steps a chain has.
+        inner: makes the first particles where there is no flow map. If it is an :class:`Euler`, its steps and
+            its clip are those of the completions too.
 
     Raises:
         ValueError: a number is out of its range.

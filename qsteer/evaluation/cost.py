@@ -176,7 +176,11 @@ def latency(call: Callable[[], object], *, repeats: int = 20, warmup: int = 3) -
 
 
 def latencies(
-    calls: Mapping[str, Callable[[], object]], *, repeats: int = 20, warmup: int = 3
+    calls: Mapping[str, Callable[[], object]],
+    *,
+    repeats: int = 20,
+    warmup: int = 3,
+    clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, Latency]:
     """Time several calls in turns, one of each a round, so that a busy or throttled machine slows all alike.
 
@@ -186,6 +190,7 @@ def latencies(
         calls: what to time, by name.
         repeats: timed rounds.
         warmup: rounds before them.
+        clock: returns seconds; ``time.process_time`` counts the CPU's, which other processes do not stretch.
 
     Raises:
         ValueError: no calls, no rounds, or a negative warm-up.
@@ -197,15 +202,15 @@ def latencies(
     times = {name: np.zeros(repeats) for name in calls}
     for i in range(-warmup, repeats):
         for name, call in calls.items():
-            started = _now()
+            started = _now(clock)
             call()
-            elapsed = _now() - started
+            elapsed = _now(clock) - started
             if i >= 0:
                 times[name][i] = 1e3 * elapsed
     return {name: Latency(t) for name, t in times.items()}
 
 
-def _now() -> float:
+def _now(clock: Callable[[], float]) -> float:
     if torch.cuda.is_initialized():
         torch.cuda.synchronize()
-    return time.perf_counter()
+    return clock()

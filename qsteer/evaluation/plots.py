@@ -1,5 +1,6 @@
 """Pictures of results and of what steering did."""
 
+import json
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -186,6 +187,46 @@ def plot_distillation(runs: Mapping[str, Sequence[Mapping[str, float]]], path: s
             )
         error.set(ylim=(0, None), xlabel="step")
         error.set_title("posterior error against GLASS, held out", loc="left", fontsize=10, fontweight="bold")
+        return _save(fig, path)
+
+
+def plot_adaptation(metrics: str | Path, path: str | Path) -> Path:
+    """Draw how far FMQ took a flow map from the offline one, within which radius, and to what use.
+
+    Args:
+        metrics: the ``metrics.jsonl`` of :func:`qsteer.training.fmq.adapt`.
+        path: of the picture; its suffix says the format.
+
+    Raises:
+        ValueError: there are no metrics.
+        ModuleNotFoundError: matplotlib is not installed.
+    """
+    lines = [json.loads(line) for line in Path(metrics).read_text().splitlines()]
+    if not lines:
+        raise ValueError(f"{metrics}: expected lines of metrics, got none; adapt a map first")
+
+    def curve(name: str) -> tuple[list[int], list[float]]:
+        points = [(line["step"], line[name]) for line in lines if name in line]
+        return [step for step, _ in points], [value for _, value in points]
+
+    plt = _pyplot()
+    with plt.rc_context(STYLE):
+        fig, axes = plt.subplots(1, 3, figsize=(9.6, 2.6), layout="constrained")
+        distance, cosine, gain = axes
+        distance.plot(*curve("start_radius"), color=BASE, linestyle=(0, (4, 2)), label="radius")
+        distance.plot(*curve("start_displacement"), color=STEERED, linewidth=2, label="from the noise, r = 0")
+        distance.plot(*curve("displacement"), color=CONTROL, label="r drawn from [0, 1)")
+        distance.set_title("distance to the offline map", loc="left", fontsize=10, fontweight="bold")
+        distance.legend(frameon=False, fontsize=8, loc="lower right")
+        cosine.plot(*curve("start_cosine"), color=STEERED, linewidth=2)
+        cosine.set_title("cosine with the critic's gradient", loc="left", fontsize=10, fontweight="bold")
+        gain.plot(*curve("q_gain"), color=STEERED, linewidth=2)
+        gain.set_title("value gained", loc="left", fontsize=10, fontweight="bold")
+        distance.set_ylim(bottom=0)
+        cosine.set_ylim(0, 1)
+        for ax in axes:
+            ax.set_xlabel("gradient steps", loc="left")
+            ax.locator_params(nbins=4)
         return _save(fig, path)
 
 

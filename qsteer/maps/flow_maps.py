@@ -1,12 +1,13 @@
 """Flow maps: jumps between two times of the flow, learnt, or made of the frozen policy's own integration."""
 
+import contextlib
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
-from huggingface_hub import PyTorchModelHubMixin
+from huggingface_hub import ModelCard, PyTorchModelHubMixin
 from jaxtyping import Float
 from torch import Tensor, nn
 
@@ -14,6 +15,26 @@ from qsteer.clock import clock_of
 from qsteer.flow import features_of, normal, repeat_rows, rows
 from qsteer.maps.networks import ChunkMLP, ChunkNetwork, ChunkTransformer
 from qsteer.types import Field
+
+CARD = """---
+{{ card_data }}
+---
+
+# Flow map of a flow policy
+
+A learnt jump `X_{r,t}(x)` between two times of the policy's flow, for qsteer: a beam search looks ahead with
+it, and in one step from noise it is a policy.
+
+* action: shape `(B, {{ config.horizon }}, {{ config.action_dim }})`, as the policy generates it, with padding
+* features of the observation, which the policy provides: {{ config.features }} numbers, per token if it has
+  tokens
+
+```python
+flow_map = qsteer.maps.FlowMap.from_pretrained("this repository or folder")
+handle = qsteer.steer(policy, critic, qsteer.BeamSearch(flow_map=flow_map))
+action = policy.select_action(batch)
+```
+"""
 
 
 @dataclass(frozen=True)
@@ -29,6 +50,8 @@ class MapConfig:
         hidden: widths of the MLP's hidden layers.
         width, depth, heads: of the transformer.
         harmonics: Fourier harmonics per time.
+        residual: the network adds to the frozen policy's own velocity, and starts as it; without, the map
+            stands alone, and needs no policy once it is trained.
     """
 
     horizon: int
@@ -40,6 +63,7 @@ class MapConfig:
     depth: int = 8
     heads: int = 8
     harmonics: int = 32
+    residual: bool = False
 
     def __post_init__(self) -> None:
         """Check the values; widths read from JSON become a tuple."""
@@ -69,16 +93,35 @@ class MapConfig:
         return ChunkTransformer(**shape, width=self.width, depth=self.depth, heads=self.heads)
 
 
+class LearntMap(nn.Module, PyTorchModelHubMixin):
+    """What learnt maps have in common: how they are saved and loaded."""
+
+    config: MapConfig
+    net: ChunkNetwork
+
+    @classmethod
+    def _from_pretrained(cls, *, strict: bool = True, **hub: Any) -> "LearntMap":
+        """Load with the hub's machinery, but refuse a checkpoint that lacks weights."""
+        with contextlib.redirect_stdout(None):  # the hub says where it loads from
+            return super()._from_pretrained(strict=strict, **hub)
+
+    def generate_model_card(self, **card: Any) -> ModelCard:
+        """Return the model card that ``save_pretrained`` and ``push_to_hub`` write as README.md."""
+        return super().generate_model_card(config=self.config, **card)
+
+
 class FlowMap(
-    nn.Module,
-    PyTorchModelHubMixin,
+    LearntMap,
     library_name="qsteer",
     tags=["qsteer", "robotics", "flow-matching", "flow-map"],
     pipeline_tag="robotics",
+    model_card_template=CARD,
 ):
     """A learnt two-time jump ``X_{r,t}(x) = x + (t - r) u_{r,t}(x)``; in one step, a policy.
 
     Bound to observations by :meth:`bind` or to a policy's field by :meth:`on`, it is called as ``(x, r, t)``.
+    A *residual* map learns what a long jump adds to the policy's velocity where it starts,
+    ``u_{r,t}(x) = v(x, r) + net``: untrained, it is one Euler step.
 
     Example:
         >>> flow_map = FlowMap(MapConfig(horizon=5, action_dim=2, features=3)).bind(torch.zeros(4, 3))
@@ -90,26 +133,50 @@ class FlowMap(
         """Build an untrained map."""
         super().__init__()
         self.config = config
-        self.net = config.build(chunks=1, times=2)
+        self.net = config.build(chunks=2 if config.residual else 1, times=2)
+        if config.residual:
+            self.net.start_at_zero()
 
-    def bind(self, features: Any) -> "BoundFlowMap":
-        """Encode the observation's features once, without a graph, and return the map closed over them."""
-        with torch.no_grad():
-            return BoundFlowMap(self, self.net.encode(normal(features)))
+    def bind(self, features: Any, field: Field | None = None) -> "BoundFlowMap":
+        """Encode the observation's features once, without a graph, and return the map closed over them.
 
-    def on(self, field: Field) -> "BoundFlowMap":
-        """Bind to the features of the observation which ``field`` is closed over.
+        Args:
+            features: of the observation.
+            field: the policy's velocity; only a residual map needs it.
 
         Raises:
-            ValueError: the field has none.
+            ValueError: a residual map without a field.
         """
-        return self.bind(features_of(field))
+        if self.config.residual and field is None:
+            raise ValueError(
+                "FlowMap: expected the field of the policy to which a residual map adds, got none; use "
+                "on(field), or bind(features, field)"
+            )
+        with torch.no_grad():
+            z = self.net.encode(normal(features))
+        return BoundFlowMap(self, z, field if self.config.residual else None)
+
+    def on(self, field: Field) -> "BoundFlowMap":
+        """Bind to a policy's velocity and to the features of the observation which it is closed over.
+
+        Raises:
+            ValueError: the field has no features.
+        """
+        return self.bind(features_of(field), field)
 
     def average_velocity(
-        self, z: Any, x: Float[Tensor, "B H A"], r: Float[Tensor, "B"], t: Float[Tensor, "B"]
+        self,
+        z: Any,
+        x: Float[Tensor, "B H A"],
+        r: Float[Tensor, "B"],
+        t: Float[Tensor, "B"],
+        field: Field | None = None,
     ) -> Float[Tensor, "B H A"]:
-        """Return ``u_{r,t}(x)`` for encoded features ``z``."""
-        return self.net(z, (x,), (r, t))
+        """Return ``u_{r,t}(x)`` for encoded features ``z``; a residual map needs the policy's field."""
+        if not self.config.residual or field is None:
+            return self.net(z, (x,), (r, t))
+        v = field(x, r)
+        return v + self.net(z, (x, v), (r, t))
 
 
 @dataclass(frozen=True)
@@ -118,16 +185,18 @@ class BoundFlowMap:
 
     flow_map: FlowMap
     z: Any
+    field: Field | None = None
 
     def __call__(
         self, x: Float[Tensor, "B H A"], r: Float[Tensor, "B"], t: Float[Tensor, "B"]
     ) -> Float[Tensor, "B H A"]:
-        """Jump from time r to time t. Cost: 1 forward of the map."""
-        return x + rows(t - r, x) * self.flow_map.average_velocity(self.z, x, r, t)
+        """Jump from time r to time t. Cost: 1 forward of the map; if it is residual, 1 of the policy too."""
+        return x + rows(t - r, x) * self.flow_map.average_velocity(self.z, x, r, t, self.field)
 
     def repeat(self, k: int) -> "BoundFlowMap":
         """Return the map for ``k`` rows per observation; nothing is encoded again."""
-        return replace(self, z=repeat_rows(self.z, k))
+        field = None if self.field is None else self.field.repeat(k)
+        return replace(self, z=repeat_rows(self.z, k), field=field)
 
 
 @dataclass(frozen=True)
@@ -158,10 +227,11 @@ class EulerMap:
         """Integrate from time r to time t; from 0 to 1 it is the policy's own chain."""
         clock = clock_of(self.field)
         steps = clock.steps if self.steps is None else self.steps
-        span = (t - r).double()
+        wide = torch.float32 if x.device.type == "mps" else torch.float64
+        span = (t - r).to(wide)
         n = max(1, math.ceil(float(span.abs().max()) * steps - 1e-4))  # float32 times miss the grid by an ulp
         for i in range(n):
-            time = clock.snap(r.double() + i * (span / n)).to(clock.times(0.0, x).dtype)
+            time = clock.snap(r.to(wide) + i * (span / n)).to(clock.times(0.0, x).dtype)
             x = x + rows(span / n, x) * self.field(x, time)
         return x
 

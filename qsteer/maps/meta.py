@@ -6,15 +6,36 @@ from typing import Any
 
 import torch
 from einops import rearrange
-from huggingface_hub import PyTorchModelHubMixin
 from jaxtyping import Float
-from torch import Tensor, nn
+from torch import Tensor
 
 from qsteer.flow import denoise, features_of, normal, repeat_rows, rows
-from qsteer.maps.flow_maps import MapConfig
+from qsteer.maps.flow_maps import LearntMap, MapConfig
 from qsteer.maps.glass import Glass
 from qsteer.maps.networks import ChunkNetwork
 from qsteer.types import Field
+
+CARD = """---
+{{ card_data }}
+---
+
+# Meta flow map of a flow policy
+
+One forward pass from noise to a sample of the clean action given a noisy one, `p(x1 | x_t)`, for qsteer:
+posterior samples steer the policy by what its actions will be worth, not only their mean.
+
+* action: shape `(B, {{ config.horizon }}, {{ config.action_dim }})`, as the policy generates it, with padding
+* features of the observation, which the policy provides: {{ config.features }} numbers, per token if it has
+  tokens
+* {{ "adds to the policy's own velocity: use it with the policy that it was distilled from"
+  if config.residual else "stands alone" }}
+
+```python
+meta = qsteer.maps.MetaFlowMap.from_pretrained("this repository or folder")
+handle = qsteer.steer(policy, critic, qsteer.Posterior(meta, alpha=0.2))
+action = policy.select_action(batch)
+```
+"""
 
 
 @dataclass(frozen=True)
@@ -30,11 +51,11 @@ class MetaMapConfig(MapConfig):
 
 
 class MetaFlowMap(
-    nn.Module,
-    PyTorchModelHubMixin,
+    LearntMap,
     library_name="qsteer",
     tags=["qsteer", "robotics", "flow-matching", "meta-flow-map"],
     pipeline_tag="robotics",
+    model_card_template=CARD,
 ):
     """Average velocity ``vhat_{u,w}(xbar; t, x)`` of the posterior flow of outer state (x, t), from u to w.
 
@@ -53,6 +74,8 @@ class MetaFlowMap(
         >>> posterior(torch.randn(8, 4, 5, 2), torch.zeros(4, 5, 2), torch.full((4,), 0.5)).shape
         torch.Size([8, 4, 5, 2])
     """
+
+    config: MetaMapConfig
 
     def __init__(self, config: MetaMapConfig) -> None:
         """Build an untrained map."""

@@ -1,12 +1,18 @@
 """One training loop: seeded, resumable to the bit, with atomic checkpoints and a metrics stream.
 
 A run directory holds ``checkpoint.safetensors`` (weights, optimiser state, generator state; step and identity
-of the run as JSON in its header) and ``metrics.jsonl``. A run that was killed and started again gives the
-weights and the metrics of a run that was not.
+of the run as JSON in its header), ``metrics.jsonl`` and, apart from them because no two runs agree on it, the
+wall time in ``speed.jsonl``. A run that was killed and started again gives the weights and the metrics of a
+run that was not.
+
+Under ``accelerate launch`` (on CPUs: ``torchrun``) each of P processes draws the same whole batch and
+computes 1/P of its rows (:class:`Share`); gradients are averaged. So P changes neither the random stream nor,
+up to rounding, the result, and may change when a run is resumed.
 """
 
 import json
 import os
+import time
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -14,12 +20,42 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from accelerate import PartialState
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
-CHECKPOINT, METRICS = "checkpoint.safetensors", "metrics.jsonl"
+CHECKPOINT, METRICS, SPEED = "checkpoint.safetensors", "metrics.jsonl", "speed.jsonl"
+
+
+@dataclass(frozen=True)
+class Share:
+    """A process's rows of every batch.
+
+    Attributes:
+        index: of the process.
+        count: of processes.
+    """
+
+    index: int = 0
+    count: int = 1
+
+    def of(self, batch: Tensor) -> Tensor:
+        """Return this process's rows of a whole batch."""
+        return batch.chunk(self.count)[self.index]
+
+
+WHOLE = Share()
+"""The share of a single process."""
+
+
+def processes(device: torch.device | str) -> PartialState:
+    """Join the other processes of ``accelerate launch``; there are none without it.
+
+    Call it before anything is put on ``"cuda"``, which is this process's own GPU from then on.
+    """
+    return PartialState(cpu=torch.device(device).type == "cpu")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,11 +101,18 @@ class Training:
 
 
 class Learner(nn.Module, ABC):
-    """What the loop optimises (its trainable parameters) and what a checkpoint keeps (its state dict)."""
+    """What the loop optimises (its trainable parameters) and what a checkpoint keeps (its state dict).
+
+    Attributes:
+        share: the rows of a batch that :meth:`loss` computes; set by :func:`fit`. A learner that heeds it is
+            sped up by further processes, and must draw for the whole batch all the same.
+    """
+
+    share = WHOLE
 
     @abstractmethod
     def loss(self, generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
-        """Draw a batch and return the loss and what to log; all randomness comes from ``generator``."""
+        """Draw a batch and return the mean loss and what to log; all randomness comes from ``generator``."""
 
     def after_step(self) -> None:
         """Run after every optimiser step: move averages."""
@@ -84,23 +127,39 @@ def fit(
 ) -> None:
     """Train ``learner`` in ``out`` until ``training.steps``, from the checkpoint there if there is one.
 
+    Only the main process writes, evaluates and shows progress.
+
     Args:
         learner: freshly built, on its device.
-        out: run directory.
+        out: run directory, seen by all processes.
         training: how long and how to optimise.
         identity: JSON-able description of everything the result depends on; a checkpoint of another run is
             refused.
         progress: show a progress bar.
 
     Raises:
-        ValueError: ``out`` holds a checkpoint of a run with another identity.
+        ValueError: ``out`` holds a checkpoint of a run with another identity, or a broken one; or the
+            processes cannot share a batch evenly.
     """
     out.mkdir(parents=True, exist_ok=True)
     parameters = [p for p in learner.parameters() if p.requires_grad]
+    state = processes(parameters[0].device)
+    if training.batch_size % state.num_processes:
+        raise ValueError(
+            f"batch_size: expected a multiple of the {state.num_processes} processes, got "
+            f"{training.batch_size}; change either"
+        )
+    learner.share = Share(state.process_index, state.num_processes)
     optimizer = training.optimizer(parameters)
     generator = torch.Generator(parameters[0].device).manual_seed(training.seed)
     start = _resume(out, learner, optimizer, generator, identity)
-    _truncate(out / METRICS, start)
+    if state.num_processes > 1:
+        for tensor in learner.state_dict().values():
+            torch.distributed.broadcast(tensor, 0)
+    main = state.is_main_process
+    if main:
+        _truncate(out / METRICS, start)
+        _truncate(out / SPEED, start)
 
     bar = tqdm(
         range(start + 1, training.steps + 1),
@@ -108,28 +167,52 @@ def fit(
         total=training.steps,
         initial=start,
         mininterval=1.0,
-        disable=not progress,
+        disable=not (progress and main),
     )
-    with open(out / METRICS, "a") as metrics:
-        for step in bar:
-            loss, info = learner.loss(generator)
-            optimizer.zero_grad()
-            for group in optimizer.param_groups:
-                group["lr"] = training.learning_rate * min(1.0, step / max(1, training.warmup))
-            loss.backward()
-            if training.gradient_clip is not None:
-                nn.utils.clip_grad_norm_(parameters, training.gradient_clip)
-            optimizer.step()
-            learner.after_step()
-            if step % training.log_every == 0 or step == training.steps:
-                values = {"loss": loss.item()} | {name: value.item() for name, value in info.items()}
+    since, clock = start, time.perf_counter()
+    for step in bar:
+        loss, info = learner.loss(generator)
+        optimizer.zero_grad()
+        for group in optimizer.param_groups:
+            group["lr"] = training.learning_rate * min(1.0, step / max(1, training.warmup))
+        loss.backward()
+        if state.num_processes > 1:
+            _average([p.grad for p in parameters if p.grad is not None])
+        if training.gradient_clip is not None:
+            nn.utils.clip_grad_norm_(parameters, training.gradient_clip)
+        optimizer.step()
+        learner.after_step()
+        if step % training.log_every == 0 or step == training.steps:
+            shown = {"loss": loss.detach()} | info
+            if state.num_processes > 1:
+                _average(list(shown.values()))
+            values = {name: value.item() for name, value in shown.items()}
+            speed = {"samples/s": (step - since) * training.batch_size / (time.perf_counter() - clock)}
+            if main:
                 if step % training.evaluate_every == 0 or step == training.steps:
                     values |= learner.evaluate()
-                metrics.write(json.dumps({"step": step} | values) + "\n")
-                metrics.flush()
-                bar.set_postfix({name: f"{value:.4g}" for name, value in values.items()})
-            if step % training.checkpoint_every == 0 or step == training.steps:
-                _save(out, learner, optimizer, generator, step, identity)
+                _append(out / METRICS, {"step": step} | values)
+                _append(out / SPEED, {"step": step} | speed)
+                bar.set_postfix({name: f"{value:.4g}" for name, value in (values | speed).items()})
+        if main and (step % training.checkpoint_every == 0 or step == training.steps):
+            _save(out, learner, optimizer, generator, step, identity)
+        if step % training.log_every == 0:
+            since, clock = step, time.perf_counter()
+    state.wait_for_everyone()
+
+
+def _average(tensors: Sequence[Tensor]) -> None:
+    """Replace tensors by their means over the processes, in one exchange."""
+    flat = torch.cat([tensor.flatten() for tensor in tensors])
+    torch.distributed.all_reduce(flat)
+    flat /= torch.distributed.get_world_size()
+    for tensor, mean in zip(tensors, flat.split([tensor.numel() for tensor in tensors]), strict=True):
+        tensor.copy_(mean.view_as(tensor))
+
+
+def _append(path: Path, line: Mapping[str, float | int]) -> None:
+    with open(path, "a") as file:
+        file.write(json.dumps(line) + "\n")
 
 
 def _save(
@@ -162,9 +245,15 @@ def _resume(
     """Restore the checkpoint in ``out``, if any, and return its step (0: none)."""
     if not (out / CHECKPOINT).exists():
         return 0
-    with safe_open(out / CHECKPOINT, "pt") as file:
-        header = file.metadata()
-        tensors = {name: file.get_tensor(name) for name in file.keys()}
+    try:
+        with safe_open(out / CHECKPOINT, "pt") as file:
+            header = file.metadata()
+            tensors = {name: file.get_tensor(name) for name in file.keys()}
+    except SafetensorError as error:
+        raise ValueError(
+            f"{out / CHECKPOINT}: expected a whole checkpoint, got a broken file ({error}); delete it to "
+            "start from the beginning"
+        ) from None
     found, expected = json.loads(header["identity"]), json.loads(json.dumps(identity))
     if found != expected:
         names = sorted(name for name in found | expected if found.get(name) != expected.get(name))

@@ -1,11 +1,9 @@
 """Distilling maps from a frozen policy: meta flow maps (QPILOTS) and flow maps (FMQ section 3.1)."""
 
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from copy import deepcopy
 from dataclasses import asdict, dataclass
 from functools import cache
-from hashlib import sha256
 from pathlib import Path
 from typing import Literal
 
@@ -27,47 +25,8 @@ from qsteer.maps.losses import (
 )
 from qsteer.maps.meta import MetaFlowMap
 from qsteer.maps.networks import ChunkMLP
-from qsteer.training.data import Chunks
-from qsteer.training.loop import Learner, Training, fit
-from qsteer.training.policy import FlowPolicy
-from qsteer.types import Field
-
-
-class Teacher(ABC):
-    """A frozen policy together with observations to ask it about."""
-
-    @abstractmethod
-    def batch(self, size: int, generator: torch.Generator) -> tuple[Field, Float[Tensor, "B H A"]]:
-        """Return the policy's field for ``size`` drawn observations, encoded once, and an action for each."""
-
-    @abstractmethod
-    def fingerprint(self) -> str:
-        """Return a hash of policy and data: a resumed run must see the teacher that it started with."""
-
-
-@dataclass(frozen=True)
-class StateTeacher(Teacher):
-    """A small state policy on the data that it was cloned from.
-
-    Attributes:
-        policy: the frozen policy.
-        chunks: the data.
-    """
-
-    policy: FlowPolicy
-    chunks: Chunks
-
-    def batch(self, size: int, generator: torch.Generator) -> tuple[Field, Float[Tensor, "B H A"]]:
-        """Draw stored observations and the chunks which followed them."""
-        batch = self.chunks.sample(size, generator)
-        return self.policy.field(batch.observations), batch.actions
-
-    def fingerprint(self) -> str:
-        """Return a hash of policy and data."""
-        digest = sha256(self.chunks.episodes.fingerprint().encode())
-        for tensor in self.policy.state_dict().values():
-            digest.update(tensor.cpu().contiguous().numpy())
-        return digest.hexdigest()[:16]
+from qsteer.training.loop import WHOLE, Learner, Share, Training, fit, processes
+from qsteer.training.teachers import Teacher
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,7 +58,11 @@ class MetaDistillation(Learner):
     """Diagonal and semigroup losses of a meta flow map under a frozen teacher's GLASS velocity.
 
     A residual map adds to the teacher's GLASS velocity and is compared with it; one that stands alone learns
-    from the clean actions ``x1 - x0'`` by themselves.
+    from the clean actions ``x1 - x0'`` by themselves. On CUDA the map's network runs in bfloat16 (autocast);
+    teacher, losses, weights and their average keep their precision.
+
+    Cost per step: one batch of the teacher, 3 velocity forwards, 5 forwards of the map, 2 of them with a
+    backward.
     """
 
     def __init__(
@@ -120,8 +83,9 @@ class MetaDistillation(Learner):
     def loss(self, generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the weighted sum of both losses on one batch."""
         s = self.settings
-        field, x1 = self.teacher.batch(s.batch_size, generator)
-        uniform, normal = draws(x1, generator)
+        field, x1 = self.teacher.batch(s.batch_size, generator, self.share)
+        uniform, normal = draws(x1, generator, self.share)
+        features = features_of(field)
 
         t = uniform() ** s.time_power
         t = torch.where(uniform() < s.zero_share, 0.0, t)
@@ -133,8 +97,17 @@ class MetaDistillation(Learner):
                 return glass(field, x, t, xbar, u) if self.meta.config.residual else None
 
         def average_velocity(meta: MetaFlowMap) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
-            z = meta.net.encode(features_of(field))
-            return lambda xbar, u, w: meta.velocity(z, xbar, u, w, x, t, base(xbar, u))
+            def velocity(xbar: Tensor, u: Tensor, w: Tensor) -> Tensor:
+                known = base(xbar, u)
+                with reduced():
+                    return meta.velocity(z, xbar, u, w, x, t, known)
+
+            with reduced():
+                z = meta.net.encode(features)
+            return velocity
+
+        def reduced() -> torch.autocast:
+            return torch.autocast(x1.device.type, torch.bfloat16, enabled=x1.is_cuda)
 
         v, u, noise = average_velocity(self.meta), uniform(), normal()
         xbar = interpolate(noise, x1, u)
@@ -165,8 +138,11 @@ class PosteriorError:
 
     The distance is that between the two sets of samples along random directions of the chunk, in units of one
     action entry, averaged over states and outer times. ``floor`` is the distance between two sets of GLASS
-    samples,
-    ``tweedie`` that of the denoised action alone.
+    samples, ``tweedie`` that of the denoised action alone.
+
+    Cost: once, ``2 * len(times) * steps`` velocity forwards on ``observations * samples`` rows, which for a
+    vision-language-action model are as many copies of the prefix; then ``len(times)`` forwards of the map on
+    these rows per call.
 
     Args:
         teacher: a policy on held-out observations.
@@ -187,11 +163,12 @@ class PosteriorError:
         times: Sequence[float] = (0.1, 0.3, 0.5, 0.7, 0.9),
         seed: int = 0,
     ) -> None:
-        generator = torch.Generator().manual_seed(seed)
-        self.field, x1 = teacher.batch(observations, generator)
+        generator = torch.Generator(teacher.device).manual_seed(seed)
+        field, x1 = teacher.batch(observations, generator)
+        self.field = field.repeat(1)  # field itself remembers the rows that GLASS repeats
         _, normal = draws(x1, generator)
-        exact = GlassPosterior(self.field, steps)
-        self.directions = torch.randn(x1[0].numel(), 128, generator=generator).to(x1)
+        exact = GlassPosterior(field, steps)
+        self.directions = torch.randn(x1[0].numel(), 128, generator=generator, device=x1.device)
         self.directions /= self.directions.square().mean(0).sqrt()
         self.states: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
         self.constants = {"floor": 0.0, "tweedie": 0.0}
@@ -202,7 +179,7 @@ class PosteriorError:
                 eps, again = (torch.stack([normal() for _ in range(samples)]) for _ in range(2))
                 reference = exact(again, x, t)
                 self.states.append((eps, x, t, reference))
-                mean = denoise(x, self.field(x, t), t).expand_as(eps)
+                mean = denoise(x, field(x, t), t).expand_as(eps)
                 for name, other in ("floor", exact(eps, x, t)), ("tweedie", mean):
                     self.constants[name] += self.distance(other, reference) / len(times)
 
@@ -228,6 +205,7 @@ class FlowMapTraining(Training):
         weight: of that loss.
         diagonal_steps: steps with the diagonal loss alone.
         anneal_steps: steps after them in which intervals grow to the full range.
+        zero_share: share of the intervals that start at the noise, where a one-step policy does.
     """
 
     steps: int = 60_000
@@ -235,10 +213,17 @@ class FlowMapTraining(Training):
     weight: float = 1.0
     diagonal_steps: int = 5_000
     anneal_steps: int = 50_000
+    zero_share: float = 0.0
 
 
 class FlowMapDistillation(Learner):
-    """Diagonal loss plus one self-distillation of a flow map, under a frozen teacher's velocity."""
+    """Diagonal loss plus one self-distillation of a flow map, under a frozen teacher's velocity.
+
+    All in float32: derivatives in time, which the losses take, are more than bfloat16 can carry.
+
+    Cost per step: one batch of the teacher, 1 velocity forward (2 for ``eulerian``), and of the map 1 forward
+    with a backward for the diagonal and 1 to 3 more with one backward for the other loss.
+    """
 
     step: Tensor
 
@@ -251,26 +236,30 @@ class FlowMapDistillation(Learner):
     def loss(self, generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the weighted sum of both losses on one batch."""
         s = self.settings
-        field, x1 = self.teacher.batch(s.batch_size, generator)
-        uniform, normal = draws(x1, generator)
+        field, x1 = self.teacher.batch(s.batch_size, generator, self.share)
+        uniform, normal = draws(x1, generator, self.share)
+        velocity = torch.no_grad()(field)
         z = self.flow_map.net.encode(features_of(field))
 
         def u(x: Tensor, r: Tensor, t: Tensor) -> Tensor:
-            return self.flow_map.average_velocity(z, x, r, t)
+            return self.flow_map.average_velocity(z, x, r, t, field)
 
         t, x0 = uniform(), normal()
-        diagonal = diagonal_loss(u, x0, x1, t, field(interpolate(x0, x1, t), t)).mean()
+        diagonal = diagonal_loss(u, x0, x1, t, velocity(interpolate(x0, x1, t), t)).mean()
         info = {"diagonal": diagonal.detach()}
         reach = ((self.step - s.diagonal_steps) / s.anneal_steps).clamp(0.0, 1.0)
         if not reach:
             return diagonal, info
 
         r, t = torch.stack([uniform(), uniform()]).sort(0).values
+        if s.zero_share:
+            starts = uniform() < s.zero_share
+            r, t = torch.where(starts, 0.0, r), torch.where(starts, uniform(), t)
         t = r + reach * (t - r)
         x = interpolate(normal(), x1, r)
         match s.distillation:
             case "eulerian":
-                off = eulerian_loss(u, x, r, t, field(x, r))
+                off = eulerian_loss(u, x, r, t, velocity(x, r))
             case "lagrangian":
                 off = lagrangian_loss(u, x, r, t)
             case "progressive":
@@ -288,31 +277,34 @@ def distil(
     out: str | Path,
     training: MetaTraining | None = None,
     *,
-    held_out: Teacher | None = None,
+    held_out: "Teacher | PosteriorError | None" = None,
     progress: bool = True,
 ) -> MetaFlowMap:
     """Distil a meta flow map; ``MetaFlowMap.from_pretrained`` reads the result in ``out``.
 
-    A run that was interrupted goes on from its last checkpoint; a finished run is returned as it is.
+    A run that was interrupted goes on from its last checkpoint; a finished run is returned as it is. Under
+    ``accelerate launch`` the processes share each batch, see :mod:`qsteer.training.loop`.
 
     Args:
         meta: the untrained map, on its device.
         teacher: the frozen policy with the data to distil it on.
         out: run directory.
         training: how to train; defaults to ``MetaTraining()``.
-        held_out: the same policy on other data, to judge the map by (:class:`PosteriorError`).
+        held_out: the same policy on other data, to judge the map by, or such a :class:`PosteriorError` of
+            another size than the default.
         progress: show a progress bar.
 
     Raises:
         ValueError: ``out`` holds a run with other settings, or another teacher.
     """
     out, training = Path(out), training or MetaTraining()
-    error = None if held_out is None else PosteriorError(held_out)
+    judges = processes(teacher.device).is_main_process
+    if isinstance(held_out, Teacher):
+        held_out = PosteriorError(held_out) if judges else None
     _fit_normalisation(meta, teacher)
-    learner = MetaDistillation(meta, teacher, training, error)
+    learner = MetaDistillation(meta, teacher, training, held_out)
     fit(learner, out, training, _identity(meta, teacher, training), progress=progress)
-    meta.requires_grad_(False).eval().save_pretrained(out)
-    return meta
+    return _finish(meta, out)
 
 
 def distil_flow_map(
@@ -328,8 +320,7 @@ def distil_flow_map(
     _fit_normalisation(flow_map, teacher)
     learner = FlowMapDistillation(flow_map, teacher, training)
     fit(learner, out, training, _identity(flow_map, teacher, training), progress=progress)
-    flow_map.requires_grad_(False).eval().save_pretrained(out)
-    return flow_map
+    return _finish(flow_map, out)
 
 
 def _fit_normalisation(model: MetaFlowMap | FlowMap, teacher: Teacher, size: int = 4096) -> None:
@@ -339,15 +330,29 @@ def _fit_normalisation(model: MetaFlowMap | FlowMap, teacher: Teacher, size: int
         model.net.fit_normalisation(features_of(field))
 
 
+def _finish[M: (MetaFlowMap, FlowMap)](model: M, out: Path) -> M:
+    """Freeze the map; the main process writes it."""
+    state = processes(model.net.last.weight.device)
+    model.requires_grad_(False).eval()
+    if state.is_main_process:
+        model.save_pretrained(out)
+    state.wait_for_everyone()
+    return model
+
+
 def _identity(model: MetaFlowMap | FlowMap, teacher: Teacher, training: Training) -> dict[str, object]:
     return asdict(training) | {"map": asdict(model.config), "teacher": teacher.fingerprint()}
 
 
 def draws(
-    like: Float[Tensor, "B H A"], generator: torch.Generator
+    like: Float[Tensor, "B H A"], generator: torch.Generator, share: Share = WHOLE
 ) -> tuple[Callable[[], Tensor], Callable[[], Tensor]]:
-    """Return functions that draw uniform times (B,) and standard normal chunks (B, H, A)."""
+    """Return functions that draw uniform times (B,) and standard normal chunks (B, H, A).
+
+    They draw for the whole batch, of which ``like`` is the ``share``.
+    """
+    n = len(like) * share.count
     return (
-        lambda: torch.rand(len(like), generator=generator, device=like.device),
-        lambda: torch.randn(like.shape, generator=generator, device=like.device),
+        lambda: share.of(torch.rand(n, generator=generator, device=like.device)),
+        lambda: share.of(torch.randn(n, *like.shape[1:], generator=generator, device=like.device)),
     )

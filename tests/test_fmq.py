@@ -1,0 +1,451 @@
+"""FMQ against critics with known gradients, its replay by hand, and a toy task that it learns online."""
+
+import json
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import gymnasium
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from qsteer.cli import main
+from qsteer.critics import Critic, CriticConfig
+from qsteer.evaluation.plots import plot_adaptation
+from qsteer.maps import FlowMap, MapConfig
+from qsteer.training import Chunks, Episodes, FlowPolicy, FlowPolicyConfig
+from qsteer.training.collect import Collector
+from qsteer.training.fmq import FMQ, ClippedTD, FMQTraining, Replay, adapt
+
+S, H, A = 2, 2, 1
+ETA = 0.3
+OFFLINE = FMQTraining(
+    steps=12, env_steps=0, batch_size=8, log_every=2, checkpoint_every=5, evaluate_every=4, seed=3
+)
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    torch.set_num_threads(1)
+    yield
+
+
+def data(rows: int = 60, length: int = 10, seed: int = 0, spread: float = 0.5) -> Episodes:
+    g = torch.Generator().manual_seed(seed)
+    ends = torch.arange(rows) % length == length - 1
+    return Episodes(
+        observations=torch.randn(rows, S, generator=g),
+        next_observations=torch.randn(rows, S, generator=g),
+        actions=(torch.rand(rows, A, generator=g) * 2 - 1) * spread,
+        rewards=-torch.rand(rows, generator=g),
+        terminals=ends & (torch.rand(rows, generator=g) < 0.5),
+        ends=ends,
+    )
+
+
+def policy(obs: int = S, horizon: int = H) -> FlowPolicy:
+    torch.manual_seed(0)
+    return FlowPolicy(FlowPolicyConfig(obs, A, horizon, (8,))).requires_grad_(False)
+
+
+def flow_map(horizon: int = H, zero: bool = False, hidden: tuple[int, ...] = (32, 32)) -> FlowMap:
+    torch.manual_seed(1)
+    made = FlowMap(MapConfig(horizon, A, 8, hidden=hidden, harmonics=2))
+    if zero:
+        made.net.start_at_zero()
+    return made.requires_grad_(False).eval()
+
+
+def critic(members: int = 2, obs: int = S, horizon: int = H) -> Critic:
+    torch.manual_seed(2)
+    return Critic(CriticConfig(obs, A, horizon, (16,), members, rho=0.0)).requires_grad_(False)
+
+
+class Uphill(Critic):
+    """``Q_j(s, a) = c_j + <w, a>`` with member 1 off by ``|s_0|``: its gradient is w everywhere."""
+
+    direction = torch.tensor([[3.0], [-4.0]])
+
+    def encode(self, obs: Tensor) -> Tensor:
+        return obs[:, 0].abs()[None, :, None]
+
+    def members(self, z: Tensor, a: Tensor) -> Tensor:
+        q = (a * self.direction).flatten(1).sum(1)
+        return torch.stack([q, q + z[0, :, 0]])
+
+
+def uphill() -> Critic:
+    return Uphill(CriticConfig(S, A, H, (4,), 2, rho=0.0))
+
+
+def learnt(learner: FMQ, steps: int, lr: float = 3e-3) -> list[dict[str, float]]:
+    """Train by hand; return the metrics of every 50th step."""
+    optimizer = torch.optim.Adam([p for p in learner.parameters() if p.requires_grad], lr)
+    generator = torch.Generator().manual_seed(0)
+    logs = []
+    for step in range(steps):
+        optimizer.param_groups[0]["lr"] = lr * (1 - step / steps)
+        loss, info = learner.loss(generator)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        learner.after_step()
+        if step % 50 == 49:
+            logs.append({k: v.item() for k, v in info.items()} | learner.evaluate())
+    return logs
+
+
+FIXED = FMQTraining(steps=800, env_steps=0, batch_size=64, eta=ETA, beta=0.0, learn_critic=False)
+
+
+@pytest.mark.parametrize("zero", [True, False], ids=["zero map", "any map"])
+def test_the_map_reaches_the_radius_in_the_gradients_direction(zero: bool) -> None:
+    offline = flow_map(zero=zero)
+    before = [p.clone() for p in offline.parameters()]
+    learner = FMQ(offline, uphill(), policy(), data(spread=0.2), FIXED)
+    start = learner.evaluate()
+    assert start["start_displacement"] == 0.0 and start["start_radius"] == pytest.approx(ETA)
+    logs = learnt(learner, 500)
+    assert logs[-1]["start_displacement"] == pytest.approx(ETA, abs=0.03)
+    assert logs[-1]["displacement"] == pytest.approx(ETA, abs=0.03)
+    assert logs[-1]["start_cosine"] > 0.99
+    assert max(log["start_displacement"] for log in logs) < ETA * 1.15
+    obs, x0 = learner.probe
+    zeros = torch.zeros(len(x0))
+    features = policy().field(obs).features
+    move = learner.flow_map.average_velocity(learner.flow_map.net.encode(features), x0, zeros, zeros + 1)
+    move = move - offline.average_velocity(offline.net.encode(features), x0, zeros, zeros + 1)
+    expected = ETA * Uphill.direction / 5  # eta w / |w|
+    assert (move.detach().mean(0) - expected).abs().max() < 0.03
+    assert all(torch.equal(p, q) for p, q in zip(offline.parameters(), before, strict=True))
+    assert not any(p.requires_grad for p in offline.parameters())
+
+
+def test_the_gradient_of_a_quadratic_critic_points_at_its_top() -> None:
+    class Bowl(Uphill):
+        def members(self, z: Tensor, a: Tensor) -> Tensor:
+            return -(a - 0.5).square().flatten(1).sum(1).expand(2, -1)
+
+    offline = flow_map(zero=True)
+    learner = FMQ(offline, Bowl(CriticConfig(S, A, H, (4,), 2, rho=0.0)), policy(), data(), FIXED)
+    x = torch.tensor([[[0.1], [0.2]], [[-0.3], [0.5]], [[0.0], [-3.0]]])
+    found = learner.improvement(torch.zeros(3, S), x, torch.full((3,), 0.25))
+    inside = 0.5 - x.clamp(-1, 1)  # the offline velocity is 0, so a1 = x; outside [-1, 1] at the bound
+    expected = ETA * inside / inside.flatten(1).norm(dim=1)[:, None, None]
+    torch.testing.assert_close(found.target, expected)
+    torch.testing.assert_close(found.offline, torch.zeros(3, H, A))
+
+
+def test_disagreement_shrinks_the_radius_and_the_displacement() -> None:
+    """The members differ by |s_0|, hence delta = |s_0| / sqrt(2), and eta / (1 + beta |s_0| / mean |s_0|)."""
+    settings = replace(FIXED, beta=2.0)
+    learner = FMQ(flow_map(zero=True), uphill(), policy(), data(spread=0.2), settings)
+    obs, x0 = learner.probe
+    gap = obs[:, 0].abs()
+    expected = ETA / (1 + 2.0 * gap / gap.mean())
+    zeros = torch.zeros(len(x0))
+    torch.testing.assert_close(learner.improvement(obs, x0, zeros).radius, expected)
+    learnt(learner, 500)
+    z = learner.flow_map.net.encode(policy().field(obs).features)
+    distance = learner.flow_map.average_velocity(z, x0, zeros, zeros + 1).flatten(1).norm(dim=1).detach()
+    sure, unsure = gap < gap.median(), gap >= gap.median()
+    assert distance[sure].mean() > 1.3 * distance[unsure].mean()
+    assert distance.mean() == pytest.approx(expected.mean().item(), abs=0.04)
+
+
+def test_under_a_moving_critic_the_displacement_stays_in_the_region() -> None:
+    settings = replace(FIXED, beta=0.3, learn_critic=True, ema=0.05)
+    learner = FMQ(flow_map(), critic(), policy(), data(), settings)
+    before = learner.q.critic.net.first.weight.detach().clone()
+    logs = learnt(learner, 500)
+    assert not torch.equal(before, learner.q.critic.net.first.weight)
+    assert all(log["start_displacement"] <= 1.1 * log["start_radius"] for log in logs)
+    assert all(log["displacement"] <= 1.1 * log["radius"] for log in logs)
+    assert logs[-1]["start_displacement"] > 0.3 * ETA
+    assert logs[-1]["start_cosine"] > 0.5 and logs[-1]["q_gain"] > 0
+
+
+def test_the_critics_target_is_the_least_member_at_the_adapted_maps_action() -> None:
+    learner = FMQ(flow_map(), critic(3), policy(), data(), replace(FIXED, learn_critic=True))
+    with torch.no_grad():
+        learner.flow_map.net.last.bias += 0.3  # not the offline map any more
+    batch = learner.replay.sample(32, torch.Generator().manual_seed(0))
+    assert 0 < batch.masks.mean() < 1
+    y = learner.q.y(batch, torch.Generator().manual_seed(7))
+    x0 = torch.randn(32, H, A, generator=torch.Generator().manual_seed(7))
+    zeros, obs = torch.zeros(32), batch.next_observations
+    a = learner.flow_map.bind(policy().field(obs).features)(x0, zeros, zeros + 1).clamp(-1, 1)
+    target = learner.q.target
+    least = target.members(target.encode(obs), a).min(0).values
+    torch.testing.assert_close(y, batch.rewards + 0.99**H * batch.masks * least)
+
+
+class TestReplay:
+    """Two lanes; the first's episode ends in a terminal, the second's is cut and another begins."""
+
+    @pytest.fixture
+    def replay(self) -> Replay:
+        made = Replay(Chunks(data(), H, 0.9, "next_state"), 0.9, lanes=2, rows=6)
+        for t in range(5):
+            made.add(
+                {
+                    "observations": torch.tensor([[100.0 + t, 0], [200.0 + t, 0]]),
+                    "next_observations": torch.tensor([[100.5 + t, 0], [200.5 + t, 0]]),
+                    "actions": torch.tensor([[t / 10], [-t / 10]]),
+                    "rewards": torch.tensor([1.0 + t, 10.0 + t]),
+                    "terminals": torch.tensor([t == 2, False]),
+                    "begins": torch.tensor([t in (0, 3), t in (0, 2)]),
+                }
+            )
+        return made
+
+    def starts(self, replay: Replay) -> list[int]:
+        online = replay.online
+        assert online is not None
+        return online.episodes.observations[online.starts][:, 0].int().tolist()
+
+    def test_no_chunk_reaches_across_an_episodes_end(self, replay: Replay) -> None:
+        # lane 1: 0 1 2(terminal) | 3 4; lane 2: 0 1 | 2 3 4. A chunk is two steps, or up to a terminal.
+        assert self.starts(replay) == [100, 101, 102, 103, 200, 202, 203]
+        assert len(replay) == 10
+
+    def test_a_terminal_is_not_bootstrapped_and_a_cut_is(self, replay: Replay) -> None:
+        assert replay.online is not None
+        batch = replay.online.gather(replay.online.starts)
+        assert batch.masks.tolist() == [1, 0, 0, 1, 1, 1, 1]
+        expected = [1 + 0.9 * 2, 2 + 0.9 * 3, 3, 4 + 0.9 * 5, 10 + 0.9 * 11, 12 + 0.9 * 13, 13 + 0.9 * 14]
+        torch.testing.assert_close(batch.rewards, torch.tensor(expected))
+        bootstrapped = batch.next_observations[batch.masks > 0, 0].tolist()
+        assert bootstrapped == [101.5, 104.5, 201.5, 203.5, 204.5]
+
+    def test_a_running_episode_grows(self, replay: Replay) -> None:
+        step = {name: replay.get_buffer(name)[:, 4] for name in ("observations", "next_observations")}
+        step |= {"actions": torch.zeros(2, 1), "rewards": torch.zeros(2)}
+        step |= {"terminals": torch.zeros(2).bool(), "begins": torch.tensor([True, False])}
+        step["observations"] = step["observations"] + 1
+        replay.add(step)
+        assert self.starts(replay) == [100, 101, 102, 103, 200, 202, 203, 204]  # 204 goes on, 104 is cut
+
+    def test_old_and_new_chunks_are_drawn_alike(self, replay: Replay) -> None:
+        batch = replay.sample(4000, torch.Generator().manual_seed(0))
+        new = batch.observations[:, 0] > 50
+        share = 7 / (7 + len(replay.offline))
+        assert new.float().mean().item() == pytest.approx(share, abs=0.03)
+        assert len(set(batch.observations[new, 0].tolist())) == 7
+        assert torch.equal(batch.actions[new][:, 0, 0].abs() * 10 % 10, batch.observations[new, 0] % 10)
+
+    def test_survives_a_checkpoint(self, replay: Replay) -> None:
+        other = Replay(replay.offline, 0.9, lanes=2, rows=6)
+        assert other.online is None and len(other.sample(5, torch.Generator()).rows) == 5
+        other.load_state_dict(replay.state_dict())
+        assert self.starts(other) == self.starts(replay)
+
+    def test_episodes_shorter_than_a_chunk_are_waited_for(self) -> None:
+        replay = Replay(Chunks(data(), H, 0.9, "next_state"), 0.9, lanes=1, rows=2)
+        offline = replay.offline.episodes
+        step = {name: getattr(offline, name)[:1] for name in ("observations", "next_observations", "actions")}
+        replay.add(step | {"rewards": torch.zeros(1), "terminals": torch.zeros(1), "begins": torch.ones(1)})
+        assert replay.online is None
+        assert len(replay.sample(5, torch.Generator()).rows) == 5
+
+
+@pytest.mark.parametrize("calls", [3, 9])
+def test_a_killed_offline_run_resumes_to_the_bit(
+    calls: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def run(out: str) -> None:
+        networks = flow_map(hidden=(8,)), critic(), policy()
+        adapt(*networks, data(), tmp_path / out, OFFLINE, progress=False)
+
+    run("whole")
+    loss, count = FMQ.loss, 0
+
+    def counted(self: FMQ, generator: torch.Generator) -> Any:
+        nonlocal count
+        count += 1
+        if count > calls:
+            raise KeyboardInterrupt
+        return loss(self, generator)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(FMQ, "loss", counted)
+        run("parts")
+    torch.manual_seed(1234)
+    run("parts")
+    for name in ("model.safetensors", "metrics.jsonl", "config.json", "critic/model.safetensors"):
+        assert (tmp_path / "parts" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), name
+
+
+def test_what_is_saved_is_what_is_returned(tmp_path: Path) -> None:
+    offline, start = flow_map(hidden=(8,)), critic()
+    adapted, target = adapt(offline, start, policy(), data(), tmp_path, OFFLINE, progress=False)
+    loaded = FlowMap.from_pretrained(tmp_path), Critic.from_pretrained(tmp_path / "critic")
+    for kept, found in zip((adapted, target), loaded, strict=True):
+        assert same(kept, found)
+    assert not same(adapted, offline) and not same(target, start)
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").open()]
+    assert {"critic_loss", "q", "actor_loss", "displacement", "radius", "ratio"} <= lines[0].keys()
+    assert [line["step"] for line in lines if "start_displacement" in line] == [4, 8, 12]
+    picture = plot_adaptation(tmp_path / "metrics.jsonl", tmp_path / "a.png")
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    with pytest.raises(ValueError, match="critic"):  # of another run
+        adapt(offline, critic(3), policy(), data(), tmp_path, OFFLINE, progress=False)
+
+
+def same(a: nn.Module, b: nn.Module) -> bool:
+    return all(
+        torch.equal(p, q) for p, q in zip(a.state_dict().values(), b.state_dict().values(), strict=True)
+    )
+
+
+def test_a_fixed_critic_stays(tmp_path: Path) -> None:
+    start = critic()
+    _, target = adapt(
+        flow_map(hidden=(8,)),
+        start,
+        policy(),
+        data(),
+        tmp_path,
+        replace(OFFLINE, learn_critic=False),
+        progress=False,
+    )
+    assert same(start, target)
+
+
+def test_usage_errors(tmp_path: Path) -> None:
+    networks = flow_map(hidden=(8,)), critic(), policy()
+    with pytest.raises(ValueError, match="make_env"):
+        adapt(*networks, data(), tmp_path, replace(OFFLINE, env_steps=4), progress=False)
+    with pytest.raises(ValueError, match="make_env"):
+        adapt(*networks, data(), tmp_path, OFFLINE, make_env=Bandit, progress=False)
+    with pytest.raises(ValueError, match=r"\(2, 1\) and \(3, 1\)"):
+        adapt(networks[0], critic(horizon=3), policy(), data(), tmp_path, OFFLINE, progress=False)
+    with pytest.raises(ValueError, match="eta"):
+        FMQTraining(eta=-1.0)
+
+
+class Bandit(gymnasium.Env):
+    """Two steps; each costs the squared distance of the action to 0.6. The data's actions are around 0."""
+
+    observation_space = gymnasium.spaces.Box(-np.inf, np.inf, (S,), np.float64)
+    action_space = gymnasium.spaces.Box(-1.0, 1.0, (A,), np.float32)
+
+    def reset(
+        self, *, seed: int | None = None, options: dict[str, Any] | None = None
+    ) -> tuple[np.ndarray, dict[str, Any]]:
+        super().reset(seed=seed)
+        self.clock, self.place = 0, self.np_random.normal()
+        return np.array([self.place, 0.0]), {}
+
+    def step(self, action: np.ndarray) -> tuple[np.ndarray, float, bool, bool, dict[str, Any]]:
+        self.clock += 1
+        cost = float((action[0] - 0.6) ** 2)
+        return np.array([self.place, float(self.clock)]), -cost, self.clock == 2, False, {}
+
+
+def bandit_data(rows: int = 200) -> Episodes:
+    """What a policy around 0 does there."""
+    g = torch.Generator().manual_seed(0)
+    place, clock = torch.randn(rows // 2, generator=g).repeat_interleave(2), torch.arange(rows) % 2
+    actions = 0.3 * torch.randn(rows, A, generator=g)
+    over = clock == 1
+    return Episodes(
+        observations=torch.stack([place, clock.float()], 1),
+        next_observations=torch.stack([place, clock + 1.0], 1),
+        actions=actions.clamp(-1, 1),
+        rewards=-(actions[:, 0].clamp(-1, 1) - 0.6).square(),
+        terminals=over,
+        ends=over,
+    )
+
+
+class TestOnline:
+    SETTINGS = FMQTraining(
+        steps=300, env_steps=150, num_envs=3, batch_size=64, learning_rate=2e-3, eta=0.6, beta=0.0, ema=0.05,
+        log_every=50, evaluate_every=50, checkpoint_every=100,
+    )  # fmt: skip
+
+    def test_the_return_improves_and_a_killed_run_keeps_its_replay(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        torch.manual_seed(0)
+        offline = flow_map(
+            1, zero=True, hidden=(32, 32)
+        )  # its action is the noise: return about -3 in two steps
+        offline.net.last.bias.fill_(-0.3)
+        networks = offline, critic(horizon=1), policy(horizon=1)
+        after_step, learners = FMQ.after_step, []
+
+        def killed(self: FMQ) -> None:
+            after_step(self)
+            learners.append(self)
+            if int(self.step) == 150:
+                raise KeyboardInterrupt
+
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(FMQ, "after_step", killed)
+            adapt(*networks, bandit_data(), tmp_path, self.SETTINGS, make_env=Bandit, progress=False)
+        first = learners[-1].replay
+        with monkeypatch.context() as patch:
+            patch.setattr(FMQ, "after_step", lambda self: (after_step(self), learners.append(self))[0])
+            adapt(*networks, bandit_data(), tmp_path, self.SETTINGS, make_env=Bandit, progress=False)
+        replay = learners[-1].replay
+        assert replay is not first and len(replay) == 150 and len(first) == 75
+        kept = 17  # rows per lane at step 100, where the checkpoint is: ceil(50 / 3)
+        assert torch.equal(replay.actions[:, :kept], first.actions[:, :kept])
+        assert replay.begins[:, kept].all()  # a resumed run begins new episodes
+        assert replay.begins[0].tolist() == [t % 2 == 0 for t in (*range(17), *range(33))]
+        lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").open()]
+        returns = [line["return"] for line in lines]
+        assert sum(returns[-3:]) / 3 > returns[0] + 0.3
+        assert lines[-1]["start_cosine"] > 0.8
+        assert sum(line["episodes"] for line in lines) == 3 * (17 // 2 + 33 // 2)
+
+    def test_what_the_collector_says_happened_happened(self) -> None:
+        generator = torch.Generator().manual_seed(0)
+        asked: list[Tensor] = []
+
+        def act(obs: Tensor) -> Tensor:
+            asked.append(obs)
+            return torch.linspace(-0.4, 2.0, 3)[:, None].expand(len(obs), 3, 1) + obs[:, :1, None] / 100
+
+        with Collector(Bandit, horizon=3, num_envs=2) as collector:
+            steps = [collector.step(act, generator) for _ in range(5)]
+        place, clock = (torch.stack([s["observations"][:, i] for s in steps]) for i in (0, 1))
+        assert clock.tolist() == [[0, 0], [1, 1], [0, 0], [1, 1], [0, 0]]
+        assert [s["begins"].tolist() for s in steps] == [[c == 0] * 2 for c in (0, 1, 0, 1, 0)]
+        assert [s["terminals"].tolist() for s in steps] == [[c == 1] * 2 for c in (0, 1, 0, 1, 0)]
+        assert place.unique().numel() == 6 and torch.equal(place[0], place[1])
+        assert len(asked) == 3  # a chunk of three steps, cut by the episode's end after two
+        for s, t in zip(steps, (0, 1, 0, 1, 0), strict=True):
+            expected = (-0.4 + 1.2 * t + s["observations"][:, 0] / 100).clamp(-1, 1)
+            torch.testing.assert_close(s["actions"][:, 0], expected)
+            torch.testing.assert_close(s["rewards"], -(expected - 0.6).square())
+            torch.testing.assert_close(s["next_observations"][:, 1], s["observations"][:, 1] + 1)
+        assert len(collector.finished) == 4
+        assert collector.finished[0][1] == pytest.approx(
+            float(steps[0]["rewards"][0] + steps[1]["rewards"][0])
+        )
+
+
+def test_clipped_double_q_is_the_least_of_two() -> None:
+    learner = ClippedTD(critic(), data(), FMQ(*untrained()).q.settings, lambda q, s, x: x)
+    obs, a = torch.randn(5, S), torch.rand(5, H, A)
+    members = learner.target.members(learner.target.encode(obs), a)
+    torch.testing.assert_close(learner.q_target(obs, a), torch.minimum(*members))
+
+
+def untrained() -> tuple[FlowMap, Critic, FlowPolicy, Episodes, FMQTraining]:
+    return flow_map(hidden=(8,)), critic(), policy(), data(), OFFLINE
+
+
+def test_the_command_parses(capsys: pytest.CaptureFixture, tmp_path: Path) -> None:
+    with pytest.raises(SystemExit, match="0"):
+        main(["adapt", "--help"])
+    assert "--env-steps" in capsys.readouterr().out
+    data = ["--data", str(tmp_path / "none.npz"), "--task", "pointmaze-medium"]
+    with pytest.raises(SystemExit, match="generate"):
+        main(["adapt", *data, "--env-steps", "30"])
