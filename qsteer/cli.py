@@ -82,6 +82,8 @@ def _parser() -> argparse.ArgumentParser:
     adapt.add_argument(
         "--critic", type=Path, help="directory of the critic to start from; default runs/TASK/seedN/critic"
     )
+    adapt.add_argument("--eta", type=float, help="radius of the trust region; default: the recipe's")
+    adapt.add_argument("--fixed-critic", action="store_true", help="the critic stays as it is")
     for sub, kind in (policy, "policy"), (critic, "critic"), (distil, "meta or flow"), (adapt, "fmq"):
         sub.add_argument(
             "--data", type=Path, help="the .npz to read, generated or official; default runs/data/NAME.npz"
@@ -225,7 +227,7 @@ def _adapt(args: argparse.Namespace) -> None:
     from qsteer.training.loop import METRICS
 
     recipe, run = RECIPES[args.task], run_directory(args.task, args.seed)
-    given = _given(args, "seed", "steps", "env_steps")
+    given = _given(args, "seed", "steps", "env_steps", "eta") | {"learn_critic": not args.fixed_critic}
     if args.env_steps and args.steps is None:
         given["steps"] = args.env_steps  # one update per environment step
     training = replace(recipe.fmq, **given)
