@@ -8,9 +8,7 @@ from qsteer.training.critic import CriticTraining
 from qsteer.training.fmq import FMQTraining
 from qsteer.training.maps import FlowMapTraining, MetaTraining
 
-META = MetaTraining(
-    steps=8_000, learning_rate=3e-4, warmup=200, evaluate_every=1_000, checkpoint_every=1_000
-)
+META = MetaTraining(steps=8_000, learning_rate=3e-4, warmup=200, evaluate_every=1_000, checkpoint_every=1_000)
 FLOW_MAP = FlowMapTraining(
     steps=8_000,
     batch_size=128,
