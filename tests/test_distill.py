@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -104,7 +105,8 @@ def learner(kind: str, residual: bool = True) -> Learner:
     if kind == "meta":
         config = MetaMapConfig(*sizes, hidden=(8,), harmonics=2, residual=residual)
         return MetaDistillation(MetaFlowMap(config), distilling.teacher(), distilling.META)
-    flow = FlowMapDistillation(FlowMap(MapConfig(*sizes, hidden=(8,))), distilling.teacher(), distilling.FLOW)
+    config = MapConfig(*sizes, hidden=(8,), residual=residual)
+    flow = FlowMapDistillation(FlowMap(config), distilling.teacher(), distilling.FLOW)
     flow.step += 8
     return flow
 
@@ -152,6 +154,30 @@ def test_two_processes_do_what_one_does(tmp_path: Path) -> None:
         ]
         for a, b in zip(*lines, strict=True):
             assert a == pytest.approx(b, rel=1e-4, abs=1e-6)
+
+
+@pytest.mark.parametrize("distillation", ["eulerian", "lagrangian", "progressive"])
+def test_a_residual_flow_map_starts_exact_on_the_diagonal_and_learns_from_the_noise_on(distillation) -> None:
+    settings = replace(
+        distilling.FLOW, distillation=distillation, diagonal_steps=1, anneal_steps=1, zero_share=1.0
+    )
+    flow_map = FlowMap(MapConfig(*distilling.teacher().sizes(), hidden=(8,), residual=True))
+    learner, starts = FlowMapDistillation(flow_map, distilling.teacher(), settings), []
+    learner.step += 2
+    ask = flow_map.average_velocity
+
+    def asked(z: Tensor, x: Tensor, r: Tensor, t: Tensor, field: Any) -> Tensor:
+        starts.append(
+            r.sum() == 0 if distillation != "eulerian" else len(starts) > 0
+        )  # its r is a dual number
+        return ask(z, x, r, t, field)
+
+    flow_map.average_velocity = asked
+    loss, info = learner.loss(torch.Generator().manual_seed(0))
+    assert info["diagonal"] == 0 and info[distillation] > 0
+    assert starts[1] and not starts[0]
+    (grad,) = torch.autograd.grad(loss, flow_map.net.last.weight)
+    assert grad.abs().max() > 0
 
 
 def test_a_batch_that_processes_cannot_share_is_refused(

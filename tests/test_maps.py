@@ -576,9 +576,32 @@ def test_meta_samples_are_the_jump_from_inner_time_zero_to_one(network, residual
         torch.testing.assert_close(posterior.given(nonlinear(x, t), eps, x, t), samples)
 
 
-def test_a_residual_map_without_a_policy_is_refused():
-    with pytest.raises(ValueError, match=r"expected the field of the policy.*use on\(field\)"):
-        small("mlp", MetaFlowMap, MetaMapConfig).bind(features("mlp"))
+@pytest.mark.parametrize("network", NETWORKS)
+def test_a_residual_flow_map_starts_as_one_euler_step(network):
+    flow_map = small(network, residual=True)
+    flow_map.net.start_at_zero()
+    x, r, t = noise(3, 2, 2), uniform(3), 1 + uniform(3, seed=2)
+    jump = flow_map.bind(features(network), BASE)
+    torch.testing.assert_close(jump(x, r, t), x + (t - r)[:, None, None] * nonlinear(x, r))
+
+
+@pytest.mark.parametrize("network", NETWORKS)
+def test_a_residual_flow_map_adds_to_the_policy_of_each_observation(network):
+    flow_map, x, shift = small(network, residual=True), noise(3, 2, 2), noise(3, 1, 1, seed=5)
+    r, t = uniform(3), 1 + uniform(3, seed=2)
+    field = qsteer.field(lambda x, t, c: nonlinear(x, t) + c, context=shift)
+    jump = flow_map.bind(features(network), field)
+    v, z = nonlinear(x, r) + shift, flow_map.net.encode(features(network))
+    whole = x + (t - r)[:, None, None] * (v + flow_map.net(z, (x, v), (r, t)))
+    torch.testing.assert_close(jump(x, r, t), whole)
+    twice = jump.repeat(2)(*(part.repeat_interleave(2, 0) for part in (x, r, t)))
+    torch.testing.assert_close(twice, whole.repeat_interleave(2, 0))
+
+
+@pytest.mark.parametrize(("kind", "config"), [(MetaFlowMap, MetaMapConfig), (FlowMap, MapConfig)])
+def test_a_residual_map_without_a_policy_is_refused(kind, config):
+    with pytest.raises(ValueError, match=r"expected the field of the policy.*on\(field\)"):
+        small("mlp", kind, config, residual=True).bind(features("mlp"))
 
 
 # ------------------------------------------------------------------------------------------ maps that learn
