@@ -17,7 +17,7 @@ from torch import Tensor
 
 import qsteer
 from qsteer.evaluation.cost import Latency, Passes, count, latencies, latency
-from qsteer.evaluation.plots import plot_success, plot_trace
+from qsteer.evaluation.plots import plot_distillation, plot_success, plot_trace
 from qsteer.evaluation.rollouts import ChunkedAction, Rollouts, Simulators, noise_generator, rollout
 from qsteer.evaluation.statistics import paired_bootstrap, wilson_interval
 from qsteer.evaluation.video import RenderError, _Film, find_gl_backend, side_by_side
@@ -403,6 +403,12 @@ class TestPlots:
         assert Image.open(path).convert("RGB").getpixel((0, 0)) == (255, 255, 255)
         assert plot_success(arms, tmp_path / "a.svg").read_text().startswith("<?xml")
 
+    def test_distillation(self, tmp_path: Path) -> None:
+        lines = [{"step": s, "diagonal": 1 / s, "semigroup": 2 / s} for s in (1, 2, 4)]
+        judged = {"posterior_error": 0.2, "floor": 0.1, "tweedie": 0.4}
+        path = plot_distillation({"seed 0": [*lines, lines[-1] | judged]}, tmp_path / "d.png")
+        assert path.stat().st_size > 5_000
+
     def test_trace(self, tmp_path: Path) -> None:
         rng = np.random.default_rng(0)
         panels = [np.where(rng.random((20, 9)) < 0.1, np.nan, rng.random((20, 9))) for _ in range(3)]
@@ -412,6 +418,8 @@ class TestPlots:
     def test_mistakes(self, tmp_path: Path) -> None:
         with pytest.raises(ValueError, match="expected at least one"):
             plot_success({}, tmp_path / "a.png")
+        with pytest.raises(ValueError, match=r"expected lines with 'posterior_error'.*held_out"):
+            plot_distillation({"a": [{"step": 1, "diagonal": 1.0, "semigroup": 1.0}]}, tmp_path / "a.png")
         with pytest.raises(ValueError, match=r"got \['bsae'\]"):
             plot_success({"base": [True]}, tmp_path / "a.png", base="bsae")
         with pytest.raises(ValueError, match="expected a guided action"):

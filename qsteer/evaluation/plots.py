@@ -136,7 +136,7 @@ def plot_trace(
         return _save(fig, path)
 
 
-def plot_distillation(runs: Mapping[str, Sequence[Mapping[str, float]]], path: str | Path) -> Path:
+def plot_distillation(runs: Mapping[str, Sequence[Mapping[str, float | int]]], path: str | Path) -> Path:
     """Draw how a meta flow map learnt: its two losses, and its posterior error against GLASS.
 
     Args:
