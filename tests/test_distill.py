@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import qsteer
-from qsteer.maps import FlowMap, MapConfig, MetaFlowMap, MetaMapConfig
+from qsteer.maps import FlowMap, MapConfig, MetaFlowMap, MetaMapConfig, glass_velocity
 from qsteer.training import (
     DatasetBatches,
     FlowMapTraining,
@@ -154,6 +154,23 @@ def test_two_processes_do_what_one_does(tmp_path: Path) -> None:
         ]
         for a, b in zip(*lines, strict=True):
             assert a == pytest.approx(b, rel=1e-4, abs=1e-6)
+
+
+@pytest.mark.parametrize("target", ["glass", "data"])
+def test_the_diagonal_target_is_glass_or_the_data(target: str) -> None:
+    model, seed = learner("meta", residual=False), torch.Generator().manual_seed
+    model.settings = replace(model.settings, target=target)
+    drawn = model.teacher.chunks.sample(model.settings.batch_size, seed(5))
+    field, asked = model.teacher.policy.field(drawn.observations), []
+
+    def exact(z: Tensor, xbar: Tensor, u: Tensor, w: Tensor, x: Tensor, t: Tensor, base: None) -> Tensor:
+        asked.append(torch.equal(u, w))
+        return glass_velocity(field, x, t, xbar, u) + 0 * model.meta.net.last.bias.sum()
+
+    model.meta.velocity = model.target.velocity = exact
+    _, info = model.loss(seed(5))
+    assert info["diagonal"] < 1e-10 if target == "glass" else info["diagonal"] > 1e-2
+    assert asked[0] and not any(asked[1:])
 
 
 @pytest.mark.parametrize("distillation", ["eulerian", "lagrangian", "progressive"])

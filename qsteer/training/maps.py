@@ -34,6 +34,7 @@ class MetaTraining(Training):
     """How to distil a :class:`~qsteer.maps.MetaFlowMap` (QPILOTS appendix B).
 
     Attributes:
+        target: of the diagonal loss: the teacher's GLASS velocity, or the data's ``x1 - x0'``.
         semigroup: weight of the consistency loss; the diagonal loss has weight 1.
         time_power: outer times are ``U^time_power``, denser near the noise.
         zero_share: share of the batch with outer time exactly 0.
@@ -43,6 +44,7 @@ class MetaTraining(Training):
     steps: int = 40_000
     learning_rate: float = 1e-4
     gradient_clip: float | None = 1.5
+    target: Literal["glass", "data"] = "glass"
     semigroup: float = 0.5
     time_power: float = 2.0
     zero_share: float = 0.1
@@ -55,11 +57,10 @@ class MetaTraining(Training):
 
 
 class MetaDistillation(Learner):
-    """Diagonal and semigroup losses of a meta flow map under a frozen teacher's GLASS velocity.
+    """Diagonal and semigroup losses of a meta flow map.
 
-    A residual map adds to the teacher's GLASS velocity and is compared with it; one that stands alone learns
-    from the clean actions ``x1 - x0'`` by themselves. On CUDA the map's network runs in bfloat16 (autocast);
-    teacher, losses, weights and their average keep their precision.
+    A residual map adds to the teacher's GLASS velocity, whatever it is compared with. On CUDA the map's
+    network runs in bfloat16 (autocast); teacher, losses, weights and their average keep their precision.
 
     Cost per step: one batch of the teacher, 3 velocity forwards, 5 forwards of the map, 2 of them with a
     backward.
@@ -92,15 +93,15 @@ class MetaDistillation(Learner):
         x = interpolate(normal(), x1, t)
 
         @cache
-        def base(xbar: Tensor, u: Tensor) -> Glass | None:
+        def exact(xbar: Tensor, u: Tensor) -> Glass:
             with torch.no_grad():
-                return glass(field, x, t, xbar, u) if self.meta.config.residual else None
+                return glass(field, x, t, xbar, u)
 
         def average_velocity(meta: MetaFlowMap) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
             def velocity(xbar: Tensor, u: Tensor, w: Tensor) -> Tensor:
-                known = base(xbar, u)
+                base = exact(xbar, u) if meta.config.residual else None
                 with reduced():
-                    return meta.velocity(z, xbar, u, w, x, t, known)
+                    return meta.velocity(z, xbar, u, w, x, t, base)
 
             with reduced():
                 z = meta.net.encode(features)
@@ -111,8 +112,7 @@ class MetaDistillation(Learner):
 
         v, u, noise = average_velocity(self.meta), uniform(), normal()
         xbar = interpolate(noise, x1, u)
-        known = base(xbar, u)
-        diagonal = diagonal_loss(v, noise, x1, u, None if known is None else known.velocity)
+        diagonal = diagonal_loss(v, noise, x1, u, exact(xbar, u).velocity if s.target == "glass" else None)
 
         u, w = torch.stack([uniform(), uniform()]).sort(0).values
         middle = u + uniform() * (w - u)
