@@ -94,10 +94,24 @@ class MapConfig:
 
 
 class LearntMap(nn.Module, PyTorchModelHubMixin):
-    """What learnt maps have in common: how they are saved and loaded."""
+    """What learnt maps have in common: how they are bound to observations, saved and loaded."""
 
     config: MapConfig
     net: ChunkNetwork
+
+    def encode(self, features: Any, field: Field | None) -> Any:
+        """Encode the observation's features, without a graph.
+
+        Raises:
+            ValueError: a residual map without a field.
+        """
+        if self.config.residual and field is None:
+            raise ValueError(
+                f"{type(self).__name__}: expected the field of the policy to which a residual map adds, got "
+                "none; use on(field), or bind(features, field)"
+            )
+        with torch.no_grad():
+            return self.net.encode(normal(features))
 
     @classmethod
     def _from_pretrained(cls, *, strict: bool = True, **hub: Any) -> "LearntMap":
@@ -147,13 +161,7 @@ class FlowMap(
         Raises:
             ValueError: a residual map without a field.
         """
-        if self.config.residual and field is None:
-            raise ValueError(
-                "FlowMap: expected the field of the policy to which a residual map adds, got none; use "
-                "on(field), or bind(features, field)"
-            )
-        with torch.no_grad():
-            z = self.net.encode(normal(features))
+        z = self.encode(features, field)
         return BoundFlowMap(self, z, field if self.config.residual else None)
 
     def on(self, field: Field) -> "BoundFlowMap":

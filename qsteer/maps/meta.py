@@ -9,7 +9,7 @@ from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor
 
-from qsteer.flow import denoise, features_of, normal, repeat_rows, rows
+from qsteer.flow import denoise, features_of, repeat_rows, rows
 from qsteer.maps.flow_maps import LearntMap, MapConfig
 from qsteer.maps.glass import Glass
 from qsteer.maps.networks import ChunkNetwork
@@ -95,13 +95,7 @@ class MetaFlowMap(
         Raises:
             ValueError: a residual map without a field.
         """
-        if self.config.residual and field is None:
-            raise ValueError(
-                "MetaFlowMap: expected the field of the policy to which a residual map adds, got none; "
-                "use on(field), or bind(features, field)"
-            )
-        with torch.no_grad():
-            z = self.net.encode(normal(features))
+        z = self.encode(features, field)
         if field is None or not self.config.residual:
             return BoundMetaFlowMap(self, z)
         return ResidualMetaFlowMap(self, z, field)
