@@ -1,6 +1,8 @@
 """Critics: what says which actions are good. Networks, the ensemble, and the targets they learn."""
 
 from qsteer.critics.critic import BoundCritic, Critic, CriticConfig
+from qsteer.critics.encoders import FEATURES, pooled
+from qsteer.critics.live import LiveCritic
 from qsteer.critics.targets import (
     chunk_return,
     expectile_loss,
@@ -12,14 +14,17 @@ from qsteer.critics.targets import (
 )
 
 __all__ = [
+    "FEATURES",
     "BoundCritic",
     "Critic",
     "CriticConfig",
+    "LiveCritic",
     "chunk_return",
     "expectile_loss",
     "iql_target",
     "monte_carlo_target",
     "pessimistic",
+    "pooled",
     "sarsa_target",
     "td_target",
 ]

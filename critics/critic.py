@@ -11,8 +11,18 @@ from huggingface_hub import ModelCard, PyTorchModelHubMixin
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from qsteer.critics.encoders import (
+    FEATURES,
+    FeatureEncoder,
+    ViewEncoder,
+    encoded_size,
+    random_shift,
+    unit_view,
+)
 from qsteer.critics.networks import EnsembleMLP, Normalizer
 from qsteer.critics.targets import pessimistic
+
+type Batch = Tensor | Mapping[str, Any]  # a state; or a host's batch, of which a critic reads some entries
 
 CARD = """---
 {{ card_data }}
@@ -23,10 +33,24 @@ CARD = """---
 An ensemble of {{ config.members }} action-chunk critics `Q(s, a)` for qsteer: it steers a frozen flow policy
 towards chunks of higher value while they are being generated.
 
-* observation: `{{ config.observation_key }}`, shape `(B, {{ config.obs_dim }})`, normalised inside the critic
+{% if config.obs_dim -%}
+* state: `{{ config.observation_key }}`, shape `(B, {{ config.obs_dim }})`, normalised inside the critic
+{% endif -%}
+{% for view in config.views -%}
+* image: `{{ view }}`, shape `(B, 3, height, width)`, uint8 or floating point in [0, 1], resized to
+  {{ config.view_size }} x {{ config.view_size }} pixels inside the critic
+{% endfor -%}
+{% if config.features -%}
+* the policy's own features: `policy.features`, shape `(B, {{ config.features }})`, normalised inside the
+  critic; `qsteer.steer` adds them to the batch
+{% endif -%}
 * action: shape `(B, {{ config.horizon }}, {{ config.action_dim }})`, the policy's model space, without
   padding
 * value: mean over the members minus {{ config.rho }} population standard deviations, shape `(B,)`
+{%- if config.stack > 1 %}
+* a stack of {{ config.stack }} independent critics: the rows of a batch come in {{ config.stack }} equal
+  groups, one for each critic; `critic.unstacked()` takes them apart
+{%- endif %}
 
 ```python
 critic = qsteer.Critic.from_pretrained("this repository or folder")
@@ -38,16 +62,31 @@ action = policy.select_action(batch)
 
 @dataclass(frozen=True)
 class CriticConfig:
-    """Shape and reduction of a :class:`Critic`.
+    """Inputs, shape and reduction of a :class:`Critic`.
+
+    A critic sees any of the state, camera views and the frozen policy's own features. Views and features pass
+    through one encoder each, which all members share; the state goes to the members as it is. QPILOTS' LIBERO
+    critic is ``hidden=(128, 128, 128), members=10, horizon=10`` on ``views`` of 64 pixels, from a global and
+    a wrist camera; of its encoder the paper says no more than four convolutions, so that DrQ-v2's are the
+    defaults.
 
     Attributes:
-        obs_dim: size of the observation vector.
+        obs_dim: size of the state vector; 0: the critic sees none.
         action_dim: size of one action, unpadded.
         horizon: actions per chunk that the critic sees.
         hidden: widths of the hidden layers.
         members: size of the ensemble.
         rho: pessimism, in population standard deviations over the members.
-        observation_key: where the observation lies in a host's batch.
+        observation_key: where the state lies in a host's batch.
+        views: where camera images lie in a host's batch.
+        view_size: edge in pixels to which images are resized.
+        features: size of the policy's pooled features, see :func:`qsteer.critics.pooled`; 0: none.
+        latent: how many numbers an encoder makes of a view or of the features.
+        channels: of each convolution.
+        strides: of the convolutions, one each; ``(2, 2, 1, 1)`` costs a quarter.
+        shift: largest random shift of a view in training, in pixels.
+        stack: S independent critics (seeds) side by side, each with normalisation of its own. The rows of
+            every batch come in S equal groups, one after another; each critic sees its group alone.
     """
 
     obs_dim: int
@@ -57,17 +96,53 @@ class CriticConfig:
     members: int = 4
     rho: float = 0.5
     observation_key: str = "observation.state"
+    views: Sequence[str] = ()
+    view_size: int = 64
+    features: int = 0
+    latent: int = 50
+    channels: int = 32
+    strides: Sequence[int] = (2, 1, 1, 1)
+    shift: int = 4
+    stack: int = 1
 
     def __post_init__(self) -> None:
-        """Check the values; widths read from JSON become a tuple."""
-        object.__setattr__(self, "hidden", tuple(self.hidden))
-        for name in ("obs_dim", "action_dim", "horizon", "members"):
+        """Check the values; sequences read from JSON become tuples."""
+        for name in ("hidden", "views", "strides"):
+            object.__setattr__(self, name, tuple(getattr(self, name)))
+        for name in ("action_dim", "horizon", "members", "latent", "channels", "stack"):
             if getattr(self, name) < 1:
                 raise ValueError(f"CriticConfig.{name}: expected at least 1, got {getattr(self, name)}")
+        for name in ("obs_dim", "features", "shift", "rho"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"CriticConfig.{name}: expected 0 or more, got {getattr(self, name)}")
+        if not self.keys:
+            raise ValueError(
+                "CriticConfig.obs_dim: expected at least 1, got 0, and neither views nor features; name what "
+                "the critic is to see"
+            )
         if not self.hidden or min(self.hidden) < 1:
             raise ValueError(f"CriticConfig.hidden: expected at least one positive width, got {self.hidden}")
-        if self.rho < 0:
-            raise ValueError(f"CriticConfig.rho: expected 0 or more, got {self.rho}; 0 turns pessimism off")
+        if not self.strides or min(self.strides) < 1 or encoded_size(self.view_size, self.strides) < 1:
+            raise ValueError(
+                "CriticConfig.strides: expected positive ones which leave something of a view of "
+                f"{self.view_size} pixels, got {self.strides}; use fewer or smaller ones"
+            )
+        if self.stack > 1 and (self.views or self.features):
+            raise ValueError(
+                f"CriticConfig.stack: expected 1 with views or features, got {self.stack}; only critics of "
+                "states are stacked, train the others one by one"
+            )
+
+    @property
+    def keys(self) -> tuple[str, ...]:
+        """What the critic reads of a batch."""
+        state, features = (self.observation_key,) * (self.obs_dim > 0), (FEATURES,) * (self.features > 0)
+        return (*state, *self.views, *features)
+
+    @property
+    def context(self) -> int:
+        """Size of what a member sees of an observation: the state, and a latent of each other input."""
+        return self.obs_dim + self.latent * (len(self.views) + (self.features > 0))
 
 
 class Critic(
@@ -78,7 +153,11 @@ class Critic(
     pipeline_tag="robotics",
     model_card_template=CARD,
 ):
-    """An ensemble of LayerNorm MLPs ``Q_j(s, a[0:H])`` on state observations, evaluated in one batched call.
+    """An ensemble of LayerNorm MLPs ``Q_j(s, a[0:H])``, evaluated in one batched call.
+
+    An observation is the state alone, a tensor (B, obs_dim), or a mapping with the keys of a host's batch,
+    ``config.keys``: the state, images (B, 3, h, w) as uint8 or floating point in [0, 1], and the policy's
+    features (B, features) under ``"policy.features"``.
 
     Example:
         >>> critic = Critic(CriticConfig(obs_dim=3, action_dim=2, horizon=5))
@@ -91,9 +170,14 @@ class Critic(
         """Build an untrained critic."""
         super().__init__()
         self.config = config
-        self.normalizer = Normalizer(config.obs_dim)
+        self.normalizer = Normalizer(config.obs_dim, config.stack)
+        self.views = nn.ModuleList(
+            ViewEncoder(config.view_size, config.channels, config.strides, config.latent)
+            for _ in config.views
+        )
+        self.features = FeatureEncoder(config.features, config.latent) if config.features else None
         chunk = config.horizon * config.action_dim
-        self.net = EnsembleMLP(config.members, config.obs_dim, chunk, config.hidden)
+        self.net = EnsembleMLP(config.members, config.context, chunk, config.hidden, config.stack)
         self._warned = False
 
     @classmethod
@@ -102,31 +186,82 @@ class Critic(
         with contextlib.redirect_stdout(None):  # the hub says where it loads from
             return super()._from_pretrained(strict=strict, **hub)
 
-    def fit_normalisation(self, obs: Float[Tensor, "N O"]) -> None:
-        """Take the observations' mean and standard deviation into the checkpoint."""
-        self.normalizer.fit(self._observation(obs))
+    @staticmethod
+    def stacked(critics: Sequence["Critic"]) -> "Critic":
+        """Return one critic that is copies of ``critics`` side by side; :meth:`unstacked` takes it apart.
 
-    def encode(self, obs: Tensor | Mapping[str, Any]) -> Float[Tensor, "J B D"]:
+        Raises:
+            ValueError: there are none, their configurations differ or cannot be stacked, or one is a stack.
+        """
+        configs = {critic.config for critic in critics}
+        if len(configs) != 1 or any(config.stack > 1 for config in configs):
+            raise ValueError(
+                "stacked: expected critics of one configuration, none of them a stack, got "
+                f"{sorted(map(str, configs))}; only weights and normalisation may differ"
+            )
+        states = [critic.state_dict() for critic in critics]
+        config = replace(configs.pop(), stack=len(critics))
+        return critics[0]._like(config, {name: torch.stack([s[name] for s in states]) for name in states[0]})
+
+    def unstacked(self) -> list["Critic"]:
+        """Return copies of the critics of a stack, one by one."""
+        seeds, config = self.config.stack, replace(self.config, stack=1)
+        state = {name: tensor.unflatten(0, (seeds, -1)) for name, tensor in self.state_dict().items()}
+        return [self._like(config, {name: t[s] for name, t in state.items()}) for s in range(seeds)]
+
+    def fit_normalisation(self, obs: Batch) -> None:
+        """Take mean and standard deviation of states and of the policy's features into the checkpoint."""
+        if self.config.obs_dim:
+            self.normalizer.fit(self._state(obs))
+        if self.features is not None:
+            self.features.normalizer.fit(self._features(obs))
+
+    def context(self, obs: Batch, *, augment: torch.Generator | None = None) -> Float[Tensor, "B C"]:
+        """Return what a member sees of observations: the normalised state, the latents of views and features.
+
+        Arguments and errors as for :meth:`encode`.
+        """
+        parts = [self.normalizer(self._state(obs))] if self.config.obs_dim else []
+        if self.config.context == self.config.obs_dim:
+            return parts[0]
+        for key, encoder in zip(self.config.views, self.views, strict=True):
+            view = self._view(obs, key)
+            parts.append(encoder(view if augment is None else random_shift(view, self.config.shift, augment)))
+        if self.features is not None:
+            parts.append(self.features(self._features(obs)))
+        if len({len(part) for part in parts}) > 1:
+            raise ValueError(
+                f"observation: expected one row per environment of each of {list(self.config.keys)}, got "
+                f"{[len(part) for part in parts]} rows; repeat none of them"
+            )
+        return torch.cat(parts, dim=1)
+
+    def encode(self, obs: Batch, *, augment: torch.Generator | None = None) -> Float[Tensor, "J _ D"]:
         """Return what the critic needs of observations: the observation's half of the first layer.
 
         Computed on the critic's device and in its precision, whatever those of ``obs``.
 
         Args:
-            obs: (B, obs_dim), or a mapping that holds it under ``config.observation_key``.
+            obs: as the class says.
+            augment: shifts the views at random, for training; one draw per row and view. None: no shift.
+
+        Returns:
+            (J, B, D); of a stack of S critics (S * J, B / S, D), the members of each one after another.
 
         Raises:
-            KeyError: the mapping lacks the observation.
-            ValueError: the observation has another shape.
+            KeyError: the mapping lacks an input.
+            TypeError: it is a tensor, and the critic sees more than a state.
+            ValueError: an input has another shape, or the rows do not fall into equal groups.
         """
-        return self.net.encode(self.normalizer(self._observation(obs)))
+        return self.net.encode(self.context(obs, augment=augment))
 
-    def members(self, z: Float[Tensor, "J _ D"], a: Float[Tensor, "B H A"]) -> Float[Tensor, "J B"]:
-        """Return what each member says of the chunks ``a`` under encoded observations ``z``.
+    def members(self, z: Float[Tensor, "J _ D"], a: Float[Tensor, "B H A"]) -> Float[Tensor, "_ B"]:
+        """Return what each member says of the chunks ``a`` under encoded observations ``z``: (J, B).
 
         Raises:
             ValueError: ``a`` is not (B, horizon, action_dim), or its rows are not those of ``z``.
         """
-        expected = (z.shape[1], self.config.horizon, self.config.action_dim)
+        expected = (self.config.stack * z.shape[1], self.config.horizon, self.config.action_dim)
         if a.shape != expected:
             raise ValueError(
                 f"action: expected shape (B, H, A) = {expected}, got {tuple(a.shape)}; pass the executed "
@@ -134,10 +269,10 @@ class Critic(
             )
         return self.net(z, a.flatten(1).to(z.dtype))
 
-    def bind(self, obs: Tensor | Mapping[str, Any]) -> "BoundCritic":
+    def bind(self, obs: Batch) -> "BoundCritic":
         """Encode ``obs`` once, without a graph, and return the :class:`~qsteer.types.Value` closed over it.
 
-        Cost: one matrix product here, then one ensemble pass per call of the value.
+        Cost: the encoders and one matrix product here, then one ensemble pass per call of the value.
         """
         if self.config.rho > 0 and self.config.members < 3 and not self._warned:
             self._warned = True
@@ -153,20 +288,64 @@ class Critic(
         """Return the model card that ``save_pretrained`` and ``push_to_hub`` write as README.md."""
         return super().generate_model_card(config=self.config, **card)
 
-    def _observation(self, obs: Tensor | Mapping[str, Any]) -> Float[Tensor, "B O"]:
-        key = self.config.observation_key
-        if isinstance(obs, Mapping) and key not in obs:
-            raise KeyError(
-                f"observation: expected key {key!r} in the batch, got {sorted(obs)}; set "
-                "CriticConfig.observation_key or pass critic_inputs= to steer"
-            )
-        state: Tensor = obs[key] if isinstance(obs, Mapping) else obs
+    def _like(self, config: CriticConfig, state: Mapping[str, Tensor]) -> "Critic":
+        """Return a critic of ``config`` with copies of the tensors in ``state``, whose axes may be split."""
+        with torch.device("meta"):  # no random number is drawn
+            critic = Critic(config)
+        shapes = {name: tensor.shape for name, tensor in critic.state_dict().items()}
+        state = {name: tensor.reshape(shapes[name]).clone() for name, tensor in state.items()}
+        critic.load_state_dict(state, assign=True)
+        return critic.train(self.training)
+
+    def _state(self, obs: Batch) -> Float[Tensor, "B O"]:
+        state = self._read(obs, self.config.observation_key, "observation_key")
         if state.ndim != 2 or state.shape[1] != self.config.obs_dim:
             raise ValueError(
                 f"observation: expected shape (B, obs_dim) = (B, {self.config.obs_dim}), got "
                 f"{tuple(state.shape)}; flatten it and keep one row per environment"
             )
+        if state.shape[0] % self.config.stack:
+            raise ValueError(
+                f"observation: expected rows in {self.config.stack} equal groups, one for each critic of the "
+                f"stack, got {state.shape[0]} rows; pass every critic as many"
+            )
         return state.to(self.normalizer.mean)
+
+    def _view(self, obs: Batch, key: str) -> Float[Tensor, "B 3 s s"]:
+        image = self._read(obs, key, "views")
+        known = image.dtype == torch.uint8 or image.is_floating_point()
+        if image.ndim != 4 or image.shape[1] != 3 or not known:
+            raise ValueError(
+                f"observation: expected {key!r} as (B, 3, h, w), uint8 or floating point in [0, 1], got "
+                f"{tuple(image.shape)} of {image.dtype}; put channels first: image.permute(0, 3, 1, 2)"
+            )
+        return unit_view(image, self.config.view_size, self.net.first.bias)
+
+    def _features(self, obs: Batch) -> Float[Tensor, "B F"]:
+        features = self._read(obs, FEATURES, "features")
+        if features.ndim != 2 or features.shape[1] != self.config.features:
+            raise ValueError(
+                f"observation: expected {FEATURES!r} as (B, features) = (B, {self.config.features}), got "
+                f"{tuple(features.shape)}; pool tokens with qsteer.critics.pooled(field.features), and set "
+                "CriticConfig.features to the policy's width"
+            )
+        return features.to(self.net.first.bias)
+
+    def _read(self, obs: Batch, key: str, setting: str) -> Tensor:
+        """Return the input under ``key``, which the configuration names in ``setting``."""
+        if isinstance(obs, Mapping):
+            if key in obs:
+                return obs[key]
+            raise KeyError(
+                f"observation: expected key {key!r} in the batch, got {sorted(obs)}; set "
+                f"CriticConfig.{setting} or pass critic_inputs= to steer"
+            )
+        if self.config.views or self.config.features:
+            raise TypeError(
+                f"observation: expected a mapping with {list(self.config.keys)}, got {type(obs).__name__}; "
+                "only a critic of states alone takes a tensor"
+            )
+        return obs
 
 
 @dataclass(frozen=True)
@@ -174,7 +353,7 @@ class BoundCritic:
     """A :class:`Critic` closed over encoded observations; a :class:`~qsteer.types.Value`."""
 
     critic: Critic
-    z: Float[Tensor, "J B D"]
+    z: Float[Tensor, "J _ D"]
 
     def __call__(self, a: Float[Tensor, "B H A"]) -> Float[Tensor, "B"]:
         """Return the pessimistic value ``mean_j Q_j - rho std_j Q_j`` of each chunk."""

@@ -19,21 +19,32 @@ class Normalizer(nn.Module):
     mean: Tensor
     std: Tensor
 
-    def __init__(self, size: int) -> None:
-        """Start as the identity on ``size`` features."""
+    def __init__(self, size: int, groups: int = 1) -> None:
+        """Start as the identity on ``size`` features.
+
+        Args:
+            size: number of features F.
+            groups: into how many equal groups the rows fall, each with statistics of its own (G, 1, F).
+        """
         super().__init__()
-        self.register_buffer("mean", torch.zeros(size))
-        self.register_buffer("std", torch.ones(size))
+        self.groups = groups
+        shape = (size,) if groups == 1 else (groups, 1, size)
+        self.register_buffer("mean", torch.zeros(shape))
+        self.register_buffer("std", torch.ones(shape))
 
     def fit(self, data: Float[Tensor, "N F"]) -> None:
         """Take mean and (population) standard deviation from ``data``."""
-        std, mean = torch.std_mean(data.double(), dim=0, correction=0)
-        self.mean.copy_(mean)
-        self.std.copy_(std.clamp(min=0.01))
+        std, mean = torch.std_mean(self._grouped(data.double()), dim=-2, correction=0)
+        self.mean.copy_(mean.view_as(self.mean))
+        self.std.copy_(std.clamp(min=0.01).view_as(self.std))
 
     def forward(self, x: Float[Tensor, "B F"]) -> Float[Tensor, "B F"]:
         """Return standardised features."""
-        return (x - self.mean) / self.std
+        out = (self._grouped(x) - self.mean) / self.std
+        return out if self.groups == 1 else out.flatten(0, 1)
+
+    def _grouped(self, x: Tensor) -> Tensor:
+        return x if self.groups == 1 else x.unflatten(0, (self.groups, -1))
 
 
 class EnsembleLinear(nn.Module):
@@ -60,27 +71,40 @@ class EnsembleMLP(nn.Module):
     The first layer is linear in its two arguments, so its context half is computed once per observation
     (:meth:`encode`) and reused for every action and every Euler step (:meth:`forward`). LayerNorm comes after
     the GELU and has no gain or offset of its own: the linear layer that follows would absorb them.
+
+    With groups, ``G J`` networks stand side by side, those of a group one after another, and the rows of a
+    batch fall into G equal groups, likewise; the networks of a group see its rows alone. The B rows are then
+    ``b = B / G`` rows of each of ``N = G J`` networks; without groups, ``N = J`` and ``b = B``.
     """
 
-    def __init__(self, members: int, context: int, inputs: int, hidden: Sequence[int]) -> None:
-        """Build ``members`` networks of widths ``(context + inputs, *hidden, 1)``."""
+    def __init__(
+        self, members: int, context: int, inputs: int, hidden: Sequence[int], groups: int = 1
+    ) -> None:
+        """Build ``groups * members`` networks of widths ``(context + inputs, *hidden, 1)``."""
         super().__init__()
-        self.context = context
+        self.members, self.context, self.groups = members, context, groups
         widths = (context + inputs, *hidden, 1)
-        self.first = EnsembleLinear(members, widths[0], widths[1])
-        self.rest = nn.ModuleList(EnsembleLinear(members, i, o) for i, o in pairwise(widths[1:]))
+        layers = [EnsembleLinear(groups * members, i, o) for i, o in pairwise(widths)]
+        self.first, self.rest = layers[0], nn.ModuleList(layers[1:])
 
-    def encode(self, context: Float[Tensor, "B C"]) -> Float[Tensor, "J B D"]:
+    def encode(self, context: Float[Tensor, "B C"]) -> Float[Tensor, "N b D"]:
         """Return the context's half of the first layer, bias included."""
         weight, bias = self.first.weight, self.first.bias
-        return torch.baddbmm(bias, context.expand(len(weight), -1, -1), weight[:, : self.context])
+        return torch.baddbmm(bias, self._to_networks(context), weight[:, : self.context])
 
     def forward(
-        self, z: Float[Tensor, "J B D"], x: Float[Tensor, "B I"] | None = None
+        self, z: Float[Tensor, "N b D"], x: Float[Tensor, "B I"] | None = None
     ) -> Float[Tensor, "J B"]:
         """Return each member's number for encoded contexts ``z`` and inputs ``x`` (``None``: it has none)."""
         if x is not None:
-            z = torch.baddbmm(z, x.expand(len(z), -1, -1), self.first.weight[:, self.context :])
+            z = torch.baddbmm(z, self._to_networks(x), self.first.weight[:, self.context :])
         for layer in self.rest:
             z = layer(F.layer_norm(F.gelu(z), z.shape[-1:]))
-        return z.squeeze(-1)
+        q = z.squeeze(-1)
+        return q if self.groups == 1 else q.unflatten(0, (self.groups, -1)).movedim(0, 1).flatten(1)
+
+    def _to_networks(self, x: Float[Tensor, "B I"]) -> Float[Tensor, "N b I"]:
+        """Give each network the rows of its group."""
+        if self.groups == 1:
+            return x.expand(self.members, -1, -1)
+        return x.unflatten(0, (self.groups, -1)).repeat_interleave(self.members, dim=0)

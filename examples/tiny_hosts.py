@@ -8,9 +8,11 @@ import contextlib
 import io
 from types import SimpleNamespace
 from unittest.mock import patch
+from zlib import crc32
 
 import torch
 from lerobot.configs import FeatureType, PolicyFeature
+from lerobot.policies.factory import make_pre_post_processors
 from lerobot.policies.pi0 import modeling_pi0
 from lerobot.policies.pi0.configuration_pi0 import PI0Config
 from lerobot.policies.pi05 import modeling_pi05
@@ -18,6 +20,8 @@ from lerobot.policies.pi05.configuration_pi05 import PI05Config
 from lerobot.policies.smolvla import smolvlm_with_expert
 from lerobot.policies.smolvla.configuration_smolvla import SmolVLAConfig
 from lerobot.policies.smolvla.modeling_smolvla import SmolVLAPolicy
+from lerobot.processor import PolicyProcessorPipeline as Pipeline
+from lerobot.processor import tokenizer_processor
 from torch import Tensor, nn
 
 VOCABULARY = 64
@@ -29,22 +33,41 @@ FEATURES = {
     "output_features": {"action": PolicyFeature(type=FeatureType.ACTION, shape=(3,))},
 }
 CHUNK = {"chunk_size": 6, "n_action_steps": 4, "max_action_dim": 5, "max_state_dim": 6, "device": "cpu"}
+TOY = {**FEATURES, **CHUNK, "tokenizer_max_length": 5}
+LIBERO = {
+    "input_features": {
+        "observation.images.image": PolicyFeature(type=FeatureType.VISUAL, shape=(3, 256, 256)),
+        "observation.images.image2": PolicyFeature(type=FeatureType.VISUAL, shape=(3, 256, 256)),
+        "observation.state": PolicyFeature(type=FeatureType.STATE, shape=(8,)),
+    },
+    "output_features": {"action": PolicyFeature(type=FeatureType.ACTION, shape=(7,))},
+    "chunk_size": 10,
+    "n_action_steps": 10,
+    "max_action_dim": 8,
+    "max_state_dim": 10,
+    "device": "cpu",
+    "tokenizer_max_length": 48,
+}
+"""What the policies for LIBERO see and do; chunks of 10."""
 
 
-def pi05(width: int = 16, depth: int = 2, seed: int = 0) -> modeling_pi05.PI05Policy:
-    """Return a random pi0.5; ``width`` and ``depth`` of VLM and expert (512 and 8: 76 M parameters)."""
-    config = PI05Config(**FEATURES, **CHUNK, image_resolution=(28, 28), tokenizer_max_length=5)
+def pi05(width: int = 16, depth: int = 2, seed: int = 0, shape: dict = TOY) -> modeling_pi05.PI05Policy:
+    """Return a random pi0.5; ``width`` and ``depth`` of VLM and expert (512 and 8: 76 M parameters).
+
+    ``shape`` is ``TOY`` or ``LIBERO``: what it sees and does.
+    """
+    config = PI05Config(**shape, image_resolution=(28, 28))
     return _pi(modeling_pi05, modeling_pi05.PI05Policy, config, width, depth, seed)
 
 
-def pi0(width: int = 16, depth: int = 2, seed: int = 0) -> modeling_pi0.PI0Policy:
-    """Return a random pi0; sizes as for :func:`pi05`."""
-    config = PI0Config(**FEATURES, **CHUNK, image_resolution=(28, 28), tokenizer_max_length=5)
+def pi0(width: int = 16, depth: int = 2, seed: int = 0, shape: dict = TOY) -> modeling_pi0.PI0Policy:
+    """Return a random pi0; arguments as for :func:`pi05`."""
+    config = PI0Config(**shape, image_resolution=(28, 28))
     return _pi(modeling_pi0, modeling_pi0.PI0Policy, config, width, depth, seed)
 
 
-def smolvla(width: int = 16, depth: int = 4, seed: int = 0) -> SmolVLAPolicy:
-    """Return a random SmolVLA; its layers alternate self- and cross-attention."""
+def smolvla(width: int = 16, depth: int = 4, seed: int = 0, shape: dict = TOY) -> SmolVLAPolicy:
+    """Return a random SmolVLA, arguments as for :func:`pi05`; it alternates self- and cross-attention."""
     from transformers import SmolVLMConfig
 
     small = SmolVLMConfig(
@@ -71,9 +94,7 @@ def smolvla(width: int = 16, depth: int = 4, seed: int = 0) -> SmolVLAPolicy:
         image_token_id=3,
     )
     tokens = SimpleNamespace(tokenizer=SimpleNamespace(fake_image_token_id=1, global_image_token_id=2))
-    config = SmolVLAConfig(
-        **FEATURES, **CHUNK, resize_imgs_with_padding=(32, 32), num_vlm_layers=depth, tokenizer_max_length=5
-    )
+    config = SmolVLAConfig(**shape, resize_imgs_with_padding=(32, 32), num_vlm_layers=depth)
     with (
         patch.object(smolvlm_with_expert.AutoConfig, "from_pretrained", lambda name: small),
         patch.object(smolvlm_with_expert.AutoProcessor, "from_pretrained", lambda name: tokens),
@@ -93,6 +114,31 @@ def batch(policy: nn.Module, rows: int = 1, seed: int = 0) -> dict[str, Tensor]:
     observation["observation.language.attention_mask"] = torch.ones(rows, length, dtype=torch.bool)
     device = next(policy.parameters()).device
     return {name: value.to(device) for name, value in observation.items()}
+
+
+def processors(policy: nn.Module) -> tuple[Pipeline, Pipeline]:
+    """Return lerobot's own pre- and post-processor for a policy, with statistics made up.
+
+    States and actions have mean 0.1, standard deviation 0.5, quantiles -0.9 and 1.1; a word becomes a token
+    by its checksum, for a tokenizer would have to be downloaded.
+    """
+    numbers = {"mean": 0.1, "std": 0.5, "min": -1.0, "max": 1.2, "q01": -0.9, "q99": 1.1}
+    shapes = {**policy.config.input_features, **policy.config.output_features}
+    stats = {
+        name: {key: torch.full(feature.shape, value) for key, value in numbers.items()}
+        for name, feature in shapes.items()
+        if feature.type is not FeatureType.VISUAL
+    }
+
+    def tokenize(texts, max_length, **_):
+        tokens = torch.zeros(len(texts), max_length, dtype=torch.long)
+        for row, text in zip(tokens, texts, strict=True):
+            words = [4 + crc32(word.encode()) % (VOCABULARY - 4) for word in text.split()][:max_length]
+            row[: len(words)] = torch.tensor(words)
+        return {"input_ids": tokens, "attention_mask": tokens > 0}
+
+    with patch.object(tokenizer_processor.AutoTokenizer, "from_pretrained", lambda name: tokenize):
+        return make_pre_post_processors(policy.config, dataset_stats=stats)
 
 
 def _pi(modelling, policy_class, config, width: int, depth: int, seed: int):

@@ -6,6 +6,8 @@ from qsteer.flow import field, value
 from qsteer.inject import Handle, steer, unsteer
 from qsteer.rules import (
     QGF,
+    Auto,
+    Gated,
     GradientFreePosterior,
     Negated,
     NoisyGradient,
@@ -23,6 +25,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "QGF",
+    "Auto",
     "BeamSearch",
     "BestOfN",
     "Clock",
@@ -30,6 +33,7 @@ __all__ = [
     "CriticConfig",
     "Euler",
     "Field",
+    "Gated",
     "GradientFreePosterior",
     "Handle",
     "KeepBest",

@@ -93,6 +93,32 @@ def _parser() -> argparse.ArgumentParser:
         sub.add_argument("--device", default="cpu", help="cpu or cuda")
         sub.add_argument("--out", type=Path, help=f"run directory; default runs/TASK/seedN/{kind}")
 
+    online = command(
+        "train-online", _train_online, "Train a critic while it steers the frozen policy, in the environment."
+    )
+    online.add_argument(
+        "--arm", default="tweedie=0.2", help="how the critic steers, such as tweedie=0.2 or best-of-8"
+    )
+    online.add_argument(
+        "--seeds", type=int, nargs="+", default=[0], help="training seeds, all at once in one process"
+    )
+    online.add_argument(
+        "--policy", type=Path, help="frozen policy of all seeds; default runs/TASK/seedN/policy for each"
+    )
+    online.add_argument(
+        "--target", choices=["sarsa", "td", "monte_carlo", "iql", "fql"], help="default: the recipe's"
+    )
+    online.add_argument("--env-steps", type=int, help="of each seed; default: the recipe's")
+    online.add_argument("--num-envs", type=int, help="simulators of each seed; default: the recipe's")
+    online.add_argument("--updates-per-step", type=float, help="default: the recipe's")
+    online.add_argument("--warmup", type=int, help="unsteered steps at first; default: the recipe's")
+    online.add_argument(
+        "--data", type=Path, help="offline data (.npz) to mix in; default: none, the frozen policy alone"
+    )
+    online.add_argument("--tracker", help="tensorboard, wandb, trackio, ...: gets the metrics too")
+    online.add_argument("--device", default="cpu", help="cpu or cuda")
+    online.add_argument("--out", type=Path, help="run directory; default runs/TASK/online/ARM-TARGET")
+
     evaluate = command("evaluate", _evaluate, "Compare arms on the evaluation seeds.")
     evaluate.add_argument("--policy", type=Path, required=True, help="directory or hub name of the policy")
     evaluate.add_argument("--critic", type=Path, required=True, help="directory or hub name of the critic")
@@ -245,6 +271,44 @@ def _adapt(args: argparse.Namespace) -> None:
     print(
         f"fmq: {out}, distance to the offline map: {plot_adaptation(out / METRICS, out / 'adaptation.png')}"
     )
+
+
+def _train_online(args: argparse.Namespace) -> None:
+    from qsteer.critics import LiveCritic
+    from qsteer.envs import ogbench
+    from qsteer.evaluation.arms import parse
+    from qsteer.training import Chunks, Episodes, FlowPolicy
+    from qsteer.training.actors import StateActor
+    from qsteer.training.critic import ACTING, LEARNERS, fresh_critic
+    from qsteer.training.online import train_online
+
+    recipe, arm = RECIPES[args.task], parse(args.arm)
+    given = _given(args, "env_steps", "num_envs", "updates_per_step", "warmup")
+    critic = replace(recipe.online.critic, seed=args.seeds[0], **_given(args, "target"))
+    training = replace(recipe.online, critic=critic, **given)
+    paths = [args.policy or run_directory(args.task, seed) / "policy" for seed in args.seeds]
+    policies = [FlowPolicy.from_pretrained(path).requires_grad_(False).to(args.device) for path in paths]
+    shape = policies[0].config
+    live = LiveCritic(fresh_critic(shape.obs_dim, shape.action_dim, critic, args.seeds).to(args.device))
+    actor = StateActor(policies, live)
+    offline = None
+    if args.data:
+        episodes = Episodes.from_ogbench(ogbench.load(recipe.task, args.data)[0]).to(args.device)
+        offline = Chunks(episodes, critic.horizon, critic.gamma, LEARNERS[critic.target].need)
+    out = args.out or Path("runs") / args.task / "online" / f"{args.arm}-{critic.target}"
+    train_online(
+        partial(ogbench.make, recipe.task),
+        actor,
+        live,
+        out,
+        training,
+        rule=arm.rule,
+        sampler=arm.sampler,
+        offline=offline,
+        act=actor.sample_under(arm.rule, arm.sampler) if critic.target in ACTING else None,
+        tracker=args.tracker,
+    )
+    print(f"critics and metrics: {out}")
 
 
 def _evaluate(args: argparse.Namespace) -> None:

@@ -25,9 +25,10 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from qsteer.clock import Clock
+from qsteer.critics.encoders import FEATURES, pooled
 from qsteer.flow import normal, repeat_rows
 from qsteer.samplers import Euler
-from qsteer.sampling import outside_inference_mode, sample
+from qsteer.sampling import acting, outside_inference_mode, sample
 from qsteer.trace import Trace
 from qsteer.types import Bindable, Rule, Sampler, Value
 
@@ -59,8 +60,8 @@ class Host:
         rtc: method that says whether real-time chunking is on; None: the host has none.
         repeat: ``(context, k)``: the step's other arguments for k rows per observation, rows as in
             :meth:`qsteer.types.Field.repeat`. With k = 1, a context which the step may change as it likes.
-        features: what the step's other arguments say of the observations, for learnt maps: a tensor (B, F),
-            or tokens (B, L, F) and their mask (B, L); None: nothing.
+        features: what the step's other arguments say of the observations, for learnt maps and critics: a
+            tensor (B, F), or tokens (B, L, F) and their mask (B, L); None: nothing.
     """
 
     serves: str
@@ -116,7 +117,7 @@ class HostField:
 
     @property
     def features(self) -> Any:
-        """What the host made of its observations, for learnt maps; None: its record does not say."""
+        """What the host made of its observations; None: its record does not say."""
         return None if self.host.features is None else self.host.features(self.context)
 
     def __call__(self, x: Float[Tensor, "B H A"], t: Float[Tensor, "B"]) -> Float[Tensor, "B H A"]:
@@ -279,10 +280,11 @@ class Handle:
                 f"{self.host.entry}: expected a call by {self.host.batch}, which has the critic's batch, "
                 f"got a direct one; call policy.{self.host.batch}(batch), or remove the handle first"
             )
-        with outside_inference_mode():
+        critic = self.critic
+        with acting(critic), outside_inference_mode():
             args, kwargs, batch = normal((args, kwargs, batch))
             field, noise = self._field(args, kwargs)
-            value = self._value(batch, noise)
+            value = self._value(critic, batch, field, noise)
             return sample(field, value, noise, rule=self.rule, sampler=self.sampler, trace=self.trace)
 
     def _field(
@@ -308,12 +310,18 @@ class Handle:
         steps = self.host.read(self.policy, self.host.steps) if override is None else override
         return HostField(self.host, step, context, replace(self.host.clock, steps=steps)), noise
 
-    def _value(self, batch: Any, noise: Float[Tensor, "B H A"]) -> Executed:
+    def _value(
+        self, critic: Bindable, batch: Any, field: HostField, noise: Float[Tensor, "B H A"]
+    ) -> Executed:
         """Bind the critic to the observation."""
-        steps, dim = seen_by(self.critic, self.policy, self.host)
+        steps, dim = seen_by(critic, self.policy, self.host)
         obs = batch if self.critic_inputs is None else self.critic_inputs(batch)
+        config: Any = getattr(critic, "config", None)
+        if getattr(config, "features", 0):
+            inputs = obs if isinstance(obs, Mapping) else {config.observation_key: obs}
+            obs = {**inputs, FEATURES: pooled(field.features)}
         try:
-            value = self.critic.bind(obs)
+            value = critic.bind(obs)
         except KeyError as error:
             keys = list(obs) if isinstance(obs, Mapping) else type(obs).__name__
             error.add_note(
@@ -353,7 +361,9 @@ def steer(
     Args:
         policy: lerobot's pi0, pi0.5 or SmolVLA, a :class:`qsteer.adapters.PlainPolicy`, or any policy that
             says by an attribute ``__qsteer_host__`` (a :class:`Host`) where it keeps its loop.
-        critic: a :class:`qsteer.Critic`, or any object with ``bind(obs) -> Value``.
+        critic: a :class:`qsteer.Critic`, a :class:`qsteer.critics.LiveCritic` that goes on learning, or any
+            object with ``bind(obs) -> Value``. If its configuration says ``features``, it is given those of
+            the policy.
         rule_or_sampler: what bends the velocity, or the sampler when there is no rule to name; None: no rule.
         sampler: makes the action; None: :class:`qsteer.Euler`, the host's own chain. Without a rule either,
             that is the unsteered policy, bit for bit.
@@ -486,5 +496,6 @@ def seen_by(critic: Bindable, policy: Any, host: Host) -> tuple[int, int]:
 
 
 def parameters_of(module: Any) -> list[nn.Parameter]:
-    """Return the parameters of a module; anything else has none."""
-    return list(module.parameters()) if isinstance(module, nn.Module) else []
+    """Return the parameters of a module, or of what has them like one; anything else has none."""
+    parameters = getattr(module, "parameters", None)
+    return list(parameters()) if callable(parameters) else []

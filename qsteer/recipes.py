@@ -1,12 +1,13 @@
 """The settings of the demonstration tasks: data, training and steering, in one place."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from qsteer.training.bc import PolicyTraining
 from qsteer.training.critic import CriticTraining
 from qsteer.training.fmq import FMQTraining
 from qsteer.training.maps import FlowMapTraining, MetaTraining
+from qsteer.training.online import OnlineTraining
 
 META = MetaTraining(steps=8_000, learning_rate=3e-4, warmup=200, evaluate_every=1_000, checkpoint_every=1_000)
 FLOW_MAP = FlowMapTraining(
@@ -16,6 +17,9 @@ FLOW_MAP = FlowMapTraining(
     diagonal_steps=1,
     anneal_steps=2_500,
     zero_share=0.5,
+)
+ONLINE = OnlineTraining(
+    critic=CriticTraining(target="sarsa", ema=0.02), env_steps=60_000, updates_per_step=0.25, warmup=8_000
 )
 
 
@@ -32,6 +36,7 @@ class Recipe:
         meta: how to distil the meta flow map.
         flow_map: how to distil the flow map.
         fmq: how to adapt the flow map to the critic.
+        online: how to learn a critic while it steers.
         map_hidden: widths of both maps.
         arms: the arms of the demonstration, see :func:`qsteer.evaluation.arms.parse`. Their strengths were
             chosen on the tuning seeds.
@@ -49,6 +54,7 @@ class Recipe:
     meta: MetaTraining = META
     flow_map: FlowMapTraining = FLOW_MAP
     fmq: FMQTraining = FMQTraining()  # noqa: RUF009  # frozen
+    online: OnlineTraining = ONLINE
     map_hidden: tuple[int, ...] = (256, 256, 256)
     camera: str | None = None
 
@@ -74,6 +80,7 @@ POINTMAZE = Recipe(
     transitions=200_000,
     policy=PolicyTraining(steps=6_000, hidden=(64, 64, 64)),
     critic=CriticTraining(steps=15_000, hidden=(64, 64, 64), ema=0.05),
+    online=replace(ONLINE, critic=CriticTraining(target="sarsa", ema=0.05, hidden=(64, 64, 64))),
     arms=("base", "best-of-8", "qgf-matched=0.3", "tweedie=0.3", "random-direction=0.3"),
     minutes=4,
 )

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from qsteer.clock import Clock, clock_of
 from qsteer.flow import clip_through, denoise, finite_rows, rows
-from qsteer.trace import Step, recorder, report_fallbacks
+from qsteer.trace import Step, recorder, report_fallbacks, report_gated
 from qsteer.types import Bounds, Field, PosteriorSampler, Rule, Value
 
 Scaling = Literal["match_norm", "raw", "clip_norm", "sigma"]
@@ -40,11 +40,100 @@ class Ascent(NamedTuple):
     """(B,) the value where the gradient was taken."""
     action: Tensor
     """(B, H, A) the action at which the value was taken."""
+    action_gradient: Tensor | None = None
+    """(B, H, A) the value's gradient grad Q in the denoised action, where ``gradient`` is J^T grad Q."""
+
+
+@dataclass(frozen=True)
+class Auto:
+    """A strength for each row and step: the critic's optimum within what it can know.
+
+    QPILOTS leaves "an adaptive choice tied to local critic curvature" to future work; this is one. A push of
+    relative norm alpha that lasts for the remaining time moves the final action from D to
+    ``a(alpha) = clip(D + (1 - t) alpha ||v|| g / ||g||)``. With the members' improvements along that ray,
+    ``dQ_j(alpha) = Q_j(a(alpha)) - Q_j(a(0))``, the strength maximises
+
+        ``L(alpha) = mean_j dQ_j(alpha) - caution std_j dQ_j(alpha)``,
+
+    a lower confidence bound of the improvement, not of the value: offsets between members cancel. To second
+    order its maximum is ``(mean_j s_j - caution std_j s_j) / c``, s_j the members' slopes along the ray and c
+    their curvature, and 0 where that is negative. L is compared on ``candidates`` strengths and refined by
+    the parabola through the best and its neighbours. Any ``k Q + b``, k > 0, gives the same strength.
+
+    Members trained on the same data are wrong together where there was none, so their disagreement alone does
+    not hold a push back. The policy does: the displacement may be at most ``trust`` standard deviations of
+    its posterior p(x1 | x_t), which is a Kullback-Leibler divergence of ``trust^2 / 2`` between the posterior
+    and its shifted copy. Tweedie's Jacobian is J = t Cov[x1 | x_t] / (1 - t)^2, so its displacement
+    ``delta = beta J^T grad Q`` is ``beta sqrt(t grad Q . J^T grad Q) / (1 - t)`` deviations long, all of
+    which its backward pass has computed. Other rules take the posterior of unit Gaussian actions, of standard
+    deviation ``(1 - t) / sqrt((1 - t)^2 + t^2)``.
+
+    A value of one member knows no disagreement: then this is a line search within the trust region.
+
+    Cost: 1 critic forward on ``candidates`` rows per guided step and row; no backward.
+
+    Args:
+        caution: standard deviations of the improvements that are held against a push.
+        trust: longest displacement, in standard deviations of the policy's posterior; inf: any.
+        largest: the largest strength.
+        candidates: strengths that are compared, quadratically denser near 0.
+
+    Raises:
+        ValueError: an argument is out of its range.
+    """
+
+    caution: float = 1.0
+    trust: float = 1.0
+    largest: float = 1.0
+    candidates: int = 8
+
+    def __post_init__(self) -> None:
+        """Check the arguments."""
+        if not (
+            0.0 <= self.caution < float("inf") and 0.0 < self.largest < float("inf") and self.trust > 0.0
+        ):
+            raise ValueError(
+                "Auto: expected finite caution >= 0 and largest > 0, and trust > 0, got "
+                f"{self.caution}, {self.largest} and {self.trust}"
+            )
+        if self.candidates < 3:
+            raise ValueError(f"Auto: expected at least 3 candidates, got {self.candidates}")
+
+    def choose(
+        self,
+        value: Value,
+        start: Float[Tensor, "B H A"],
+        ray: Float[Tensor, "B H A"],
+        deviations: Float[Tensor, "B"],
+        clip: Bounds,
+    ) -> Float[Tensor, "B"]:
+        """Return the strength of each row; NaN where the critic is not finite on ``start + strength ray``.
+
+        ``deviations`` is the length of ``ray`` in standard deviations of the policy's posterior.
+        """
+        steps = torch.linspace(0, 1, self.candidates, dtype=ray.dtype, device=ray.device) ** 2
+        grid = steps[:, None] * (self.trust / deviations).clamp(max=self.largest)
+        rise = improvements(value, clamped(start + grid[..., None, None] * ray, clip)).to(ray.dtype)
+        bound = rise.mean(0) - self.caution * rise.std(0, correction=0)
+        best, last = bound.argmax(0, keepdim=True), self.candidates - 1
+        around = best.clamp(1, last - 1) + torch.tensor([[-1], [0], [1]], device=ray.device)
+        (x0, x1, x2), (y0, y1, y2) = grid.gather(0, around), bound.gather(0, around)
+        slope, next_slope = (y1 - y0) / (x1 - x0), (y2 - y1) / (x2 - x1)
+        bend = (next_slope - slope) / (x2 - x0)
+        top = (x0 + x1) / 2 - slope / (2 * bend)
+        below, at, above = (grid.gather(0, (best + i).clamp(0, last))[0] for i in (-1, 0, 1))
+        strength = torch.where(bend < 0, top.clamp(below, above), at)
+        return torch.where(torch.isfinite(bound).all(0), strength, torch.nan)
+
+
+type Strength = float | Literal["auto"] | Auto
 
 
 @dataclass(frozen=True)
 class Guidance(Rule):
     """A rule of the form ``v <- v + strength * scale * g``; subclasses say what g is.
+
+    A strength is a number, or ``"auto"``, which is ``Auto()``: chosen by the critic for each row and step.
 
     Args:
         scaling: ``match_norm``: g is rescaled to the velocity's norm (QPILOTS eq. 17); ``clip_norm``: the
@@ -76,16 +165,29 @@ class Guidance(Rule):
                 f"{self.start}, {self.stop}"
             )
         check_bounds(self.clip)
-        if not 0.0 <= self.strength < float("inf"):
+        if self.auto is not None:
+            if self.scaling != "match_norm":
+                raise ValueError(
+                    f"{type(self).__name__}: expected scaling 'match_norm' with an automatic strength, which "
+                    f"is relative to the velocity, got {self.scaling!r}"
+                )
+        elif not (isinstance(self.strength, float | int) and 0.0 <= self.strength < float("inf")):
             raise ValueError(
                 f"{type(self).__name__}: expected a finite strength of at least 0, got {self.strength}; "
-                "to descend use qsteer.Negated(rule)"
+                "to descend use qsteer.Negated(rule), to let the critic choose 'auto' or qsteer.Auto()"
             )
 
     @property
     @abstractmethod
-    def strength(self) -> float:
+    def strength(self) -> Strength:
         """The factor of the scaled direction."""
+
+    @property
+    def auto(self) -> Auto | None:
+        """How the strength is chosen; None: it is a number."""
+        return (
+            Auto() if self.strength == "auto" else self.strength if isinstance(self.strength, Auto) else None
+        )
 
     @property
     def at_noise(self) -> bool:
@@ -110,16 +212,17 @@ class Guidance(Rule):
         return inside if self.at_noise else inside & (t > 0)
 
     def scale(self, v_norm: Tensor, g_norm: Tensor, t: Tensor) -> Tensor:
-        """Return the factor of g for each row, shapes (B,)."""
+        """Return the factor of g for each row, shapes (B,); an automatic strength counts as 1."""
+        strength = self.strength if isinstance(self.strength, float | int) else 1.0
         match self.scaling:
             case "match_norm":
-                return self.strength * v_norm / (g_norm + _EPS)
+                return strength * v_norm / (g_norm + _EPS)
             case "clip_norm":
-                return self.strength * (v_norm / (g_norm + _EPS)).clamp(max=1.0)
+                return strength * (v_norm / (g_norm + _EPS)).clamp(max=1.0)
             case "raw":
-                return torch.full_like(g_norm, self.strength)
+                return torch.full_like(g_norm, strength)
             case "sigma":
-                return self.strength * (1 / t - 1).clamp(0.0, 25.0).to(g_norm.dtype)
+                return strength * (1 / t - 1).clamp(0.0, 25.0).to(g_norm.dtype)
 
 
 @dataclass(frozen=True)
@@ -130,6 +233,7 @@ class Steered:
     base: Field
     value: Value
     sign: int = 1
+    limit: float = float("inf")
 
     @property
     def clock(self) -> Clock:
@@ -156,14 +260,28 @@ class Steered:
         if not guided.any():
             return self.base(x, t)
         with torch.enable_grad():
-            v, g, q, a = self.bound.ascent(self.base, self.value, x.detach(), t)
+            v, g, q, a, in_action = self.bound.ascent(self.base, self.value, x.detach(), t)
         mask = getattr(self.value, "mask", None)
         g, seen = (g, v) if mask is None else (torch.where(mask.bool(), part, 0.0) for part in (g, v))
         v_norm, g_norm = seen.flatten(1).norm(dim=1), g.flatten(1).norm(dim=1)
         push = self.sign * rows(self.rule.scale(v_norm, g_norm, t), x) * g
+        if (auto := self.rule.auto) is not None:
+            start, ray = denoise(x.detach(), v, t), self.sign * rows(1 - t, x) * push
+            if in_action is None:
+                deviations = torch.hypot(1 - t, t).to(x.dtype) * v_norm
+            else:
+                slope = torch.where(g == 0, 0.0, g * in_action).flatten(1).sum(1)
+                deviations = (t.to(x.dtype) * slope.clamp(min=0)).sqrt() * v_norm / g_norm
+            push = rows(auto.choose(self.value, start, ray, deviations, self.rule.clip), x) * push
         finite = finite_rows(v + push) & torch.isfinite(q)
         report_fallbacks(guided & ~finite)
         guided = guided & finite
+        if self.limit < float("inf"):
+            ends = torch.stack([denoise(x.detach(), w, t) for w in (v, v + push)])
+            gain = improvements(self.value, clamped(ends, self.rule.clip))[:, 1]
+            sure = gain.std(0, correction=0) <= self.limit * gain.mean(0).abs()
+            report_gated(guided & ~sure)
+            guided = guided & sure
         if (record := recorder()) is not None:
             members = self.value.members(a).detach()
             nan = torch.full_like(q, torch.nan)
@@ -186,10 +304,10 @@ class Tweedie(Guidance):
         alpha: norm of the guidance relative to the velocity's (``match_norm``); useful range 0.1 to 0.5.
     """
 
-    alpha: float = 0.2
+    alpha: Strength = 0.2
 
     @property
-    def strength(self) -> float:
+    def strength(self) -> Strength:
         """``alpha``."""
         return self.alpha
 
@@ -206,7 +324,9 @@ class Tweedie(Guidance):
             )
         a = clip_through(denoise(x, v, t), self.clip)
         q = value(a)
-        return Ascent(v.detach(), gradient(q, x), q.detach(), a.detach())
+        in_action = gradient(q, a)
+        g = torch.autograd.grad(a, x, in_action)[0]
+        return Ascent(v.detach(), g, q.detach(), a.detach(), in_action)
 
 
 @dataclass(frozen=True)
@@ -225,7 +345,7 @@ class PosteriorGuidance(Guidance):
     """
 
     posterior: PosteriorSampler
-    alpha: float = 0.2
+    alpha: Strength = 0.2
     samples: int = 8
     _: KW_ONLY
     standardize: bool = True
@@ -245,7 +365,7 @@ class PosteriorGuidance(Guidance):
             )
 
     @property
-    def strength(self) -> float:
+    def strength(self) -> Strength:
         """``alpha``."""
         return self.alpha
 
@@ -330,12 +450,12 @@ class QGF(Guidance):
         weight: factor of the gradient (``raw``), or relative norm (``match_norm``).
     """
 
-    weight: float = 0.02
+    weight: Strength = 0.02
     _: KW_ONLY
     scaling: Scaling = "raw"
 
     @property
-    def strength(self) -> float:
+    def strength(self) -> Strength:
         """``weight``."""
         return self.weight
 
@@ -348,8 +468,7 @@ class QGF(Guidance):
         """Differentiate the value at the denoised action."""
         with torch.no_grad():
             v = field(x, t)
-            a = denoise(x, v, t)
-            a = a if self.clip is None else a.clamp(*self.clip)
+            a = clamped(denoise(x, v, t), self.clip)
         q = value(a.requires_grad_())
         return Ascent(v, gradient(q, a), q.detach(), a.detach())
 
@@ -364,10 +483,10 @@ class NoisyGradient(Guidance):
         alpha: norm of the guidance relative to the velocity's.
     """
 
-    alpha: float = 0.2
+    alpha: Strength = 0.2
 
     @property
-    def strength(self) -> float:
+    def strength(self) -> Strength:
         """``alpha``."""
         return self.alpha
 
@@ -392,11 +511,11 @@ class ThroughTime(Guidance):
         steps: K of the whole chain; None: the field's own number.
     """
 
-    alpha: float = 0.2
+    alpha: Strength = 0.2
     steps: int | None = None
 
     @property
-    def strength(self) -> float:
+    def strength(self) -> Strength:
         """``alpha``."""
         return self.alpha
 
@@ -439,6 +558,15 @@ class RandomDirection(Guidance):
         default_factory=dict, init=False, repr=False, compare=False
     )
 
+    def __post_init__(self) -> None:
+        """Check the arguments."""
+        super().__post_init__()
+        if self.auto is not None:
+            raise ValueError(
+                f"RandomDirection: expected a number as strength, got {self.alpha!r}: a control that asks "
+                "the critic how far to go controls for nothing"
+            )
+
     @property
     def strength(self) -> float:
         """``alpha``."""
@@ -457,6 +585,8 @@ class RandomDirection(Guidance):
 @dataclass(frozen=True)
 class Negated(Rule):
     """Control arm: the same guidance downhill. It should do worse than no guidance at all.
+
+    An automatic strength is still the one chosen for going uphill.
 
     Cost: that of ``rule``.
 
@@ -479,6 +609,44 @@ class Negated(Rule):
         return replace(steered, sign=-1) if isinstance(steered, Steered) else steered
 
 
+@dataclass(frozen=True)
+class Gated(Rule):
+    """Guidance only where the ensemble agrees on what it gains.
+
+    A push that lasts for the remaining time moves the denoised action D to ``D + (1 - t) push``, by which
+    member j gains ``dQ_j``. Rows with ``std_j dQ_j > limit |mean_j dQ_j|`` keep the base velocity at that
+    step and are counted in ``Trace.gated``. The ratio has no units: any ``k Q + b`` gates the same rows. A
+    value of one member agrees with itself: it is never gated.
+
+    Cost: that of ``rule``, and 1 critic forward on 2 rows per guided step and row.
+
+    Args:
+        rule: the guidance to gate.
+        limit: largest standard deviation over absolute mean of the members' gains.
+
+    Raises:
+        TypeError: ``rule`` is no guidance.
+        ValueError: ``limit`` is negative or not a number.
+    """
+
+    rule: Guidance | Negated
+    limit: float = 1.0
+
+    def __post_init__(self) -> None:
+        """Check the arguments."""
+        if not isinstance(self.rule, Guidance | Negated):
+            raise TypeError(
+                f"Gated: expected a guidance rule such as Tweedie(), got {type(self.rule).__name__}"
+            )
+        if not self.limit >= 0.0:
+            raise ValueError(f"limit: expected at least 0, got {self.limit}; inf gates nothing")
+
+    def __call__(self, field: Field, value: Value) -> Field:
+        """Return the field steered where the members agree."""
+        steered = self.rule(field, value)
+        return replace(steered, limit=self.limit) if isinstance(steered, Steered) else steered
+
+
 def gradient(q: Float[Tensor, "B"], x: Float[Tensor, "B H A"]) -> Float[Tensor, "B H A"]:
     """Return the gradient of each row's value with respect to its row of x, and to nothing else."""
     if not q.requires_grad:
@@ -494,6 +662,19 @@ def values(value: Value, x1: Float[Tensor, "N B H A"]) -> Float[Tensor, "N B"]:
     """Return the value of N actions per observation, in one call."""
     q = value.repeat(len(x1))(rearrange(x1, "n b h a -> (b n) h a"))
     return rearrange(q, "(b n) -> n b", n=len(x1))
+
+
+@torch.no_grad()
+def improvements(value: Value, a: Float[Tensor, "K B H A"]) -> Float[Tensor, "J K B"]:
+    """Return by how much each member prefers each of K actions to the first, in one call."""
+    q = value.repeat(len(a)).members(rearrange(a, "k b h a -> (b k) h a"))
+    q = rearrange(q, "j (b k) -> j k b", k=len(a))
+    return q - q[:, :1]
+
+
+def clamped(a: Tensor, bounds: Bounds) -> Tensor:
+    """Return actions clipped to bounds, if there are any."""
+    return a if bounds is None else a.clamp(*bounds)
 
 
 def check_bounds(bounds: Bounds) -> None:

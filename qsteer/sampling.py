@@ -1,7 +1,7 @@
 """The bare entry: steer a velocity field without any host."""
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 from jaxtyping import Float
@@ -9,7 +9,7 @@ from torch import Tensor
 
 from qsteer.samplers import Euler
 from qsteer.trace import Trace, recording
-from qsteer.types import Field, Rule, Sampler, Value
+from qsteer.types import Bindable, Field, Rule, Sampler, Value
 
 
 def sample(
@@ -78,6 +78,12 @@ def sample(
     with outside_inference_mode(), recording(trace):
         steered = field if rule is None or value is None else rule(field, value)
         return sampler(steered, value, noise.clone() if noise.is_inference() else noise).detach()
+
+
+def acting(critic: Bindable) -> AbstractContextManager[None]:
+    """Return what to enter around a whole action: the critic's own ``acting()``, if it has one."""
+    own = getattr(critic, "acting", None)
+    return nullcontext() if own is None else own()
 
 
 @contextmanager

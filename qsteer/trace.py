@@ -34,7 +34,8 @@ class Trace:
     """A record of the guided steps of the last ``keep`` actions, and a count of all fallbacks.
 
     ``fallbacks`` counts rows whose value, gradient or guided velocity was not finite and which therefore kept
-    the base velocity for that step (or the unprojected, unselected action). ``strength`` is ``||guidance|| /
+    the base velocity for that step (or the unprojected, unselected action); ``gated`` counts those which
+    :class:`~qsteer.Gated` left alone because the ensemble disagreed. ``strength`` is ``||guidance|| /
     ||velocity||`` over the entries which the critic sees: 1e-4 means that steering is absent, 1 that it
     overwhelms the policy.
 
@@ -46,6 +47,7 @@ class Trace:
     steps: bool = True
     keep: int = 1000
     fallbacks: int = 0
+    gated: int = 0
     actions: deque[list[Step]] = field(default_factory=deque, repr=False)
     _warned: bool = False
 
@@ -88,7 +90,8 @@ class Trace:
         """One line per guided step: the medians over all rows."""
         data = self.arrays()
         lines = [
-            f"{len(self.actions)} actions, {self.fallbacks} fallbacks",
+            f"{len(self.actions)} actions, {self.fallbacks} fallbacks"
+            + (f", {self.gated} gated" if self.gated else ""),
             "    t  strength  |gradient|     value  spread",
         ]
         for k, t in enumerate(data["t"]):
@@ -98,9 +101,10 @@ class Trace:
             lines.append(f"{t:5.2f}  {s:8.4f}  {g:10.3g}  {q:8.3f}  {d:6.3f}")
         return "\n".join(lines)
 
-    def _count(self, lost: int) -> None:
-        """Count the fallbacks of one action, and warn of the first."""
+    def _count(self, lost: int, gated: int) -> None:
+        """Count the fallbacks and gated rows of one action, and warn of the first fallback."""
         self.fallbacks += lost
+        self.gated += gated
         if lost and not self._warned:
             self._warned = True
             warnings.warn(
@@ -122,6 +126,7 @@ class recording:  # noqa: N801 (used as a with statement)
         self.trace = Trace(steps=False) if trace is None else trace
         self.steps: list[Step] = []
         self.fell_back: list[Tensor] = []
+        self.gated: list[Tensor] = []
 
     def __enter__(self) -> None:
         """Start the action."""
@@ -133,13 +138,21 @@ class recording:  # noqa: N801 (used as a with statement)
         if self.steps:
             self.trace.actions.append(self.steps)
         if self.fell_back:
-            self.trace._count(int(torch.stack(self.fell_back).sum()))
+            zero = torch.zeros_like(self.fell_back[0])
+            counts = torch.stack([torch.stack([zero, *part]).sum() for part in (self.fell_back, self.gated)])
+            self.trace._count(*counts.tolist())
 
 
 def report_fallbacks(fell_back: Tensor) -> None:
     """Count the rows (True) which fell back to the base policy."""
     if (action := _recording.get()) is not None:
         action.fell_back.append(fell_back.sum())
+
+
+def report_gated(gated: Tensor) -> None:
+    """Count the rows (True) on which the ensemble disagreed."""
+    if (action := _recording.get()) is not None:
+        action.gated.append(gated.sum())
 
 
 def recorder() -> list[Step] | None:

@@ -9,12 +9,14 @@ dimensions, ``J`` members of a critic ensemble.
 """
 
 from abc import ABC, abstractmethod
-from typing import Protocol, runtime_checkable
+from collections.abc import Mapping
+from typing import Any, Protocol, runtime_checkable
 
 from jaxtyping import Float
 from torch import Tensor
 
 type Bounds = tuple[float, float] | None
+type Observation = Tensor | Mapping[str, Tensor]
 
 
 @runtime_checkable
@@ -23,8 +25,8 @@ class Field(Protocol):
 
     Three optional attributes are read when present: ``clock`` (a :class:`qsteer.clock.Clock`, the host's own
     step grid), ``base`` (on a steered field: the field as it was before any rule) and ``features`` (what the
-    policy made of its observations, for learnt maps: a tensor (B, F), or tokens (B, L, F) and their mask (B,
-    L)).
+    policy made of its observations, for learnt maps and critics: a tensor (B, F), or tokens (B, L, F) and
+    their mask (B, L)).
     """
 
     def __call__(self, x: Float[Tensor, "B H A"], t: Float[Tensor, "B"], /) -> Float[Tensor, "B H A"]:
@@ -112,8 +114,14 @@ class Sampler(ABC):
 
 @runtime_checkable
 class Bindable(Protocol):
-    """What ``steer`` accepts as a critic: anything that can be bound to the host's observation batch."""
+    """What ``steer`` accepts as a critic: anything that can be bound to the host's observation batch.
 
-    def bind(self, obs: object, /) -> Value:
+    Two optional attributes are read when present: ``config``, whose ``horizon`` and ``action_dim`` say what
+    of a chunk the critic sees and whose ``features`` how many of the policy's own, and ``acting()``, a
+    context manager around a whole action, for critics that change between actions
+    (:class:`qsteer.critics.LiveCritic`).
+    """
+
+    def bind(self, obs: Any, /) -> Value:
         """Encode the observation once and return the value closed over it."""
         ...

@@ -17,8 +17,9 @@ from qsteer.critics import Critic, CriticConfig
 from qsteer.evaluation.plots import plot_adaptation
 from qsteer.maps import FlowMap, MapConfig
 from qsteer.training import Chunks, Episodes, FlowPolicy, FlowPolicyConfig
+from qsteer.training.actors import Decision
 from qsteer.training.collect import Collector
-from qsteer.training.fmq import FMQ, ClippedTD, FMQTraining, Replay, adapt
+from qsteer.training.fmq import FMQ, ClippedTD, FMQTraining, adapt
 
 S, H, A = 2, 2, 1
 ETA = 0.3
@@ -172,7 +173,7 @@ def test_the_critics_target_is_the_least_member_at_the_adapted_maps_action() -> 
     learner = FMQ(flow_map(), critic(3), policy(), data(), replace(FIXED, learn_critic=True))
     with torch.no_grad():
         learner.flow_map.net.last.bias += 0.3  # not the offline map any more
-    batch = learner.replay.sample(32, torch.Generator().manual_seed(0))
+    batch = learner.chunks.sample(32, torch.Generator().manual_seed(0))
     assert 0 < batch.masks.mean() < 1
     y = learner.q.y(batch, torch.Generator().manual_seed(7))
     x0 = torch.randn(32, H, A, generator=torch.Generator().manual_seed(7))
@@ -181,75 +182,6 @@ def test_the_critics_target_is_the_least_member_at_the_adapted_maps_action() -> 
     target = learner.q.target
     least = target.members(target.encode(obs), a).min(0).values
     torch.testing.assert_close(y, batch.rewards + 0.99**H * batch.masks * least)
-
-
-class TestReplay:
-    """Two lanes; the first's episode ends in a terminal, the second's is cut and another begins."""
-
-    @pytest.fixture
-    def replay(self) -> Replay:
-        made = Replay(Chunks(data(), H, 0.9, "next_state"), 0.9, lanes=2, rows=6)
-        for t in range(5):
-            made.add(
-                {
-                    "observations": torch.tensor([[100.0 + t, 0], [200.0 + t, 0]]),
-                    "next_observations": torch.tensor([[100.5 + t, 0], [200.5 + t, 0]]),
-                    "actions": torch.tensor([[t / 10], [-t / 10]]),
-                    "rewards": torch.tensor([1.0 + t, 10.0 + t]),
-                    "terminals": torch.tensor([t == 2, False]),
-                    "begins": torch.tensor([t in (0, 3), t in (0, 2)]),
-                }
-            )
-        return made
-
-    def starts(self, replay: Replay) -> list[int]:
-        online = replay.online
-        assert online is not None
-        return online.episodes.observations[online.starts][:, 0].int().tolist()
-
-    def test_no_chunk_reaches_across_an_episodes_end(self, replay: Replay) -> None:
-        # lane 1: 0 1 2(terminal) | 3 4; lane 2: 0 1 | 2 3 4. A chunk is two steps, or up to a terminal.
-        assert self.starts(replay) == [100, 101, 102, 103, 200, 202, 203]
-        assert len(replay) == 10
-
-    def test_a_terminal_is_not_bootstrapped_and_a_cut_is(self, replay: Replay) -> None:
-        assert replay.online is not None
-        batch = replay.online.gather(replay.online.starts)
-        assert batch.masks.tolist() == [1, 0, 0, 1, 1, 1, 1]
-        expected = [1 + 0.9 * 2, 2 + 0.9 * 3, 3, 4 + 0.9 * 5, 10 + 0.9 * 11, 12 + 0.9 * 13, 13 + 0.9 * 14]
-        torch.testing.assert_close(batch.rewards, torch.tensor(expected))
-        bootstrapped = batch.next_observations[batch.masks > 0, 0].tolist()
-        assert bootstrapped == [101.5, 104.5, 201.5, 203.5, 204.5]
-
-    def test_a_running_episode_grows(self, replay: Replay) -> None:
-        step = {name: replay.get_buffer(name)[:, 4] for name in ("observations", "next_observations")}
-        step |= {"actions": torch.zeros(2, 1), "rewards": torch.zeros(2)}
-        step |= {"terminals": torch.zeros(2).bool(), "begins": torch.tensor([True, False])}
-        step["observations"] = step["observations"] + 1
-        replay.add(step)
-        assert self.starts(replay) == [100, 101, 102, 103, 200, 202, 203, 204]  # 204 goes on, 104 is cut
-
-    def test_old_and_new_chunks_are_drawn_alike(self, replay: Replay) -> None:
-        batch = replay.sample(4000, torch.Generator().manual_seed(0))
-        new = batch.observations[:, 0] > 50
-        share = 7 / (7 + len(replay.offline))
-        assert new.float().mean().item() == pytest.approx(share, abs=0.03)
-        assert len(set(batch.observations[new, 0].tolist())) == 7
-        assert torch.equal(batch.actions[new][:, 0, 0].abs() * 10 % 10, batch.observations[new, 0] % 10)
-
-    def test_survives_a_checkpoint(self, replay: Replay) -> None:
-        other = Replay(replay.offline, 0.9, lanes=2, rows=6)
-        assert other.online is None and len(other.sample(5, torch.Generator()).rows) == 5
-        other.load_state_dict(replay.state_dict())
-        assert self.starts(other) == self.starts(replay)
-
-    def test_episodes_shorter_than_a_chunk_are_waited_for(self) -> None:
-        replay = Replay(Chunks(data(), H, 0.9, "next_state"), 0.9, lanes=1, rows=2)
-        offline = replay.offline.episodes
-        step = {name: getattr(offline, name)[:1] for name in ("observations", "next_observations", "actions")}
-        replay.add(step | {"rewards": torch.zeros(1), "terminals": torch.zeros(1), "begins": torch.ones(1)})
-        assert replay.online is None
-        assert len(replay.sample(5, torch.Generator()).rows) == 5
 
 
 @pytest.mark.parametrize("calls", [3, 9])
@@ -389,50 +321,70 @@ class TestOnline:
             patch.setattr(FMQ, "after_step", killed)
             adapt(*networks, bandit_data(), tmp_path, self.SETTINGS, make_env=Bandit, progress=False)
         first = learners[-1].replay
+        kept = first.gather(first.starts)
         with monkeypatch.context() as patch:
             patch.setattr(FMQ, "after_step", lambda self: (after_step(self), learners.append(self))[0])
             adapt(*networks, bandit_data(), tmp_path, self.SETTINGS, make_env=Bandit, progress=False)
         replay = learners[-1].replay
-        assert replay is not first and len(replay) == 150 and len(first) == 75
-        kept = 17  # rows per lane at step 100, where the checkpoint is: ceil(50 / 3)
-        assert torch.equal(replay.actions[:, :kept], first.actions[:, :kept])
-        assert replay.begins[:, kept].all()  # a resumed run begins new episodes
-        assert replay.begins[0].tolist() == [t % 2 == 0 for t in (*range(17), *range(33))]
+        assert replay is not first and replay.added == 150 and first.added == 75
+        again = replay.gather(first.starts)
+        for name in ("observations", "actions", "rewards", "masks"):
+            assert torch.equal(getattr(again, name), getattr(kept, name))
         lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").open()]
         returns = [line["return"] for line in lines]
         assert sum(returns[-3:]) / 3 > returns[0] + 0.3
         assert lines[-1]["start_cosine"] > 0.8
-        assert sum(line["episodes"] for line in lines) == 3 * (17 // 2 + 33 // 2)
+        assert sum(line["episodes"] for line in lines) == 3 * (25 // 2 + 25 // 2)
 
     def test_what_the_collector_says_happened_happened(self) -> None:
         generator = torch.Generator().manual_seed(0)
-        asked: list[Tensor] = []
+        asked: list[tuple[Tensor, np.ndarray]] = []
 
-        def act(obs: Tensor) -> Tensor:
-            asked.append(obs)
-            return torch.linspace(-0.4, 2.0, 3)[:, None].expand(len(obs), 3, 1) + obs[:, :1, None] / 100
+        def act(obs: Tensor, lanes: np.ndarray) -> Decision:
+            asked.append((obs, lanes))
+            ramp = torch.linspace(-0.4, 2.0, 3)[:, None].expand(len(obs), 3, 1) + obs[:, :1, None] / 100
+            return Decision(ramp, -ramp, obs)
 
         with Collector(Bandit, horizon=3, num_envs=2) as collector:
-            steps = [collector.step(act, generator) for _ in range(5)]
-        place, clock = (torch.stack([s["observations"][:, i] for s in steps]) for i in (0, 1))
+            rows = [collector.step(act, generator) for _ in range(5)]
+        place, clock = (torch.stack([r.observations[:, i] for r in rows]) for i in (0, 1))
         assert clock.tolist() == [[0, 0], [1, 1], [0, 0], [1, 1], [0, 0]]
-        assert [s["begins"].tolist() for s in steps] == [[c == 0] * 2 for c in (0, 1, 0, 1, 0)]
-        assert [s["terminals"].tolist() for s in steps] == [[c == 1] * 2 for c in (0, 1, 0, 1, 0)]
+        assert [r.terminals.tolist() for r in rows] == [[c == 1] * 2 for c in (0, 1, 0, 1, 0)]
         assert place.unique().numel() == 6 and torch.equal(place[0], place[1])
-        assert len(asked) == 3  # a chunk of three steps, cut by the episode's end after two
-        for s, t in zip(steps, (0, 1, 0, 1, 0), strict=True):
-            expected = (-0.4 + 1.2 * t + s["observations"][:, 0] / 100).clamp(-1, 1)
-            torch.testing.assert_close(s["actions"][:, 0], expected)
-            torch.testing.assert_close(s["rewards"], -(expected - 0.6).square())
-            torch.testing.assert_close(s["next_observations"][:, 1], s["observations"][:, 1] + 1)
-        assert len(collector.finished) == 4
-        assert collector.finished[0][1] == pytest.approx(
-            float(steps[0]["rewards"][0] + steps[1]["rewards"][0])
-        )
+        assert [lanes.tolist() for _, lanes in asked] == [[0, 1]] * 3  # chunks of three, cut after two
+        for r, t in zip(rows, (0, 1, 0, 1, 0), strict=True):
+            planned = -0.4 + 1.2 * t + r.observations[:, 0] / 100
+            torch.testing.assert_close(r.actions[:, 0, 0], -planned)
+            torch.testing.assert_close(r.rewards, -(planned.clamp(-1, 1) - 0.6).square())
+            torch.testing.assert_close(r.next_observations[:, 1], r.observations[:, 1] + 1)
+            assert r.executed.tolist() == [1, 1] and not r.truncations.any()
+        assert [outcome[0] for outcome in collector.finished] == [0, 1, 0, 1]
+        assert collector.finished[0][2] == pytest.approx(float(rows[0].rewards[0] + rows[1].rewards[0]))
+        assert all(length == 2 for *_, length in collector.finished)
+
+    def test_rows_of_a_whole_chunk_are_decisions(self) -> None:
+        """The reward is discounted within the row, the rest of the chunk is not executed."""
+
+        def act(obs: Tensor, lanes: np.ndarray) -> Decision:
+            zero = obs.new_zeros(len(obs), 3, 1)
+            return Decision(zero, zero + 0.5, obs + 10)
+
+        with Collector(Bandit, horizon=3, num_envs=2, row=3, gamma=0.5) as collector:
+            rows = collector.step(act, torch.Generator().manual_seed(0))
+        assert rows.actions.shape == (2, 3, 1) and bool((rows.actions == 0.5).all())
+        torch.testing.assert_close(rows.rewards, torch.full((2,), -1.5 * 0.36))
+        assert rows.executed.tolist() == [2, 2] and rows.terminals.all()
+        assert rows.observations[:, 1].tolist() == [10, 10] and rows.next_observations[:, 1].tolist() == [
+            12,
+            12,
+        ]
+        assert collector.finished[0][1:] == (True, pytest.approx(-0.72), 2)
 
 
 def test_clipped_double_q_is_the_least_of_two() -> None:
-    learner = ClippedTD(critic(), data(), FMQ(*untrained()).q.settings, lambda q, s, x: x)
+    learner = ClippedTD(
+        critic(), Chunks(data(), H, 0.9, "next_state"), FMQ(*untrained()).q.settings, lambda q, s, x: x
+    )
     obs, a = torch.randn(5, S), torch.rand(5, H, A)
     members = learner.target.members(learner.target.encode(obs), a)
     torch.testing.assert_close(learner.q_target(obs, a), torch.minimum(*members))

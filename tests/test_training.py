@@ -21,7 +21,7 @@ from qsteer.training import (
     train_policy,
 )
 from qsteer.training.bc import FlowMatching
-from qsteer.training.critic import IQL, LEARNERS, CriticLearner, Sarsa
+from qsteer.training.critic import ACTING, IQL, LEARNERS, CriticLearner, Sarsa
 from qsteer.types import Field
 
 S, A, H = 3, 2, 2
@@ -52,7 +52,7 @@ def train(what: str, data: Episodes, out: Path) -> FlowPolicy | Critic:
     if what == "policy":
         return train_policy(data, out, POLICY, progress=False)
     settings = replace(CRITIC, target=what)
-    return train_critic(data, out, settings, act=act if what == "td" else None, progress=False)
+    return train_critic(data, out, settings, act=act if what in ACTING else None, progress=False)
 
 
 def killed_after(calls: int, monkeypatch: pytest.MonkeyPatch, what: str) -> None:
@@ -159,9 +159,13 @@ def test_what_is_saved_is_the_target_critic(tmp_path: Path) -> None:
     torch.testing.assert_close(again.normalizer.mean, episodes().observations.mean(0))
 
 
+def chunks(target: str) -> Chunks:
+    return Chunks(episodes(), H, CRITIC.gamma, LEARNERS[target].need)
+
+
 def test_the_target_critic_is_the_moving_average() -> None:
     learner = Sarsa(
-        Critic(CriticConfig(S, A, H, (8,))), episodes(), replace(CRITIC, target="sarsa", ema=0.25)
+        Critic(CriticConfig(S, A, H, (8,))), chunks("sarsa"), replace(CRITIC, target="sarsa", ema=0.25)
     )
     before = learner.target.net.first.weight.clone()
     with torch.no_grad():
@@ -202,7 +206,7 @@ def test_every_target_finds_the_value_of_the_only_behaviour(target: str, tmp_pat
         rho=0.0,
         hidden=(32,),
     )
-    stay = (lambda critic, obs, noise: torch.zeros_like(noise)) if target == "td" else None
+    stay = (lambda critic, obs, noise: torch.zeros_like(noise)) if target in ACTING else None
     critic = train_critic(data, tmp_path, settings, act=stay, progress=False)
     expected = monte_carlo_target(data.rewards, data.terminals, data.ends, 0.9)[:6]
     found = critic.bind(data.observations[:6])(torch.zeros(6, 2, 1))
@@ -212,9 +216,10 @@ def test_every_target_finds_the_value_of_the_only_behaviour(target: str, tmp_pat
 @pytest.mark.parametrize("target", ["sarsa", "td"])
 def test_a_target_evaluates_the_next_action_in_the_next_state(target: str) -> None:
     settings = replace(CRITIC, target=target)
-    learner = LEARNERS[target](Critic(CriticConfig(S, A, H, (8,))), episodes(), settings, act)
+    source = chunks(target)
+    learner = LEARNERS[target](Critic(CriticConfig(S, A, H, (8,))), source, settings, act)
     learner.q_target = lambda obs, a: obs.sum(1) + a.sum((1, 2))
-    batch = learner.chunks.gather(learner.chunks.starts)
+    batch = source.gather(source.starts)
     if target == "sarsa":
         a = batch.next_actions
     else:
@@ -248,8 +253,9 @@ def test_an_actor_is_for_td_and_for_td_alone(tmp_path: Path) -> None:
 
 
 def test_iql_trains_its_value_on_the_expectile_of_the_target_critic() -> None:
-    learner = IQL(Critic(CriticConfig(S, A, H, (8,))), episodes(), CRITIC)
-    batch = learner.chunks.gather(learner.chunks.starts)
+    source = chunks("iql")
+    learner = IQL(Critic(CriticConfig(S, A, H, (8,))), source, CRITIC)
+    batch = source.gather(source.starts)
     total, info = learner.batch_loss(batch, torch.Generator())
     q, _ = CriticLearner.batch_loss(learner, batch, torch.Generator())
     u = learner.q_target(batch.observations, batch.actions) - learner.v(batch.observations)

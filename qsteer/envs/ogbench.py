@@ -29,6 +29,8 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
+from qsteer.envs.simulators import numpy_seed
+
 try:
     import gymnasium
 except ModuleNotFoundError as error:
@@ -53,6 +55,9 @@ STACKING = {
 }
 DTYPES = {"terminals": np.bool_, "button_states": np.int64}
 
+UNSOLVED = -1.0
+"""Least sparse reward; others are minus the number of unmet goals."""
+
 NO_RENDERING = ("disable", "disabled", "off", "false", "0")
 
 
@@ -71,7 +76,7 @@ def dataset_name(task: str) -> str:
     return f"{dataset}-{suffix.rpartition('-')[2]}"
 
 
-def make(name: str, *, render: bool = False) -> gymnasium.Env:
+def make(name: str, *, sparse: bool = False, render: bool = False) -> gymnasium.Env:
     """The evaluation environment of one task: terminates at the goal, truncates at the task's own time limit.
 
     Observations are float64 states, actions lie in [-1, 1], and the reward is minus the number of unmet goals
@@ -81,6 +86,7 @@ def make(name: str, *, render: bool = False) -> gymnasium.Env:
 
     Args:
         name: task, such as ``"cube-single-play-singletask-v0"``.
+        sparse: the reward is -1 until all goals are met, then 0: the "sparse" domains of QAM and QPILOTS.
         render: ``env.render()`` returns RGB frames, 480 x 480. MuJoCo chooses its graphics library once in a
             process, when it is first imported. Where ``MUJOCO_GL`` is not set, this module sets it to
             ``disabled``, or to ``egl`` (``glfw`` off Linux) if its first call is one with ``render``.
@@ -94,12 +100,13 @@ def make(name: str, *, render: bool = False) -> gymnasium.Env:
     ogbench = _ogbench(render=render)
     options = {"render_mode": "rgb_array", "width": 480, "height": 480} if render else {}
     try:
-        return _SeededReset(ogbench.make_env_and_datasets(name, env_only=True, **options))
+        env = _SeededReset(ogbench.make_env_and_datasets(name, env_only=True, **options))
     except gymnasium.error.Error as error:
         raise ValueError(f"expected a single-task name of OGBench, got {name!r}: {error}") from error
+    return gymnasium.wrappers.ClipReward(env, min_reward=UNSOLVED) if sparse else env
 
 
-def load(name: str, path: str | os.PathLike[str]) -> tuple[Columns, Columns]:
+def load(name: str, path: str | os.PathLike[str], *, sparse: bool = False) -> tuple[Columns, Columns]:
     """Training and validation data of one task, as OGBench itself returns them.
 
     Each is a dict of float32 arrays with one row a transition: ``observations``, ``actions``,
@@ -109,6 +116,7 @@ def load(name: str, path: str | os.PathLike[str]) -> tuple[Columns, Columns]:
     Args:
         name: task, such as ``"cube-single-play-singletask-v0"``.
         path: the data set's file, generated or official; the validation split is ``...-val.npz`` beside it.
+        sparse: see :func:`make`.
 
     Raises:
         FileNotFoundError: one of the two files is missing.
@@ -125,9 +133,13 @@ def load(name: str, path: str | os.PathLike[str]) -> tuple[Columns, Columns]:
                 f"{dataset}.npz and {dataset}-val.npz under these names"
             )
     with contextlib.closing(make(name)) as env:
-        return _ogbench().make_env_and_datasets(
+        splits = _ogbench().make_env_and_datasets(
             name, dataset_path=str(files[0]), compact_dataset=False, dataset_only=True, cur_env=env
         )
+    if sparse:
+        for split in splits:
+            split["rewards"] = split["rewards"].clip(min=UNSOLVED)
+    return splits
 
 
 def generate(
@@ -324,19 +336,8 @@ class _SeededReset(gymnasium.Wrapper):
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
     ) -> tuple[Any, dict[str, Any]]:
-        with contextlib.nullcontext() if seed is None else _numpy_seed(seed):
+        with contextlib.nullcontext() if seed is None else numpy_seed(seed):
             return super().reset(seed=seed, options=options)
-
-
-@contextlib.contextmanager
-def _numpy_seed(seed: int) -> Iterator[None]:
-    """Seed numpy's global generator for a while, and leave it as it was."""
-    state = np.random.get_state()
-    np.random.seed(seed)
-    try:
-        yield
-    finally:
-        np.random.set_state(state)
 
 
 @lru_cache(maxsize=1)
@@ -350,7 +351,7 @@ def _rollout(behaviour: _Behaviour, rows: int, sequence: np.random.SeedSequence)
     """An episode in OGBench's format: each row is a state and the action taken there."""
     columns: dict[str, list[Any]] = defaultdict(list)
     seed = int(sequence.generate_state(1)[0])
-    with _numpy_seed(seed):
+    with numpy_seed(seed):
         ob, info = behaviour.begin(seed, np.random.default_rng(sequence))
         for row in range(rows):
             action = np.clip(behaviour.act(ob, info), -1.0, 1.0).astype(np.float32)

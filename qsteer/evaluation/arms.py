@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from qsteer.critics.critic import Critic
+from qsteer.critics import Critic, LiveCritic
 from qsteer.maps.flow_maps import FlowMap
 from qsteer.maps.glass import GlassPosterior
 from qsteer.maps.meta import MetaFlowMap
@@ -22,7 +22,7 @@ from qsteer.rules import (
     Tweedie,
 )
 from qsteer.samplers import BeamSearch, BestOfN, Euler, KeepBest, RandomOfN, TrustRegion
-from qsteer.sampling import sample
+from qsteer.sampling import acting, sample
 from qsteer.trace import Trace
 from qsteer.training.policy import FlowPolicy
 from qsteer.types import Rule, Sampler
@@ -68,7 +68,7 @@ class Maps:
         return found
 
 
-RULES: dict[str, Callable[[float, Maps], Rule]] = {
+RULES: dict[str, Callable[[Any, Maps], Rule]] = {
     "tweedie": lambda s, _: Tweedie(alpha=s),
     "tweedie-raw": lambda s, _: Tweedie(alpha=s, scaling="raw"),
     "posterior": lambda s, maps: Posterior(maps.need("meta"), alpha=s),
@@ -131,13 +131,14 @@ class Arm:
         return "control" if self.name.startswith(CONTROLS) or self.spec == "map-best-of-1" else "steered"
 
     def agent(
-        self, policy: FlowPolicy, critic: Critic, trace: Trace | None = None
+        self, policy: FlowPolicy, critic: Critic | LiveCritic, trace: Trace | None = None
     ) -> Callable[[Tensor, Tensor], Tensor]:
         """Return ``act(obs: (B, O), noise: (B, H, A)) -> (B, H, A)``."""
 
         def act(obs: Tensor, noise: Tensor) -> Tensor:
-            field, value = policy.field(obs), critic.bind(obs)
-            return sample(field, value, noise, rule=self.rule, sampler=self.sampler, trace=trace)
+            with acting(critic):
+                field, value = policy.field(obs), critic.bind(obs)
+                return sample(field, value, noise, rule=self.rule, sampler=self.sampler, trace=trace)
 
         return act
 
@@ -145,7 +146,8 @@ class Arm:
 def parse(spec: str, maps: Maps | None = None) -> Arm:
     """Make an arm of a short name.
 
-    ``base`` is the frozen policy alone. A rule has a strength: ``tweedie=0.2`` and ``qgf=0.06`` in their
+    ``base`` is the frozen policy alone. A rule has a strength, a number or, in the matched norm, ``auto``
+    (:class:`qsteer.Auto`): ``tweedie=0.2`` and ``qgf=0.06`` in their
     papers' scalings (matched norm, raw), ``tweedie-raw=0.06`` and ``qgf-matched=0.2`` in the other's,
     ``posterior=0.2`` and ``gradient-free=0.2`` with a meta flow map (``-glass``: without training),
     ``noisy-gradient=0.2``, ``through-time=0.2``, ``random-direction=0.2``, ``negated=0.2`` (Tweedie
@@ -171,7 +173,7 @@ def parse(spec: str, maps: Maps | None = None) -> Arm:
             name, _, number = part.rpartition("-")
         try:
             if name in RULES and rule is None:
-                rule = RULES[name](float(number), maps)
+                rule = RULES[name](number if number == "auto" else float(number), maps)
             else:
                 sampler = SAMPLERS[name](float(number or "nan"), sampler, maps)
         except (KeyError, ValueError) as error:

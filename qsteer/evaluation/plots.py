@@ -55,7 +55,7 @@ def plot_success(
         raise ValueError("arms: expected at least one, got none")
     if unknown := {*controls, *([base] if base else [])} - set(arms):
         raise ValueError(f"base, controls: expected names among {sorted(arms)}, got {sorted(unknown)}")
-    plt = _pyplot()
+    plt = pyplot()
     with plt.rc_context(STYLE):
         height = 0.42 * len(arms) + (1.15 if title else 0.8)
         fig, ax = plt.subplots(figsize=(7.2, height), layout="constrained")
@@ -86,7 +86,7 @@ def plot_success(
         ax.spines["bottom"].set_bounds(0, 100)
         if title:
             ax.set_title(title, loc="left", fontweight="bold", fontsize=11)
-        return _save(fig, path)
+        return save(fig, path)
 
 
 def plot_trace(
@@ -120,7 +120,7 @@ def plot_trace(
     }
     if not len(t) or any(panel.size == 0 for panel in panels.values()):
         raise ValueError("trace: expected a guided action, got none; sample with a rule and trace=Trace()")
-    plt = _pyplot()
+    plt = pyplot()
     with plt.rc_context(STYLE):
         fig, axes = plt.subplots(1, 4, figsize=(9.6, 2.4), layout="constrained")
         for ax, (name, panel) in zip(axes, panels.items(), strict=True):
@@ -133,7 +133,7 @@ def plot_trace(
             ax.locator_params(axis="y", nbins=4)
             if name != "value":  # the others are norms
                 ax.set_ylim(0, 1.2 * np.nanmax(high) or 1)
-        return _save(fig, path)
+        return save(fig, path)
 
 
 def plot_distillation(runs: Mapping[str, Sequence[Mapping[str, float | int]]], path: str | Path) -> Path:
@@ -152,7 +152,7 @@ def plot_distillation(runs: Mapping[str, Sequence[Mapping[str, float | int]]], p
         raise ValueError(
             "runs: expected lines with 'posterior_error', got a run without; distil with held_out"
         )
-    plt = _pyplot()
+    plt = pyplot()
     with plt.rc_context(STYLE):
         fig, (losses, error) = plt.subplots(1, 2, figsize=(8.4, 3.0), layout="constrained")
         for lines in runs.values():
@@ -187,7 +187,7 @@ def plot_distillation(runs: Mapping[str, Sequence[Mapping[str, float | int]]], p
             )
         error.set(ylim=(0, None), xlabel="step")
         error.set_title("posterior error against GLASS, held out", loc="left", fontsize=10, fontweight="bold")
-        return _save(fig, path)
+        return save(fig, path)
 
 
 def plot_adaptation(metrics: str | Path, path: str | Path) -> Path:
@@ -209,7 +209,7 @@ def plot_adaptation(metrics: str | Path, path: str | Path) -> Path:
         points = [(line["step"], line[name]) for line in lines if name in line]
         return [step for step, _ in points], [value for _, value in points]
 
-    plt = _pyplot()
+    plt = pyplot()
     with plt.rc_context(STYLE):
         fig, axes = plt.subplots(1, 3, figsize=(9.6, 2.6), layout="constrained")
         distance, cosine, gain = axes
@@ -227,7 +227,7 @@ def plot_adaptation(metrics: str | Path, path: str | Path) -> Path:
         for ax in axes:
             ax.set_xlabel("gradient steps", loc="left")
             ax.locator_params(nbins=4)
-        return _save(fig, path)
+        return save(fig, path)
 
 
 def _sizes(arms: Mapping[str, ArrayLike]) -> str:
@@ -235,15 +235,21 @@ def _sizes(arms: Mapping[str, ArrayLike]) -> str:
     return str(sizes[0]) if len(sizes) == 1 else f"{sizes[0]} to {sizes[-1]}"
 
 
-def _save(fig: Any, path: str | Path) -> Path:
+def save(fig: Any, path: str | Path) -> Path:
+    """Write a figure, whose suffix says the format, and close it."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     fig.savefig(path)
-    _pyplot().close(fig)
+    pyplot().close(fig)
     return path
 
 
-def _pyplot() -> Any:
+def pyplot() -> Any:
+    """Import matplotlib for writing files alone.
+
+    Raises:
+        ModuleNotFoundError: it is not installed.
+    """
     try:
         import matplotlib
     except ModuleNotFoundError as error:

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from operator import itemgetter
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -23,6 +24,7 @@ import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
+from torch.utils._pytree import tree_map
 from tqdm import tqdm
 
 from qsteer.evaluation.statistics import wilson_interval
@@ -30,6 +32,7 @@ from qsteer.evaluation.statistics import wilson_interval
 try:
     import gymnasium
     from gymnasium.vector import AsyncVectorEnv, AutoresetMode
+    from gymnasium.vector.utils import create_empty_array
 except ModuleNotFoundError as error:
     raise ModuleNotFoundError('rollouts need gymnasium: pip install "qsteer[ogbench]"') from error
 
@@ -145,6 +148,7 @@ class Simulators:
             actions are boxes, actions of one axis.
         horizon: H, actions per chunk; all are executed, unless the episode ends within the chunk.
         num_envs: environments, and rows of the agent's batch. Some four a core make up for the agent's time.
+        gamma: discount of the rewards within a chunk.
 
     Raises:
         ValueError: an argument is out of range, or the environment has other spaces.
@@ -157,10 +161,10 @@ class Simulators:
         ...     steered = simulators.rollout(steered_act, name="steered")
     """
 
-    def __init__(self, make_env: MakeEnv, *, horizon: int, num_envs: int = 8) -> None:
+    def __init__(self, make_env: MakeEnv, *, horizon: int, num_envs: int = 8, gamma: float = 1.0) -> None:
         if horizon < 1 or num_envs < 1:
             raise ValueError(f"horizon, num_envs: expected at least 1, got {horizon} and {num_envs}")
-        make_chunked = partial(_make_chunked, make_env, horizon)
+        make_chunked = partial(_make_chunked, make_env, horizon, gamma)
         probe = make_chunked()
         self.num_envs, self._chunk = num_envs, probe.chunk
         modules = [__name__, type(probe.unwrapped).__module__]
@@ -180,6 +184,7 @@ class Simulators:
         seed: int = EVALUATION_SEED,
         name: str = "policy",
         record: bool = False,
+        noise_shape: tuple[int, ...] | None = None,
         progress: bool = True,
     ) -> Rollouts:
         """Run one arm. An environment that ends its episode starts another at once, so the batch stays full.
@@ -193,6 +198,7 @@ class Simulators:
             seed: of the run; episode ``e`` is reset with ``seed + e``.
             name: of the arm.
             record: keep the executed actions, from which :mod:`qsteer.evaluation.video` replays the episodes.
+            noise_shape: of one chunk's noise; None: that of the chunk, (H, A).
             progress: show a bar with the success rate so far.
 
         Raises:
@@ -210,7 +216,7 @@ class Simulators:
         waiting = iter(range(episodes))
         episode = np.full(self.num_envs, -1)  # of each environment; -1: none
         chunks = np.zeros((self.num_envs, *self._chunk.shape), np.float32)
-        observations = np.zeros(0)
+        observations: Any = np.zeros(0)
         with (
             torch.random.fork_rng(range(torch.cuda.device_count())),
             torch.no_grad(),
@@ -226,10 +232,12 @@ class Simulators:
                 active = np.flatnonzero(episode >= 0)
 
                 asked = time.perf_counter()
-                obs = torch.from_numpy(observations[active]).float()
-                draws = [torch.randn(self._chunk.shape, generator=generators[e]) for e in episode[active]]
-                noise = torch.stack(draws)
-                chunks[active] = _checked(act(obs, noise), noise).clip(self._chunk.low, self._chunk.high)
+                obs = tensors(tree_map(itemgetter(active), observations))
+                shape = noise_shape or self._chunk.shape
+                draws = [torch.randn(shape, generator=generators[e]) for e in episode[active]]
+                expected = len(active), *self._chunk.shape
+                answer = _checked(act(obs, torch.stack(draws)), expected)
+                chunks[active] = answer.clip(self._chunk.low, self._chunk.high)
                 act_s += time.perf_counter() - asked
 
                 observations, _, terminated, truncated, info = self._envs.step(chunks)
@@ -268,48 +276,53 @@ class ChunkedAction(gymnasium.Wrapper):
 
     After the end of an episode and before the first reset a step does nothing. ``info`` sums the episode up
     in ``success``, ``sum_reward``, ``max_reward`` and ``length``; ``executed`` is the number of actions of
-    this step.
+    this step. An environment with a method ``cameras(on)`` renders the last frame of a chunk only.
     """
 
-    def __init__(self, env: gymnasium.Env, horizon: int) -> None:
+    def __init__(self, env: gymnasium.Env, horizon: int, gamma: float = 1.0) -> None:
         super().__init__(env)
         action, observation = env.action_space, env.observation_space
         if not (isinstance(action, gymnasium.spaces.Box) and len(action.shape) == 1):
             raise ValueError(f"action space: expected a Box of one axis, got {action}; wrap it")
-        if not isinstance(observation, gymnasium.spaces.Box):
+        boxes = observation.values() if isinstance(observation, gymnasium.spaces.Dict) else [observation]
+        if not all(isinstance(box, gymnasium.spaces.Box) for box in boxes):
             raise ValueError(
-                f"observation space: expected a Box, got {observation}; wrap the environment, for example in "
-                "gymnasium.wrappers.FlattenObservation"
+                f"observation space: expected a Box or a Dict of them, got {observation}; wrap the "
+                "environment, for example in gymnasium.wrappers.FlattenObservation"
             )
         low, high = (np.tile(bound, (horizon, 1)) for bound in (action.low, action.high))
         self.action_space = self.chunk = gymnasium.spaces.Box(low, high, dtype=np.float32)
-        self._observation = np.zeros_like(observation.low)
+        self.gamma = gamma
+        self._cameras: Callable[[bool], None] = getattr(env.unwrapped, "cameras", lambda on: None)
+        self._observation: Any = tree_map(itemgetter(0), create_empty_array(observation))
         self._over = [True, False]  # terminated, truncated
         self._sums = _nothing()
 
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
-    ) -> tuple[np.ndarray, dict[str, Any]]:
+    ) -> tuple[Any, dict[str, Any]]:
         """Start an episode."""
+        self._cameras(True)
         self._over, self._sums = [False, False], _nothing()
         self._observation, _ = self.env.reset(seed=seed, options=options)
         return self._observation, {}
 
-    def step(self, action: np.ndarray) -> tuple[np.ndarray, float, bool, bool, dict[str, Any]]:
-        """Execute the chunk; the reward is the sum of its rewards."""
-        before, sums = dict(self._sums), self._sums
-        for single in action:
+    def step(self, action: np.ndarray) -> tuple[Any, float, bool, bool, dict[str, Any]]:
+        """Execute the chunk; the reward is the discounted sum of its rewards."""
+        sums, executed, discounted = self._sums, 0, 0.0
+        for k, single in enumerate(action):
             if any(self._over):
                 break
+            self._cameras(k == len(action) - 1)
             self._observation, reward, *self._over, info = self.env.step(single)
             success = info.get("success", info.get("is_success", self._over[0]))
             sums["success"] = sums["success"] or bool(success)
             sums["sum_reward"] += float(reward)
             sums["max_reward"] = max(sums["max_reward"], float(reward))
             sums["length"] += 1
-        executed = sums["length"] - before["length"]
-        reward = sums["sum_reward"] - before["sum_reward"]
-        return self._observation, reward, self._over[0], self._over[1], sums | {"executed": executed}
+            discounted += self.gamma**k * float(reward)
+            executed += 1
+        return self._observation, discounted, self._over[0], self._over[1], sums | {"executed": executed}
 
 
 def noise_generator(seed: int, episode: int) -> torch.Generator:
@@ -317,20 +330,29 @@ def noise_generator(seed: int, episode: int) -> torch.Generator:
     return torch.Generator().manual_seed(int(np.random.SeedSequence((seed, episode)).generate_state(1)[0]))
 
 
-def _make_chunked(make_env: MakeEnv, horizon: int) -> ChunkedAction:
-    return ChunkedAction(make_env(), horizon)
+def tensors(observations: Any) -> Any:
+    """Return observations as tensors, one or a mapping of them; images stay bytes, the rest is float32."""
+
+    def tensor(column: np.ndarray) -> Tensor:
+        return torch.from_numpy(column if column.dtype == np.uint8 else column.astype(np.float32))
+
+    return tree_map(tensor, observations)
+
+
+def _make_chunked(make_env: MakeEnv, horizon: int, gamma: float) -> ChunkedAction:
+    return ChunkedAction(make_env(), horizon, gamma)
 
 
 def _nothing() -> dict[str, Any]:
     return {"success": False, "sum_reward": 0.0, "max_reward": -np.inf, "length": 0}
 
 
-def _checked(actions: object, noise: Tensor) -> np.ndarray:
+def _checked(actions: object, shape: tuple[int, ...]) -> np.ndarray:
     if not isinstance(actions, Tensor):
         raise TypeError(f"act: expected a tensor, got {type(actions).__name__}; wrap it in torch.as_tensor")
-    if actions.shape != noise.shape:
+    if actions.shape != shape:
         raise ValueError(
-            f"act: expected chunks of the noise's shape {tuple(noise.shape)}, got {tuple(actions.shape)}; "
+            f"act: expected chunks of shape (N, H, A) = {shape}, got {tuple(actions.shape)}; "
             "return one unpadded chunk (H, A) per observation"
         )
     if not torch.isfinite(actions).all():

@@ -1,10 +1,13 @@
-"""How sure a success rate is, and a difference between two arms."""
+"""How sure a success rate is, a difference between two arms, and what several training seeds say together."""
 
+from collections.abc import Callable
 from statistics import NormalDist
 from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike
+
+EMA_RANGE = 1000
 
 
 class Interval(NamedTuple):
@@ -20,6 +23,14 @@ class Difference(NamedTuple):
     difference: float
     low: float
     high: float
+
+
+class Band(NamedTuple):
+    """A mean over training seeds and its confidence interval, at each of some points."""
+
+    mean: np.ndarray
+    low: np.ndarray
+    high: np.ndarray
 
 
 def wilson_interval(successes: int, n: int, level: float = 0.95) -> Interval:
@@ -64,14 +75,143 @@ def paired_bootstrap(
             f"a, b: expected outcomes of the same episodes, shapes (E,), got {a.shape} and {b.shape}; run "
             "both arms with the same seed and number of episodes"
         )
-    if samples < 1:
-        raise ValueError(f"samples: expected at least 1, got {samples}")
+    _check_samples(samples)
     _check_level(level)
     # The mean of a resample depends only on how often each value is drawn.
     values, counts = np.unique(a - b, return_counts=True)
     draws = np.random.default_rng(seed).multinomial(a.size, counts / a.size, size=samples)
     low, high = np.quantile(draws @ values / a.size, [(1 - level) / 2, (1 + level) / 2])
     return Difference(float((a - b).mean()), float(low), float(high))
+
+
+def seed_bootstrap(values: ArrayLike, *, samples: int = 10_000, level: float = 0.95, seed: int = 0) -> Band:
+    """Return the mean over training seeds with its percentile bootstrap interval (QPILOTS, "seed-level").
+
+    Whole seeds are resampled, the same ones at all points: each seed is one observation, however many
+    episodes it was judged on. With S seeds no interval is wider than their range, and a single seed has no
+    interval: its band is the seed itself.
+
+    Args:
+        values: (S, ...) result of each seed, at any number of points.
+        samples: bootstrap samples.
+        level: of confidence.
+        seed: of the resampling.
+
+    Returns:
+        Mean, low and high, each of the shape ``...`` of one seed's values.
+
+    Raises:
+        ValueError: there is no seed, or an argument is out of range.
+
+    Cost: a product of a (samples, S) with a (S, ...) array.
+    """
+    values = np.asarray(values, float)
+    if values.ndim < 1 or not len(values):
+        raise ValueError(f"values: expected one row per seed, shape (S, ...), got {values.shape}")
+    _check_samples(samples)
+    _check_level(level)
+    n = len(values)
+    draws = np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), size=samples)
+    low, high = np.quantile(
+        np.tensordot(draws / n, values, axes=1), [(1 - level) / 2, (1 + level) / 2], axis=0
+    )
+    return Band(values.mean(0), low, high)
+
+
+def interquartile_mean(scores: ArrayLike) -> float:
+    """Return the mean of the middle half of all scores (IQM; Agarwal et al. 2021, arXiv:2108.13264).
+
+    Of n scores, ``n // 4`` are dropped at either end, whichever run or task they are of. It is as robust as
+    the median to a task that is always solved or never, and far less noisy.
+
+    Args:
+        scores: (S, T) score of each run (seed) on each task.
+
+    Raises:
+        ValueError: there are no scores.
+    """
+    ordered = np.sort(np.asarray(scores, float), axis=None)
+    if not ordered.size:
+        raise ValueError("scores: expected at least one, got none")
+    cut = ordered.size // 4
+    return float(ordered[cut : ordered.size - cut].mean())
+
+
+def stratified_bootstrap(
+    scores: ArrayLike,
+    statistic: Callable[[np.ndarray], float] = interquartile_mean,
+    *,
+    samples: int = 10_000,
+    level: float = 0.95,
+    seed: int = 0,
+) -> Interval:
+    """Return the percentile interval of a statistic over tasks (Agarwal et al. 2021, section 4.1).
+
+    The runs of each task are resampled among themselves, so every resample has as many runs of every task as
+    the scores: what differs between tasks does not widen the interval, what differs between seeds does.
+
+    Args:
+        scores: (S, T) score of each run (seed) on each task.
+        statistic: of such an array, for example :func:`interquartile_mean` or ``numpy.mean``.
+        samples: bootstrap samples.
+        level: of confidence.
+        seed: of the resampling.
+
+    Raises:
+        ValueError: the scores have another shape, or an argument is out of range.
+
+    Cost: ``samples`` calls of ``statistic``.
+    """
+    scores = np.asarray(scores, float)
+    if scores.ndim != 2 or not scores.size:
+        raise ValueError(
+            f"scores: expected one row per seed and one column per task, shape (S, T), got {scores.shape}"
+        )
+    _check_samples(samples)
+    _check_level(level)
+    rng = np.random.default_rng(seed)
+    drawn = [
+        statistic(np.take_along_axis(scores, rng.integers(len(scores), size=scores.shape), axis=0))
+        for _ in range(samples)
+    ]
+    low, high = np.quantile(drawn, [(1 - level) / 2, (1 + level) / 2])
+    return Interval(float(low), float(high))
+
+
+def time_weighted_ema(x: ArrayLike, y: ArrayLike, alpha: float | int = 0.99) -> np.ndarray:
+    """Smooth a curve as QPILOTS does (appendix C.4, alpha = 0.99): Weights & Biases' time-weighted average.
+
+    Point j weighs ``w^(1000 (x_i - x_j) / (x_N - x_1))`` in the average at i >= j, ``w = sqrt(alpha)``, at
+    most 0.999. Distances are in thousandths of the curve's whole range: alpha = 0.99 remembers about a fifth
+    of it, however many points there are. Zero leaves the curve as it is.
+
+    Args:
+        x: (N,), increasing, such as environment steps.
+        y: (N,), the curve.
+        alpha: smoothing parameter in [0, 1].
+
+    Raises:
+        ValueError: lengths differ, ``x`` does not increase, or ``alpha`` is out of range.
+    """
+    x, y = np.asarray(x, float), np.asarray(y, float)
+    if x.shape != y.shape or x.ndim != 1 or np.any(np.diff(x) <= 0):
+        raise ValueError(
+            f"x, y: expected equal lengths and increasing x, got shapes {x.shape} and {y.shape}, x = {x}"
+        )
+    if not 0 <= alpha <= 1:
+        raise ValueError(f"alpha: expected a number in [0, 1], got {alpha}")
+    weight = min(alpha**0.5, 0.999)
+    smooth, total, mass = np.empty_like(y), 0.0, 0.0
+    for i in range(len(x)):
+        decay = weight ** (EMA_RANGE * (x[i] - x[i - 1]) / (x[-1] - x[0])) if i else 0.0
+        total, mass = decay * total + y[i], decay * mass + 1
+        smooth[i] = total / mass
+    return smooth
+
+
+def _check_samples(samples: int) -> None:
+    if samples < 1:
+        raise ValueError(f"samples: expected at least 1, got {samples}")
 
 
 def _check_level(level: float) -> None:

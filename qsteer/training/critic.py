@@ -1,4 +1,4 @@
-"""Training critics on chunk transitions: SARSA, TD, Monte Carlo and IQL, each as short as its formula."""
+"""Training critics on chunk transitions: SARSA, TD, FQL, Monte Carlo, IQL, each as short as its formula."""
 
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
@@ -11,21 +11,23 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 from torch.optim.swa_utils import get_ema_multi_avg_fn
+from torch.utils._pytree import tree_map
 
 from qsteer.critics.critic import Critic, CriticConfig
 from qsteer.critics.networks import EnsembleMLP
 from qsteer.critics.targets import (
     expectile_loss,
     iql_target,
-    monte_carlo_target,
     pessimistic,
     sarsa_target,
     td_target,
 )
-from qsteer.training.data import Chunks, Episodes, Need, Transitions
+from qsteer.maps.flow_maps import FlowMap, MapConfig
+from qsteer.training.data import Chunks, Episodes, Need, Source, Transitions
 from qsteer.training.loop import Learner, Training, fit
+from qsteer.types import Observation
 
-type Act = Callable[[Critic, Tensor, Tensor], Tensor]
+type Act = Callable[[Critic, Observation, Tensor], Tensor]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,6 +40,7 @@ class CriticTraining(Training):
         gamma: discount per step.
         ema: step of the target critic's moving average.
         expectile: of IQL's V.
+        distilled: rows per update on which FQL's student follows the steered policy.
         members: size of the ensemble.
         rho: pessimism, in the targets and of the finished critic.
         hidden: widths of the hidden layers.
@@ -45,11 +48,12 @@ class CriticTraining(Training):
     """
 
     steps: int = 30_000
-    target: Literal["sarsa", "td", "monte_carlo", "iql"] = "iql"
+    target: Literal["sarsa", "td", "monte_carlo", "iql", "fql"] = "iql"
     horizon: int = 5
     gamma: float = 0.99
     ema: float = 0.02
     expectile: float = 0.9
+    distilled: int = 32
     members: int = 4
     rho: float = 0.5
     hidden: Sequence[int] = (256, 256, 256)
@@ -64,20 +68,32 @@ class CriticTraining(Training):
             if not 0 < getattr(self, name) <= 1:
                 raise ValueError(f"{name}: expected a number in (0, 1], got {getattr(self, name)}")
 
+    def critic_config(self, obs_dim: int, action_dim: int) -> CriticConfig:
+        """Return the shape of a critic of states."""
+        return CriticConfig(
+            obs_dim, action_dim, self.horizon, self.hidden, self.members, self.rho, self.observation_key
+        )
+
 
 class CriticLearner(Learner):
-    """``E sum_j (Q_j(s, a) - y)^2``. The target critic Q' is a moving average of Q; it steers in the end."""
+    """``E sum_j (Q_j(s, a) - y)^2``. The target critic Q' is a moving average of Q; it steers in the end.
+
+    Args:
+        critic: learns. If it is a stack of S critics, every batch has S equal groups of rows.
+        source: of batches; must offer what the learner ``need``s.
+        settings: ``batch_size`` rows for each critic of a stack.
+        act: for learners that ask for actions which are not in the data.
+    """
 
     need: ClassVar[Need] = "next_state"
 
     def __init__(
-        self, critic: Critic, episodes: Episodes, settings: CriticTraining, act: Act | None = None
+        self, critic: Critic, source: Source, settings: CriticTraining, act: Act | None = None
     ) -> None:
-        """Learn ``critic`` from ``episodes``; ``act`` is for TD alone."""
         super().__init__()
         self.critic, self.target = critic, deepcopy(critic).requires_grad_(False)
-        self.settings = settings
-        self.chunks = Chunks(episodes, settings.horizon, settings.gamma, self.need)
+        self.source, self.settings = source, settings
+        self.frozen = (act,)  # in a tuple: a module is no part of what is learnt and stored
         self._average = get_ema_multi_avg_fn(1 - settings.ema)
         self._averaged = list(self.target.parameters()), list(self.critic.parameters())
 
@@ -86,24 +102,29 @@ class CriticLearner(Learner):
         """Return the regression target."""
 
     def batch_loss(self, batch: Transitions, generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
-        """Return the members' summed squared error on ``batch``."""
+        """Return the summed squared error of the members, and of the critics of a stack, on ``batch``."""
         with torch.no_grad():
             y = self.y(batch, generator)
-        q = self.critic.members(self.critic.encode(batch.observations), batch.actions)
+        q = self.critic.members(self.critic.encode(batch.observations, augment=generator), batch.actions)
         info = {"q": q.detach().mean(), "q_std": q.detach().std(0, correction=0).mean(), "y": y.mean()}
-        return (q - y).square().mean(1).sum(), info
+        return self.critic.config.stack * (q - y).square().mean(1).sum(), info
 
     @override
     def loss(self, generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
-        return self.batch_loss(self.chunks.sample(self.settings.batch_size, generator), generator)
+        return self.batch_loss(self.source.sample(self.settings.batch_size, generator), generator)
 
     @override
     def after_step(self) -> None:
         self._average(*self._averaged, 0)  # theta' <- theta' + ema (theta - theta')
 
-    def q_target(self, obs: Float[Tensor, "B O"], a: Float[Tensor, "B H A"]) -> Float[Tensor, "B"]:
+    def q_target(self, obs: Observation, a: Float[Tensor, "B H A"]) -> Float[Tensor, "B"]:
         """Return the pessimistic value ``Qbar'`` of the target critic."""
         return pessimistic(self.target.members(self.target.encode(obs), a), self.settings.rho)
+
+    def act(self, obs: Observation, like: Float[Tensor, "B H A"], generator: torch.Generator) -> Tensor:
+        """Return what the policy does under the target critic."""
+        noise = torch.randn(like.shape, generator=generator, device=like.device)
+        return cast(Act, self.frozen[0])(self.target, obs, noise)
 
 
 class Sarsa(CriticLearner):
@@ -121,47 +142,79 @@ class Sarsa(CriticLearner):
 class TD(CriticLearner):
     """``y = R + gamma^H Qbar'(s', a')`` with ``a' = act(Q', s', noise)``."""
 
-    def __init__(self, critic: Critic, episodes: Episodes, settings: CriticTraining, act: Act) -> None:
-        """Learn ``critic`` from ``episodes`` and the actions of ``act``."""
-        super().__init__(critic, episodes, settings)
-        self.act = (act,)  # in a tuple: a module is no part of what is learnt and stored
-
     @override
     def y(self, batch: Transitions, generator: torch.Generator) -> Float[Tensor, "B"]:
-        noise = torch.randn(batch.actions.shape, generator=generator, device=batch.actions.device)
-        (act,) = self.act
-        next_q = self.q_target(batch.next_observations, act(self.target, batch.next_observations, noise))
+        next_q = self.q_target(batch.next_observations, self.next_actions(batch, generator))
         return td_target(batch.rewards, batch.discount, batch.masks, next_q)
+
+    def next_actions(self, batch: Transitions, generator: torch.Generator) -> Float[Tensor, "B H A"]:
+        """Return a'."""
+        return self.act(batch.next_observations, batch.actions, generator)
+
+
+class FQL(TD):
+    """TD with ``a' = mu(s', noise)``, where mu learns in one step what ``act`` does in many (FQL eq. 8, 9).
+
+    ``act`` is asked for ``settings.distilled`` rows per update instead of a whole batch.
+    """
+
+    def __init__(
+        self, critic: Critic, source: Source, settings: CriticTraining, act: Act | None = None
+    ) -> None:
+        super().__init__(critic, source, settings, act)
+        shape = critic.config
+        if shape.stack > 1:
+            raise ValueError(
+                f"target 'fql': expected one critic, got a stack of {shape.stack}; train one seed"
+            )
+        self.student = FlowMap(
+            MapConfig(shape.horizon, shape.action_dim, shape.context, hidden=settings.hidden, harmonics=1)
+        )
+
+    def mu(self, obs: Observation, noise: Float[Tensor, "B H A"]) -> Float[Tensor, "B H A"]:
+        """Return the student's actions."""
+        zero = noise.new_zeros(len(noise))
+        z = self.student.net.encode(self.target.context(obs).detach())
+        return noise + self.student.average_velocity(z, noise, zero, zero + 1, None)
+
+    @override
+    def next_actions(self, batch: Transitions, generator: torch.Generator) -> Float[Tensor, "B H A"]:
+        noise = torch.randn(batch.actions.shape, generator=generator, device=batch.actions.device)
+        return self.mu(batch.next_observations, noise).clamp(-1, 1)
+
+    @override
+    def batch_loss(self, batch: Transitions, generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
+        loss, info = super().batch_loss(batch, generator)
+        few = self.settings.distilled
+        obs = tree_map(lambda column: column[:few], batch.observations)
+        noise = torch.randn(batch.actions[:few].shape, generator=generator, device=batch.actions.device)
+        a = cast(Act, self.frozen[0])(self.target, obs, noise).detach()
+        student = (self.mu(obs, noise) - a).square().mean()
+        return loss + student, info | {"student": student.detach()}
 
 
 class MonteCarlo(CriticLearner):
     """``y = sum_k gamma^k r_{t+k}`` over the rest of the trajectory."""
 
-    def __init__(
-        self, critic: Critic, episodes: Episodes, settings: CriticTraining, act: Act | None = None
-    ) -> None:
-        """Learn ``critic`` from the returns in ``episodes``."""
-        super().__init__(critic, episodes, settings)
-        self.returns = monte_carlo_target(episodes.rewards, episodes.terminals, episodes.ends, settings.gamma)
+    need = "returns"
 
     @override
     def y(self, batch: Transitions, generator: torch.Generator) -> Float[Tensor, "B"]:
-        return self.returns[batch.rows]
+        return cast(Tensor, batch.returns)  # promised by ``need``
 
 
 class IQL(CriticLearner):
     """``y = R + gamma^H V(s')``, V fitted to ``Qbar'(s, a)`` by expectile regression."""
 
     def __init__(
-        self, critic: Critic, episodes: Episodes, settings: CriticTraining, act: Act | None = None
+        self, critic: Critic, source: Source, settings: CriticTraining, act: Act | None = None
     ) -> None:
-        """Learn ``critic`` and a state value from ``episodes``."""
-        super().__init__(critic, episodes, settings)
-        self.value = EnsembleMLP(1, critic.config.obs_dim, 0, settings.hidden).to(episodes.actions.device)
+        super().__init__(critic, source, settings, act)
+        self.value = EnsembleMLP(1, critic.config.context, 0, settings.hidden, critic.config.stack)
 
-    def v(self, obs: Float[Tensor, "B O"]) -> Float[Tensor, "B"]:
-        """Return the state value."""
-        return self.value(self.value.encode(self.critic.normalizer(obs)))[0]
+    def v(self, obs: Observation) -> Float[Tensor, "B"]:
+        """Return the state value; it looks through the critic's eyes, which it does not train."""
+        return self.value(self.value.encode(self.critic.context(obs).detach()))[0]
 
     @override
     def y(self, batch: Transitions, generator: torch.Generator) -> Float[Tensor, "B"]:
@@ -173,10 +226,31 @@ class IQL(CriticLearner):
         with torch.no_grad():
             q = self.q_target(batch.observations, batch.actions)
         v = self.v(batch.observations)
-        return loss + expectile_loss(q - v, self.settings.expectile).mean(), info | {"v": v.detach().mean()}
+        value_loss = self.critic.config.stack * expectile_loss(q - v, self.settings.expectile).mean()
+        return loss + value_loss, info | {"v": v.detach().mean()}
 
 
-LEARNERS: dict[str, type[CriticLearner]] = {"sarsa": Sarsa, "td": TD, "monte_carlo": MonteCarlo, "iql": IQL}
+LEARNERS: dict[str, type[CriticLearner]] = {
+    "sarsa": Sarsa,
+    "td": TD,
+    "monte_carlo": MonteCarlo,
+    "iql": IQL,
+    "fql": FQL,
+}
+
+
+def fresh_critic(obs_dim: int, action_dim: int, training: CriticTraining, seeds: Sequence[int]) -> Critic:
+    """Return an untrained critic, or a stack of them for several seeds."""
+    critics = []
+    with torch.random.fork_rng(devices=[]):
+        for seed in seeds:
+            torch.manual_seed(seed)
+            critics.append(Critic(training.critic_config(obs_dim, action_dim)))
+    return critics[0] if len(critics) == 1 else Critic.stacked(critics)
+
+
+ACTING = ("td", "fql")
+"""Targets that ask the policy for actions."""
 
 
 def train_critic(
@@ -197,9 +271,9 @@ def train_critic(
         episodes: the data; held in memory on ``device``.
         out: run directory.
         training: how to train; defaults to ``CriticTraining()``.
-        act: for ``target="td"``, ``(critic, obs: (B, O), noise: (B, H, A)) -> a: (B, H, A)``, the next action
-            under the current target critic: ``lambda q, s, x0: qsteer.sample(policy.field(s), q.bind(s), x0,
-            rule=Tweedie())``.
+        act: for ``target="td"`` and ``"fql"``, ``(critic, obs: (B, O), noise: (B, H, A)) -> a: (B, H, A)``,
+            the next action under the current target critic: ``lambda q, s, x0:
+            qsteer.sample(policy.field(s), q.bind(s), x0, rule=Tweedie())``.
         device: where to train.
         progress: show a progress bar.
 
@@ -208,25 +282,18 @@ def train_critic(
             data.
     """
     out, training = Path(out), training or CriticTraining()
-    if (act is None) == (training.target == "td"):
+    if (act is None) == (training.target in ACTING):
         raise ValueError(
-            f"train_critic: expected act= when target is 'td' and only then, got act={act} with target "
-            f"{training.target!r}; only TD asks for actions that are not in the data"
+            f"train_critic: expected act= when target is one of {ACTING} and only then, got act={act} with "
+            f"target {training.target!r}; the others ask for no actions that are not in the data"
         )
-    config = CriticConfig(
-        episodes.observations.shape[1],
-        episodes.actions.shape[1],
-        training.horizon,
-        training.hidden,
-        training.members,
-        training.rho,
-        training.observation_key,
-    )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(training.seed)
-        critic = Critic(config)
+        critic = Critic(training.critic_config(episodes.observations.shape[1], episodes.actions.shape[1]))
         critic.fit_normalisation(episodes.observations)
-        learner = LEARNERS[training.target](critic.to(device), episodes.to(device), training, act)
+        kind = LEARNERS[training.target]
+        chunks = Chunks(episodes.to(device), training.horizon, training.gamma, kind.need)
+        learner = kind(critic.to(device), chunks, training, act).to(device)
     fit(learner, out, training, asdict(training) | {"data": episodes.fingerprint()}, progress=progress)
     learner.target.eval().save_pretrained(out)
     return learner.target

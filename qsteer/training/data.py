@@ -1,18 +1,20 @@
 """Offline data: trajectories one after another, and chunk transitions that never cross a trajectory's end."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from hashlib import sha256
-from typing import Literal
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
+from torch.utils._pytree import tree_map
 
-from qsteer.critics.targets import chunk_return
+from qsteer.critics.targets import chunk_return, monte_carlo_target
+from qsteer.types import Observation
 
-type Need = Literal["actions", "next_state", "next_actions"]
+type Need = Literal["actions", "next_state", "next_actions", "returns"]
 
 
 @dataclass(frozen=True)
@@ -88,26 +90,38 @@ class Transitions:
 
     Attributes:
         rows: row of the episodes where each chunk starts.
-        observations: state s at the start.
+        observations: observation s at the start.
         actions: chunk; steps which the trajectory does not have repeat its last action.
         rewards: ``R = sum_k gamma^k r_k`` up to and including the first terminal.
         discount: gamma^H.
         masks: 0 when the chunk contains a terminal, else 1.
-        next_observations: state s' after the chunk; without meaning where the mask is 0.
+        next_observations: observation s' after the chunk; without meaning where the mask is 0.
         next_actions: the chunk after the chunk, without meaning where the mask is 0; ``None`` unless it was
             asked for.
         valid: step k of ``actions`` is stored in the trajectory.
+        returns: discounted sum of the trajectory's rewards from the start of the chunk on; ``None`` unless it
+            was asked for.
     """
 
     rows: Int[Tensor, "B"]
-    observations: Float[Tensor, "B O"]
+    observations: Observation
     actions: Float[Tensor, "B H A"]
     rewards: Float[Tensor, "B"]
     discount: float
     masks: Float[Tensor, "B"]
-    next_observations: Float[Tensor, "B O"]
+    next_observations: Observation
     next_actions: Float[Tensor, "B H A"] | None
     valid: Bool[Tensor, "B H"]
+    returns: Float[Tensor, "B"] | None = None
+
+
+@runtime_checkable
+class Source(Protocol):
+    """Where a learner's batches come from: :class:`Chunks` of a data set, or a replay."""
+
+    def sample(self, batch_size: int, generator: torch.Generator, /) -> Transitions:
+        """Draw transitions with replacement; all randomness comes from the generator."""
+        ...
 
 
 class Chunks:
@@ -118,7 +132,8 @@ class Chunks:
     reads:
 
     * ``"actions"`` (behaviour cloning): all H steps are stored;
-    * ``"next_state"`` (IQL, TD, Monte Carlo): as above, or the trajectory ends in a terminal before;
+    * ``"next_state"`` (IQL, TD): as above, or the trajectory ends in a terminal before;
+    * ``"returns"`` (Monte Carlo): the same;
     * ``"next_actions"`` (SARSA): moreover, unless the chunk contains a terminal, the same holds for the next
       chunk.
     """
@@ -141,6 +156,9 @@ class Chunks:
         self.rewards, self.masks = chunk_return(
             episodes.rewards[rows], episodes.terminals[rows], self.valid, gamma
         )
+        self.returns = None
+        if need == "returns":
+            self.returns = monte_carlo_target(episodes.rewards, episodes.terminals, episodes.ends, gamma)
         stored, over = self.valid[:, -1], self.masks == 0
         usable = stored if need == "actions" else stored | over
         if self.paired:
@@ -177,7 +195,19 @@ class Chunks:
             next_observations=data.next_observations[chunk[:, -1]],
             next_actions=None if following is None else data.actions[following],
             valid=self.valid[rows],
+            returns=None if self.returns is None else self.returns[rows],
         )
 
     def _rows(self, start: Int[Tensor, "B"]) -> Int[Tensor, "B H"]:
         return torch.minimum(start[:, None] + self.steps, self.last[start, None])
+
+
+def joined(batches: Sequence[Transitions]) -> Transitions:
+    """Return several batches as one."""
+
+    def column(name: str) -> Any:
+        parts = [getattr(batch, name) for batch in batches]
+        return None if parts[0] is None else tree_map(lambda *tensors: torch.cat(tensors), *parts)
+
+    names = (f.name for f in fields(Transitions) if f.name != "discount")
+    return Transitions(**{name: column(name) for name in names}, discount=batches[0].discount)

@@ -1,6 +1,6 @@
 """FMQ: adapting a one-step flow map to a critic that goes on learning (arXiv:2605.12416, Algorithm 1)."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import asdict, dataclass
 from hashlib import sha256
@@ -15,17 +15,17 @@ from qsteer.critics.critic import Critic
 from qsteer.flow import denoise, features_of, interpolate
 from qsteer.maps.flow_maps import FlowMap
 from qsteer.maps.losses import fmq_target, trust_radius
+from qsteer.training.actors import Decision
 from qsteer.training.critic import TD, CriticTraining
-from qsteer.training.data import Chunks, Episodes, Transitions
+from qsteer.training.data import Chunks, Episodes, Source
 from qsteer.training.loop import Learner, Training, fit
 from qsteer.training.maps import draws
 from qsteer.training.policy import FlowPolicy
+from qsteer.training.replay import Layout, Mixed, Replay
 from qsteer.types import Field
 
 if TYPE_CHECKING:  # needs gymnasium
     from qsteer.training.collect import Collector
-
-COLUMNS = ("observations", "next_observations", "actions", "rewards", "terminals")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,72 +72,6 @@ class ClippedTD(TD):
         return self.target.members(self.target.encode(obs), a).amin(0)
 
 
-class Replay(nn.Module):
-    """Offline data, and on top of it what environments do: a lane of consecutive steps for each of them.
-
-    Lanes are buffers, hence part of a checkpoint. For the time being an episode that still goes on ends with
-    the last step that is there, without a terminal: its chunks bootstrap, and none reaches into another
-    episode.
-
-    Args:
-        offline: chunks of the data.
-        gamma: discount per step.
-        lanes: environments.
-        rows: most steps per lane.
-    """
-
-    begins: Tensor
-    filled: Tensor
-
-    def __init__(self, offline: Chunks, gamma: float, lanes: int, rows: int) -> None:
-        super().__init__()
-        self.offline, self.gamma, self.lanes = offline, gamma, lanes
-        for name in COLUMNS:
-            like = getattr(offline.episodes, name)
-            self.register_buffer(name, like.new_zeros(lanes, rows, *like.shape[1:]))
-        device = offline.starts.device
-        self.register_buffer("begins", torch.zeros(lanes, rows, dtype=torch.bool, device=device))
-        self.register_buffer("filled", torch.zeros((), dtype=torch.int64, device=device))
-        self._online: Chunks | None = None
-        self._known = 0
-
-    def __len__(self) -> int:
-        """Return the number of steps that were added."""
-        return self.lanes * int(self.filled)
-
-    def add(self, step: Mapping[str, Tensor]) -> None:
-        """Append one step to every lane: columns of ``Episodes``, with ``begins`` in place of ``ends``."""
-        for name in (*COLUMNS, "begins"):
-            self.get_buffer(name)[:, self.filled] = step[name].to(self.filled.device)
-        self.filled += 1
-
-    @property
-    def online(self) -> Chunks | None:
-        """Chunks of what was added; None while no episode is long enough for one."""
-        n = int(self.filled)
-        if n != self._known:
-            ends = torch.cat([self.begins[:, 1:n], torch.ones_like(self.begins[:, :1])], 1).flatten()
-            columns = {name: self.get_buffer(name)[:, :n].flatten(0, 1) for name in COLUMNS}
-            episodes = Episodes(**columns, ends=ends)
-            try:
-                self._online = Chunks(episodes, self.offline.horizon, self.gamma, "next_state")
-            except ValueError:  # all episodes are shorter than a chunk
-                self._online = None
-            self._known = n
-        return self._online
-
-    def sample(self, batch_size: int, generator: torch.Generator) -> Transitions:
-        """Draw uniformly from all chunks, old and new; ``rows`` count in the data and in the lanes."""
-        pools = [self.offline, *([] if self.online is None else [self.online])]
-        device = self.filled.device
-        draw = torch.randint(sum(map(len, pools)), (batch_size,), generator=generator, device=device)
-        batches = []
-        for pool in pools:
-            batches.append(pool.gather(pool.starts[draw[(draw >= 0) & (draw < len(pool))]]))
-            draw = draw - len(pool)
-        return _joined(batches)
-
-
 class Improvement(NamedTuple):
     """What the critic wants of the offline map at some states.
 
@@ -168,6 +102,8 @@ class FMQ(Learner):
 
     Attributes:
         collector: environments to act in; None: offline.
+        replay: what they do.
+        chunks: where batches come from: the offline data, and the replay if there is one.
     """
 
     step: Tensor
@@ -183,23 +119,23 @@ class FMQ(Learner):
         super().__init__()
         self.settings = settings
         self.collector: Collector | None = None
+        self.replay: Replay | None = None
         self.frozen = (policy, flow_map)  # in a tuple: no part of what is learnt and stored
         self.flow_map = deepcopy(flow_map).requires_grad_(True)
+        chunks = Chunks(episodes, critic.config.horizon, settings.gamma, ClippedTD.need)
         self.q = ClippedTD(
             deepcopy(critic).requires_grad_(settings.learn_critic),
-            episodes,
+            chunks,
             CriticTraining(
                 target="td", horizon=critic.config.horizon, gamma=settings.gamma, ema=settings.ema
             ),
             lambda _, obs, noise: self.act(obs, noise),
         )
-        lanes = settings.num_envs if settings.env_steps else 0
-        rows = -(-settings.env_steps // settings.num_envs)
-        self.replay = Replay(self.q.chunks, settings.gamma, lanes, rows)
+        self.chunks: Source = chunks
         self.register_buffer("step", torch.zeros((), dtype=torch.int64))
 
         own = torch.Generator(episodes.actions.device).manual_seed(settings.seed)
-        probe = self.q.chunks.sample(settings.batch_size, own)
+        probe = chunks.sample(settings.batch_size, own)
         self.probe = probe.observations, torch.randn(probe.actions.shape, generator=own, device=own.device)
 
     @torch.no_grad()
@@ -230,7 +166,7 @@ class FMQ(Learner):
     def loss(self, generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
         self.collect(generator)
         s = self.settings
-        batch = self.replay.sample(s.batch_size, generator)
+        batch = self.chunks.sample(s.batch_size, generator)
         uniform, normal = draws(batch.actions, generator)
         r = uniform()
         x = interpolate(normal(), batch.actions, r)
@@ -252,17 +188,18 @@ class FMQ(Learner):
 
     def collect(self, generator: torch.Generator) -> None:
         """Let the environments catch up with the gradient steps."""
-        if self.collector is None:
+        if self.collector is None or self.replay is None:
             return
         s = self.settings
 
-        def act(obs: Tensor) -> Tensor:
+        def act(obs: Tensor, _: object) -> Decision:
             obs = obs.to(generator.device)
             shape = len(obs), self.flow_map.config.horizon, self.flow_map.config.action_dim
-            return self.act(obs, torch.randn(shape, generator=generator, device=generator.device))
+            actions = self.act(obs, torch.randn(shape, generator=generator, device=generator.device))
+            return Decision(actions, actions, obs)
 
         due = (int(self.step) + 1) * s.env_steps / s.steps
-        while len(self.replay) < due:
+        while self.replay.added < due:
             self.replay.add(self.collector.step(act, generator))
 
     @override
@@ -299,7 +236,7 @@ class FMQ(Learner):
         }
         metrics = {name: value.item() for name, value in values.items()}
         if self.collector is not None and (finished := self.collector.finished):
-            successes, returns = zip(*finished, strict=True)
+            _, successes, returns, _ = zip(*finished, strict=True)
             n = len(finished)
             metrics |= {"episodes": n, "success": sum(successes) / n, "return": sum(returns) / n}
             finished.clear()
@@ -360,8 +297,19 @@ def adapt(
     else:
         from qsteer.training.collect import Collector
 
-        collector = Collector(make_env, horizon=flow_map.config.horizon, num_envs=training.num_envs)
-        with collector:
+        horizon, lanes = flow_map.config.horizon, training.num_envs
+        layout = Layout(
+            observations=critic.config.obs_dim,
+            action_dim=critic.config.action_dim,
+            horizon=horizon,
+            gamma=training.gamma,
+            need=ClippedTD.need,
+            lanes=lanes,
+            capacity=2 * training.env_steps // lanes + 2 * horizon,
+        )
+        learner.replay = Replay(layout, directory=out / "replay", device=device)
+        learner.chunks = Mixed(learner.chunks, learner.replay)
+        with Collector(make_env, horizon=horizon, num_envs=lanes) as collector:
             learner.collector = collector
             fit(learner, out, training, identity, progress=progress)
     adapted, target = learner.flow_map.requires_grad_(False).eval(), learner.q.target.eval()
@@ -389,20 +337,3 @@ def fingerprint(module: nn.Module) -> str:
     for tensor in module.state_dict().values():
         digest.update(tensor.cpu().contiguous().numpy())
     return digest.hexdigest()[:16]
-
-
-def _joined(batches: list[Transitions]) -> Transitions:
-    def column(name: str) -> Tensor:
-        return torch.cat([getattr(batch, name) for batch in batches])
-
-    return Transitions(
-        rows=column("rows"),
-        observations=column("observations"),
-        actions=column("actions"),
-        rewards=column("rewards"),
-        discount=batches[0].discount,
-        masks=column("masks"),
-        next_observations=column("next_observations"),
-        next_actions=None,
-        valid=column("valid"),
-    )

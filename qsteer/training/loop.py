@@ -11,6 +11,7 @@ up to rounding, the result, and may change when a run is resumed.
 """
 
 import json
+import math
 import os
 import time
 from abc import ABC, abstractmethod
@@ -73,6 +74,7 @@ class Training:
         evaluate_every: steps between held-out evaluations, for learners that have one; a multiple of
             ``log_every``.
         warmup: steps in which the learning rate grows from zero.
+        decay: steps, from the first on, in which it falls along a cosine to a tenth; 0: it does not.
     """
 
     steps: int
@@ -84,6 +86,7 @@ class Training:
     checkpoint_every: int = 5000
     evaluate_every: int = 5000
     warmup: int = 0
+    decay: int = 0
 
     def __post_init__(self) -> None:
         """Check the values."""
@@ -99,6 +102,12 @@ class Training:
         """Return the optimiser."""
         return torch.optim.Adam(parameters, self.learning_rate, fused=True)
 
+    def rate(self, step: int) -> float:
+        """Return the learning rate of a step, counted from 1."""
+        grown = min(1.0, step / max(1, self.warmup))
+        progress = min(1.0, step / self.decay) if self.decay else 0.0
+        return self.learning_rate * grown * (0.55 + 0.45 * math.cos(math.pi * progress))
+
 
 class Learner(nn.Module, ABC):
     """What the loop optimises (its trainable parameters) and what a checkpoint keeps (its state dict).
@@ -106,9 +115,11 @@ class Learner(nn.Module, ABC):
     Attributes:
         share: the rows of a batch that :meth:`loss` computes; set by :func:`fit`. A learner that heeds it is
             sped up by further processes, and must draw for the whole batch all the same.
+        stack: independent models side by side, as equal groups of the first axis of every parameter.
     """
 
     share = WHOLE
+    stack = 1
 
     @abstractmethod
     def loss(self, generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
@@ -152,14 +163,14 @@ def fit(
     learner.share = Share(state.process_index, state.num_processes)
     optimizer = training.optimizer(parameters)
     generator = torch.Generator(parameters[0].device).manual_seed(training.seed)
-    start = _resume(out, learner, optimizer, generator, identity)
+    start = resume(out, learner, optimizer, generator, identity)
     if state.num_processes > 1:
         for tensor in learner.state_dict().values():
             torch.distributed.broadcast(tensor, 0)
     main = state.is_main_process
     if main:
-        _truncate(out / METRICS, start)
-        _truncate(out / SPEED, start)
+        truncate(out / METRICS, start)
+        truncate(out / SPEED, start)
 
     bar = tqdm(
         range(start + 1, training.steps + 1),
@@ -172,16 +183,7 @@ def fit(
     since, clock = start, time.perf_counter()
     for step in bar:
         loss, info = learner.loss(generator)
-        optimizer.zero_grad()
-        for group in optimizer.param_groups:
-            group["lr"] = training.learning_rate * min(1.0, step / max(1, training.warmup))
-        loss.backward()
-        if state.num_processes > 1:
-            _average([p.grad for p in parameters if p.grad is not None])
-        if training.gradient_clip is not None:
-            nn.utils.clip_grad_norm_(parameters, training.gradient_clip)
-        optimizer.step()
-        learner.after_step()
+        descend(learner, optimizer, loss, training, step)
         if step % training.log_every == 0 or step == training.steps:
             shown = {"loss": loss.detach()} | info
             if state.num_processes > 1:
@@ -191,14 +193,41 @@ def fit(
             if main:
                 if step % training.evaluate_every == 0 or step == training.steps:
                     values |= learner.evaluate()
-                _append(out / METRICS, {"step": step} | values)
-                _append(out / SPEED, {"step": step} | speed)
+                append(out / METRICS, {"step": step} | values)
+                append(out / SPEED, {"step": step} | speed)
                 bar.set_postfix({name: f"{value:.4g}" for name, value in (values | speed).items()})
         if main and (step % training.checkpoint_every == 0 or step == training.steps):
-            _save(out, learner, optimizer, generator, step, identity)
+            save(out, learner, optimizer, generator, step, identity)
         if step % training.log_every == 0:
             since, clock = step, time.perf_counter()
     state.wait_for_everyone()
+
+
+def descend(
+    learner: Learner, optimizer: torch.optim.Optimizer, loss: Tensor, training: Training, step: int
+) -> None:
+    """Take one optimiser step, the same in all processes.
+
+    The gradients of models in a stack are clipped one by one.
+    """
+    parameters = optimizer.param_groups[0]["params"]
+    optimizer.zero_grad()
+    loss.backward()
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    if PartialState().num_processes > 1:
+        _average(gradients)
+    if training.gradient_clip is not None and learner.stack > 1:
+        groups = [gradient.view(learner.stack, -1) for gradient in gradients]
+        norm = torch.cat(groups, 1).norm(dim=1, keepdim=True)
+        factor = (training.gradient_clip / (norm + 1e-6)).clamp(max=1.0)  # as clip_grad_norm_
+        for group in groups:
+            group *= factor
+    elif training.gradient_clip is not None:
+        nn.utils.clip_grad_norm_(parameters, training.gradient_clip)
+    for options in optimizer.param_groups:
+        options["lr"] = training.rate(step)
+    optimizer.step()
+    learner.after_step()
 
 
 def _average(tensors: Sequence[Tensor]) -> None:
@@ -210,12 +239,14 @@ def _average(tensors: Sequence[Tensor]) -> None:
         tensor.copy_(mean.view_as(tensor))
 
 
-def _append(path: Path, line: Mapping[str, float | int]) -> None:
+def append(path: Path, line: Mapping[str, float | int]) -> None:
+    """Add a line of metrics."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "a") as file:
         file.write(json.dumps(line) + "\n")
 
 
-def _save(
+def save(
     out: Path,
     learner: Learner,
     optimizer: torch.optim.Optimizer,
@@ -235,7 +266,7 @@ def _save(
     os.replace(temporary, out / CHECKPOINT)
 
 
-def _resume(
+def resume(
     out: Path,
     learner: Learner,
     optimizer: torch.optim.Optimizer,
@@ -276,11 +307,13 @@ def _under(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
     return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
 
 
-def _truncate(path: Path, step: int) -> None:
-    """Drop metrics after ``step``, and a line that was cut in the middle."""
+def truncate(path: Path, step: int | None = None) -> None:
+    """Drop metrics after ``step`` (None: none), and a line that was cut in the middle."""
     if not path.exists():
         return
     kept = [line for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
+    if step is not None:
+        kept = [line for line in kept if json.loads(line)["step"] <= step]
     temporary = path.with_suffix(".tmp")
-    temporary.write_text("".join(line for line in kept if json.loads(line)["step"] <= step))
+    temporary.write_text("".join(kept))
     os.replace(temporary, path)

@@ -1,0 +1,264 @@
+"""Learning curves: read from metrics, averaged over seeds with bootstrap bands, drawn and summed up."""
+
+import json
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from jaxtyping import Float
+
+from qsteer.evaluation.plots import BASE, CONTROL, MUTED, STEERED, STYLE, pyplot, save
+from qsteer.evaluation.statistics import Band, seed_bootstrap, time_weighted_ema
+
+SUCCESS = "evaluation/success"
+COLOURS = (STEERED, "#2a9d6f", "#8e5bd0", "#c9427f", "#8a6d1f", "#1a9bb5")
+DASHES = ((0, (5, 2)), (0, (1, 1.5)), (0, (7, 2, 1, 2)), (0, (2, 2)))
+
+
+class Curve(NamedTuple):
+    """One run's metric over its environment steps, which increase."""
+
+    steps: Float[np.ndarray, "T"]
+    values: Float[np.ndarray, "T"]
+
+
+class Curves(NamedTuple):
+    """One metric of several runs at common environment steps."""
+
+    steps: Float[np.ndarray, "T"]
+    values: Float[np.ndarray, "S T"]
+
+
+class Summary(NamedTuple):
+    """One method in numbers.
+
+    Attributes:
+        name: of the method.
+        seeds: its runs.
+        steps: environment steps after which ``final`` was measured.
+        final: the metric there.
+        area: its mean over the whole run: the area under the curve over its width, so of the metric's units.
+    """
+
+    name: str
+    seeds: int
+    steps: int
+    final: Band
+    area: Band
+
+
+def read_curve(path: str | Path, key: str = SUCCESS) -> Curve:
+    """Read one metric of a run from its ``metrics.jsonl``, against ``env_steps``.
+
+    Left out are lines without the metric, or with NaN there (nothing to average yet), and a last line that is
+    still being written. Of lines with the same ``env_steps`` (learning without acting) the last one counts.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: no line has the metric.
+    """
+    points: dict[int, float] = {}
+    known: set[str] = set()
+    for line in Path(path).read_text().splitlines(keepends=True):
+        if not line.endswith("\n"):
+            continue
+        metrics = json.loads(line)
+        known |= set(metrics)
+        if "env_steps" in metrics and not np.isnan(metrics.get(key, np.nan)):
+            points[metrics["env_steps"]] = metrics[key]
+    if not points:
+        raise ValueError(
+            f"{path}: expected lines with 'env_steps' and {key!r}, got {sorted(known)}; choose another "
+            "metric, or wait for the first evaluation"
+        )
+    steps = sorted(points)
+    return Curve(np.array(steps, float), np.array([points[step] for step in steps], float))
+
+
+def align(curves: Sequence[Curve]) -> Curves:
+    """Put runs on common steps: all steps at which one of them was measured, within what all have covered.
+
+    Between its own steps a run is interpolated linearly. Runs that were measured at the same steps, as seeds
+    of one experiment are, stay as they are, but for the end: a run that is still short cuts all of them, so
+    that a mean is always over all seeds.
+
+    Raises:
+        ValueError: there are no curves, or no step that all of them cover.
+    """
+    if not curves:
+        raise ValueError("curves: expected at least one run, got none")
+    start = max(curve.steps[0] for curve in curves)
+    stop = min(curve.steps[-1] for curve in curves)
+    if stop < start:
+        raise ValueError(
+            f"curves: expected runs that overlap, got one from {start:g} environment steps on and one up to "
+            f"{stop:g}; wait for the slower one, or leave it out"
+        )
+    steps = np.unique(np.concatenate([curve.steps for curve in curves]))
+    steps = steps[(steps >= start) & (steps <= stop)]
+    return Curves(steps, np.stack([np.interp(steps, *curve) for curve in curves]))
+
+
+def area(curves: Curves) -> Float[np.ndarray, "S"]:
+    """Return each run's mean over the steps: the area under its curve (trapezoids) over the width."""
+    width = curves.steps[-1] - curves.steps[0]
+    if not width:
+        return curves.values[:, 0]
+    return np.trapezoid(curves.values, curves.steps) / width
+
+
+def summary(
+    groups: Mapping[str, Sequence[str | Path]], *, key: str = SUCCESS, smoothing: float = 0.0
+) -> list[Summary]:
+    """Return final value and area under the curve of each method, with 95 % seed-bootstrap intervals.
+
+    Args:
+        groups: each method's ``metrics.jsonl``, one a seed.
+        key: the metric.
+        smoothing: ``alpha`` of :func:`~qsteer.evaluation.statistics.time_weighted_ema`, applied to each run;
+            QPILOTS reports LIBERO with 0.99.
+
+    Raises:
+        ValueError: see :func:`read_curve` and :func:`align`.
+    """
+    rows = []
+    for name, paths in groups.items():
+        curves = _read(paths, key, smoothing)
+        rows.append(
+            Summary(
+                name,
+                len(paths),
+                int(curves.steps[-1]),
+                seed_bootstrap(curves.values[:, -1]),
+                seed_bootstrap(area(curves)),
+            )
+        )
+    return rows
+
+
+def table(rows: Iterable[Summary], *, percent: bool = True) -> str:
+    """Return a summary as a Markdown table.
+
+    Args:
+        rows: of :func:`summary`.
+        percent: the metric is a rate; show it in percent.
+    """
+    lines = ["| method | seeds | env steps | final | area under the curve |", "|---|---|---|---|---|"]
+    for row in rows:
+        final, mean = (
+            "{:.0f} [{:.0f}, {:.0f}]".format(*(100 * x for x in band))
+            if percent
+            else "{:.3g} [{:.3g}, {:.3g}]".format(*band)
+            for band in (row.final, row.area)
+        )
+        lines.append(f"| {row.name} | {row.seeds} | {row.steps} | {final} | {mean} |")
+    return "\n".join(lines)
+
+
+def plot_curves(
+    groups: Mapping[str, Sequence[str | Path]],
+    path: str | Path,
+    *,
+    key: str = SUCCESS,
+    base: str | None = None,
+    controls: Collection[str] = (),
+    smoothing: float = 0.0,
+    title: str | None = None,
+) -> Path:
+    """Draw a metric against environment steps: each method's mean over seeds, a 95 % band, the seeds thin.
+
+    The band is that of :func:`~qsteer.evaluation.statistics.seed_bootstrap`. The legend follows the order in
+    which the curves end.
+
+    Args:
+        groups: each method's ``metrics.jsonl``, one a seed.
+        path: of the picture; its suffix says the format.
+        key: the metric; one that ends in ``success`` is drawn in percent.
+        base: the unsteered method, drawn in a colour of its own.
+        controls: methods which should not gain, drawn dashed in grey.
+        smoothing: see :func:`summary`.
+        title: above the picture.
+
+    Raises:
+        ValueError: no methods, or ``base`` or ``controls`` are not among them; see also :func:`read_curve`.
+        ModuleNotFoundError: matplotlib is not installed.
+    """
+    if not groups:
+        raise ValueError("groups: expected at least one method, got none")
+    if unknown := {*controls, *([base] if base else [])} - set(groups):
+        raise ValueError(f"base, controls: expected names among {sorted(groups)}, got {sorted(unknown)}")
+    rate = key.endswith("success")
+    scale = 100 if rate else 1
+    colours, dashes = iter(COLOURS * len(groups)), iter(DASHES * len(groups))
+    plt = pyplot()
+    from matplotlib.ticker import EngFormatter
+
+    with plt.rc_context(STYLE):
+        fig, ax = plt.subplots(figsize=(7.2, 3.6), layout="constrained")
+        ends = {}
+        for order, (name, paths) in enumerate(groups.items()):
+            curves = _read(paths, key, smoothing)
+            band = Band(*(scale * x for x in seed_bootstrap(curves.values)))
+            control = name in controls
+            colour = BASE if name == base else CONTROL if control else next(colours)
+            for values in curves.values if len(paths) > 1 else ():
+                ax.plot(curves.steps, scale * values, color=colour, linewidth=0.6, alpha=0.35, zorder=1)
+            ax.fill_between(
+                curves.steps, band.low, band.high, color=colour, alpha=0.08 if control else 0.16, linewidth=0
+            )
+            (line,) = ax.plot(
+                curves.steps,
+                band.mean,
+                color=colour,
+                linewidth=1.4 if control else 2.2,
+                linestyle=next(dashes) if control else "-",
+                marker="o" if len(curves.steps) == 1 else None,
+                markersize=5,
+                zorder=2 if control else 3 + len(groups) - order,
+                solid_capstyle="round",
+            )
+            ends[name] = (float(band.mean[-1]), line)
+        ranked = sorted(ends, key=lambda name: -ends[name][0])
+        ax.legend(
+            [ends[name][1] for name in ranked],
+            ranked,
+            frameon=False,
+            fontsize=9,
+            loc="center left",
+            bbox_to_anchor=(1.0, 0.5),
+            handlelength=2.4,
+        )
+        if rate:
+            ax.set_ylim(0, 102)
+            ax.set_yticks(range(0, 101, 25), ["0", "25", "50", "75", "100 %"])
+        ax.grid(axis="y", color=STYLE["axes.edgecolor"], linewidth=0.6)
+        ax.set_axisbelow(True)
+        ax.margins(x=0.01)
+        ax.xaxis.set_major_formatter(EngFormatter(sep=""))
+        ax.set_xlabel("environment steps", loc="left")
+        if title:
+            ax.set_title(title, loc="left", fontweight="bold", fontsize=11, pad=20)
+        ax.annotate(
+            f"{'success rate' if rate else key.removeprefix('evaluation/')}, {_seeds(groups)}",
+            (0, 1),
+            (0, 6),
+            xycoords="axes fraction",
+            textcoords="offset points",
+            color=MUTED,
+            fontsize=9,
+        )
+        return save(fig, path)
+
+
+def _read(paths: Sequence[str | Path], key: str, smoothing: float) -> Curves:
+    curves = [read_curve(path, key) for path in paths]
+    return align([Curve(x, time_weighted_ema(x, y, smoothing)) for x, y in curves])
+
+
+def _seeds(groups: Mapping[str, Sequence[str | Path]]) -> str:
+    low, *_, high = sorted(2 * [len(paths) for paths in groups.values()])
+    if high == 1:
+        return "one seed"
+    count = f"{high} seeds" if low == high else f"{low} to {high} seeds"
+    return f"mean of {count} with 95 % bootstrap band"

@@ -1,0 +1,170 @@
+"""OGBench from offline to online, as QPILOTS and QAM measure it: settings of each domain, and of all.
+
+QPILOTS (arXiv:2606.14801, section 5.1, appendix C) takes over the protocol of QAM (Li and Levine,
+arXiv:2601.14234): 10 domains of 5 tasks, 10^6 offline updates, then 5 x 10^5 environment steps with one
+update each on offline and online data, drawn uniformly; 8 seeds; success over 50 episodes at the end.
+
+A :class:`Domain` holds what differs between domains, and makes the settings objects of
+:mod:`qsteer.training`, which :func:`dataclasses.replace` scales down.
+
+What is otherwise here: the policy is cloned first and stays frozen, where the papers go on cloning with a
+moving average of the policy while the critic learns; networks are as qsteer builds them (GELU).
+"""
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from qsteer.rules import Tweedie
+from qsteer.training.bc import PolicyTraining
+from qsteer.training.critic import CriticTraining
+
+if TYPE_CHECKING:  # needs gymnasium
+    from qsteer.training.online import OnlineTraining
+
+TASKS = (1, 2, 3, 4, 5)
+"""Numbers of the tasks of every domain."""
+SEEDS = tuple(range(8))
+OFFLINE_STEPS, ONLINE_STEPS = 1_000_000, 500_000
+EVALUATE_EVERY, EPISODES = 50_000, 50
+BATCH_SIZE, LEARNING_RATE, GRADIENT_CLIP = 256, 3e-4, 1.0
+HIDDEN = (512, 512, 512, 512)
+MEMBERS, EMA = 10, 0.005
+EULER_STEPS, POSTERIOR_SAMPLES = 10, 8
+
+
+@dataclass(frozen=True)
+class Domain:
+    """A domain of OGBench with its settings (QPILOTS, table 2).
+
+    Attributes:
+        name: key in :data:`DOMAINS`.
+        data: OGBench's name of the data set, which all tasks share.
+        horizon: actions per chunk.
+        gamma: discount per step.
+        rho: pessimism of the critic, in standard deviations over its members.
+        alpha: strength of the guidance, relative to the velocity's norm.
+        sparse: the reward is -1 until the task is solved, not minus the number of its unmet goals
+            (``qsteer.envs.ogbench.make`` and ``load`` take it).
+        large: the papers use OGBench's data set of 100 million transitions, not the standard one.
+        tuning_tasks: on which ``alpha`` was chosen; results on the others are held out.
+        published: the settings are the paper's, not this project's for a quick experiment.
+    """
+
+    name: str
+    data: str
+    horizon: int
+    gamma: float
+    rho: float
+    alpha: float
+    sparse: bool = False
+    large: bool = False
+    tuning_tasks: tuple[int, ...] = (2, 4)
+    published: bool = True
+
+    def __post_init__(self) -> None:
+        """Check the values."""
+        if self.horizon < 1:
+            raise ValueError(f"horizon: expected at least 1, got {self.horizon}")
+        if not 0 < self.gamma < 1:
+            raise ValueError(f"gamma: expected a number between 0 and 1, got {self.gamma}")
+        for name in ("rho", "alpha"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name}: expected at least 0, got {getattr(self, name)}")
+
+    @property
+    def rule(self) -> Tweedie:
+        """QPILOTS-U; the other method of the paper is ``Posterior(domain.alpha)`` with 8 samples."""
+        return Tweedie(self.alpha)
+
+    def policy(self, seed: int = 0) -> PolicyTraining:
+        """Return how the policy is cloned offline."""
+        return PolicyTraining(
+            steps=OFFLINE_STEPS,
+            batch_size=BATCH_SIZE,
+            learning_rate=LEARNING_RATE,
+            gradient_clip=GRADIENT_CLIP,
+            seed=seed,
+            horizon=self.horizon,
+            hidden=HIDDEN,
+        )
+
+    def critic(self, seed: int = 0) -> CriticTraining:
+        """Return how the critic learns: TD, the next action being that of the steered policy."""
+        return CriticTraining(
+            steps=OFFLINE_STEPS,
+            batch_size=BATCH_SIZE,
+            learning_rate=LEARNING_RATE,
+            gradient_clip=GRADIENT_CLIP,
+            seed=seed,
+            target="td",
+            horizon=self.horizon,
+            gamma=self.gamma,
+            ema=EMA,
+            members=MEMBERS,
+            rho=self.rho,
+            hidden=HIDDEN,
+        )
+
+    def online(self, seed: int = 0) -> "OnlineTraining":
+        """Return how the offline critic goes on online; it steers from the first step on.
+
+        Raises:
+            ModuleNotFoundError: gymnasium is not installed.
+        """
+        from qsteer.training.online import OnlineTraining
+
+        return OnlineTraining(
+            critic=self.critic(seed),
+            env_steps=ONLINE_STEPS,
+            num_envs=1,
+            warmup=0,
+            evaluate_every=EVALUATE_EVERY,
+            episodes=EPISODES,
+        )
+
+
+DOMAINS = {
+    domain.name: domain
+    for domain in (
+        Domain("antmaze-large", "antmaze-large-navigate-v0", 1, 0.99, 0.5, 0.2, tuning_tasks=(1, 4)),
+        Domain("antmaze-giant", "antmaze-giant-navigate-v0", 1, 0.995, 0.5, 0.3, tuning_tasks=(1, 4)),
+        Domain(
+            "humanoidmaze-medium", "humanoidmaze-medium-navigate-v0", 1, 0.995, 0.0, 0.2, tuning_tasks=(1, 4)
+        ),
+        Domain(
+            "humanoidmaze-large", "humanoidmaze-large-navigate-v0", 1, 0.995, 0.0, 0.2, tuning_tasks=(1, 4)
+        ),
+        Domain("cube-double", "cube-double-play-v0", 5, 0.99, 0.5, 0.3),
+        Domain("cube-triple", "cube-triple-play-v0", 5, 0.99, 0.5, 0.5),
+        Domain("cube-quadruple", "cube-quadruple-play-v0", 5, 0.99, 0.5, 0.5, large=True),
+        Domain("scene-sparse", "scene-play-v0", 5, 0.99, 0.5, 0.2, sparse=True),
+        Domain("puzzle-3x3-sparse", "puzzle-3x3-play-v0", 5, 0.99, 0.5, 0.3, sparse=True),
+        Domain("puzzle-4x4-sparse", "puzzle-4x4-play-v0", 5, 0.99, 0.5, 2.0, sparse=True, large=True),
+        Domain("cube-single", "cube-single-play-v0", 5, 0.99, 0.5, 0.2, tuning_tasks=(2,), published=False),
+        Domain(
+            "pointmaze-medium",
+            "pointmaze-medium-navigate-v0",
+            5,
+            0.99,
+            0.5,
+            0.3,
+            tuning_tasks=(1,),
+            published=False,
+        ),
+    )
+}
+"""The domains of the papers, and two small ones which this project adds."""
+
+
+def task_name(domain: str, number: int) -> str:
+    """Return OGBench's name of a task: ``task_name("cube-double", 2)``.
+
+    Raises:
+        ValueError: there is no such domain or task.
+    """
+    if domain not in DOMAINS:
+        raise ValueError(f"domain: expected one of {', '.join(DOMAINS)}, got {domain!r}")
+    if number not in TASKS:
+        raise ValueError(f"number: expected the number of a task, 1 to 5, got {number}")
+    data, _, version = DOMAINS[domain].data.rpartition("-")
+    return f"{data}-singletask-task{number}-{version}"
