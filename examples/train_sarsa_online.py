@@ -5,8 +5,8 @@ With a checkpoint:
     python examples/train_sarsa_online.py --policy lerobot/pi05_libero_finetuned --task 64 --device cuda
 
 Without ``--policy`` a tiny pi0.5 of random weights acts: it solves nothing, and shows that everything runs.
-The critic sees both cameras at 64 pixels and the state (``--features``: the policy's own prefix too), and learns
-by SARSA, which never asks the policy for an action of its own. Needs ``qsteer[lerobot,libero]``.
+The critic sees both cameras at 64 pixels and the state (``--features``: the policy's own prefix too), and
+learns by SARSA, which never asks the policy for an action of its own. Needs ``qsteer[lerobot,libero]``.
 """
 
 import argparse

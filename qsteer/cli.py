@@ -119,6 +119,26 @@ def _parser() -> argparse.ArgumentParser:
     online.add_argument("--device", default="cpu", help="cpu or cuda")
     online.add_argument("--out", type=Path, help="run directory; default runs/TASK/online/ARM-TARGET")
 
+    text = "Run the OGBench offline-to-online protocol on a task, or sum up such runs."
+    protocol = commands.add_parser(
+        "protocol", help=text, description=text, formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    protocol.set_defaults(run=_protocol)
+    protocol.add_argument("--domain", default="cube-double", help="which domain (qsteer/protocol.py)")
+    protocol.add_argument("--task", type=int, default=2, help="number of the task, 1 to 5")
+    protocol.add_argument("--data", type=Path, help="the .npz to read; default runs/data/NAME.npz")
+    protocol.add_argument("--seeds", type=int, nargs="+", default=list(range(8)), help="all at once")
+    protocol.add_argument("--scale", type=float, default=1.0, help="of all numbers of steps; 1: the paper's")
+    protocol.add_argument("--device", default="cpu", help="cpu or cuda")
+    protocol.add_argument("--out", type=Path, help="run directory; default runs/protocol/DOMAIN-TASK")
+    protocol.add_argument(
+        "--report",
+        type=Path,
+        nargs="+",
+        metavar="RESULTS",
+        help="results.json of runs to sum up; runs nothing",
+    )
+
     evaluate = command("evaluate", _evaluate, "Compare arms on the evaluation seeds.")
     evaluate.add_argument("--policy", type=Path, required=True, help="directory or hub name of the policy")
     evaluate.add_argument("--critic", type=Path, required=True, help="directory or hub name of the critic")
@@ -289,7 +309,9 @@ def _train_online(args: argparse.Namespace) -> None:
     paths = [args.policy or run_directory(args.task, seed) / "policy" for seed in args.seeds]
     policies = [FlowPolicy.from_pretrained(path).requires_grad_(False).to(args.device) for path in paths]
     shape = policies[0].config
-    live = LiveCritic(fresh_critic(shape.obs_dim, shape.action_dim, critic, args.seeds).to(args.device))
+    live = LiveCritic(
+        fresh_critic(critic.critic_config(shape.obs_dim, shape.action_dim), args.seeds).to(args.device)
+    )
     actor = StateActor(policies, live)
     offline = None
     if args.data:
@@ -309,6 +331,21 @@ def _train_online(args: argparse.Namespace) -> None:
         tracker=args.tracker,
     )
     print(f"critics and metrics: {out}")
+
+
+def _protocol(args: argparse.Namespace) -> None:
+    from qsteer import protocol
+
+    if args.report:
+        print(protocol.table(args.report))
+        return
+    protocol.task_name(args.domain, args.task)
+    data = args.data or Path("runs/data") / f"{protocol.DOMAINS[args.domain].data}.npz"
+    out = args.out or Path("runs/protocol") / f"{args.domain}-{args.task}"
+    results = protocol.run(
+        args.domain, args.task, data, out, seeds=args.seeds, scale=args.scale, device=args.device
+    )
+    print(f"{protocol.table([results])}\nresults: {results}")
 
 
 def _evaluate(args: argparse.Namespace) -> None:

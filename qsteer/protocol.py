@@ -11,9 +11,16 @@ What is otherwise here: the policy is cloned first and stays frozen, where the p
 moving average of the policy while the critic learns; networks are as qsteer builds them (GELU).
 """
 
-from dataclasses import dataclass
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
+
+from qsteer.evaluation.statistics import interquartile_mean, seed_bootstrap, stratified_bootstrap
 from qsteer.rules import Tweedie
 from qsteer.training.bc import PolicyTraining
 from qsteer.training.critic import CriticTraining
@@ -168,3 +175,119 @@ def task_name(domain: str, number: int) -> str:
         raise ValueError(f"number: expected the number of a task, 1 to 5, got {number}")
     data, _, version = DOMAINS[domain].data.rpartition("-")
     return f"{data}-singletask-task{number}-{version}"
+
+
+def run(
+    domain: str,
+    number: int,
+    data: str | Path,
+    out: str | Path,
+    *,
+    seeds: Sequence[int] = SEEDS,
+    scale: float = 1.0,
+    device: str = "cpu",
+    progress: bool = True,
+) -> Path:
+    """Run the protocol on one task, all seeds at once, and write ``out/results.json``; resumable.
+
+    ``out/seedN/policy`` are the cloned policies, ``out/offline`` the stack of critics after the offline
+    phase, ``out/online`` what :func:`~qsteer.training.online.train_online` leaves. In the end every seed's
+    base and steered policy meet the evaluation episodes.
+
+    Args:
+        domain: key of :data:`DOMAINS`.
+        number: of the task, 1 to 5.
+        data: the data set's .npz file, official or generated.
+        out: run directory.
+        seeds: of initial weights.
+        scale: of all numbers of steps; 1: the paper's.
+        device: where to train; with several seeds small networks fill a GPU.
+        progress: show progress bars.
+
+    Raises:
+        ValueError: there is no such task, or ``out`` holds a run with other settings.
+    """
+    from qsteer.critics import LiveCritic
+    from qsteer.envs import ogbench
+    from qsteer.evaluation.arms import parse
+    from qsteer.evaluation.compare import compare
+    from qsteer.evaluation.rollouts import write_json
+    from qsteer.samplers import Euler
+    from qsteer.training import Chunks, Episodes, train_critic, train_policy
+    from qsteer.training.actors import StateActor
+    from qsteer.training.critic import LEARNERS, fresh_critic
+    from qsteer.training.online import train_online
+
+    name, settings, out = task_name(domain, number), DOMAINS[domain], Path(out)
+    episodes = Episodes.from_ogbench(ogbench.load(name, data, sparse=settings.sparse)[0])
+    make_env = partial(ogbench.make, name, sparse=settings.sparse)
+
+    def steps(n: int) -> int:
+        return max(1, round(scale * n))
+
+    policies = []
+    for seed in seeds:
+        training = replace(settings.policy(seed), steps=steps(OFFLINE_STEPS))
+        policy = train_policy(
+            episodes, out / f"seed{seed}" / "policy", training, device=device, progress=progress
+        )
+        policies.append(policy.to(device))
+
+    learning = replace(settings.critic(seeds[0]), steps=steps(OFFLINE_STEPS))
+    config = learning.critic_config(episodes.observations.shape[1], episodes.actions.shape[1])
+    actor = StateActor(policies, fresh_critic(config, seeds))
+    act = actor.sample_under(settings.rule, Euler(steps=EULER_STEPS, clip=(-1.0, 1.0)))
+    critic = train_critic(
+        episodes, out / "offline", learning, act=act, seeds=seeds, device=device, progress=progress
+    )
+
+    live = LiveCritic(critic)
+    online = settings.online(seeds[0])
+    online = replace(online, env_steps=steps(ONLINE_STEPS), evaluate_every=steps(EVALUATE_EVERY))
+    chunks = Chunks(episodes.to(device), settings.horizon, settings.gamma, LEARNERS[learning.target].need)
+    critic = train_online(
+        make_env,
+        StateActor(policies, live),
+        live,
+        out / "online",
+        online,
+        rule=settings.rule,
+        offline=chunks,
+        act=act,
+        progress=progress,
+    )
+
+    arms = [parse("base"), parse(f"tweedie={settings.alpha}")]
+    critics = critic.unstacked() if len(seeds) > 1 else [critic]
+    rows = []
+    for seed, policy, own in zip(seeds, policies, critics, strict=True):
+        report, _ = compare(make_env, policy.cpu(), own.cpu(), arms, episodes=EPISODES, progress=progress)
+        rows.append({"seed": seed} | {arm["name"]: arm["success"] for arm in report["arms"]})
+    result = {"domain": domain, "task": number, "scale": scale, "episodes": EPISODES, "seeds": rows}
+    return write_json(result, out / "results.json")
+
+
+def table(results: Sequence[str | Path]) -> str:
+    """Return the results of several tasks as text: each task's mean, and the interquartile mean of all.
+
+    Intervals are 95 %: bootstrap over seeds for a task, stratified bootstrap for the interquartile mean.
+
+    Args:
+        results: files that :func:`run` wrote, with equally many seeds.
+
+    Raises:
+        ValueError: the numbers of seeds differ.
+    """
+    runs = [json.loads(Path(path).read_text()) for path in results]
+    if len(set(counts := [len(run["seeds"]) for run in runs])) != 1:
+        raise ValueError(f"results: expected one or more with equally many seeds, got {counts}")
+    lines = [f"{'task':<24}{'arm':<10}{'success':>8}   95 %"]
+    for arm in ("base", "tweedie"):
+        scores = np.array([[row[arm] for row in run["seeds"]] for run in runs]).T
+        for run, column in zip(runs, scores.T, strict=True):
+            mean, low, high = seed_bootstrap(column)
+            task = f"{run['domain']} {run['task']}"
+            lines.append(f"{task:<24}{arm:<10}{mean:>8.0%}   {low:.0%} .. {high:.0%}")
+        iqm, interval = interquartile_mean(scores), stratified_bootstrap(scores)
+        lines.append(f"{'all, IQM':<24}{arm:<10}{iqm:>8.0%}   {interval.low:.0%} .. {interval.high:.0%}")
+    return "\n".join(lines)

@@ -82,7 +82,7 @@ class Auto:
         ValueError: an argument is out of its range.
     """
 
-    caution: float = 1.0
+    caution: float = 2.0
     trust: float = 1.0
     largest: float = 1.0
     candidates: int = 8
@@ -116,7 +116,7 @@ class Auto:
         rise = improvements(value, clamped(start + grid[..., None, None] * ray, clip)).to(ray.dtype)
         bound = rise.mean(0) - self.caution * rise.std(0, correction=0)
         best, last = bound.argmax(0, keepdim=True), self.candidates - 1
-        around = best.clamp(1, last - 1) + torch.tensor([[-1], [0], [1]], device=ray.device)
+        around = best.clamp(1, last - 1) + torch.arange(-1, 2, device=ray.device)[:, None]
         (x0, x1, x2), (y0, y1, y2) = grid.gather(0, around), bound.gather(0, around)
         slope, next_slope = (y1 - y0) / (x1 - x0), (y2 - y1) / (x2 - x1)
         bend = (next_slope - slope) / (x2 - x0)
@@ -301,7 +301,8 @@ class Tweedie(Guidance):
     Cost: 1 velocity forward, 1 velocity backward, 1 critic forward and backward.
 
     Args:
-        alpha: norm of the guidance relative to the velocity's (``match_norm``); useful range 0.1 to 0.5.
+        alpha: norm of the guidance relative to the velocity's (``match_norm``), useful range 0.1 to 0.5; or
+            ``"auto"``: see :class:`Auto`.
     """
 
     alpha: Strength = 0.2

@@ -35,7 +35,7 @@ from qsteer.evaluation.cost import count
 from qsteer.maps import GlassPosterior
 from qsteer.rules import improvements
 
-FREE = qsteer.Auto(trust=math.inf)
+FREE = qsteer.Auto(1.0, trust=math.inf)
 CONSTANT = qsteer.field(constant)
 SLOPES, GOAL, CURVATURE = noise(4, 2, 2, seed=3), 0.3 * noise(1, 2, 2, seed=4), 2.0
 RULES = [

@@ -12,7 +12,7 @@ from matplotlib.collections import PolyCollection
 from scipy.stats import trim_mean
 
 from qsteer.evaluation import curves
-from qsteer.evaluation.curves import Curve, align, area, plot_curves, read_curve, summary, table
+from qsteer.evaluation.curves import Curve, align, area, final_scores, plot_curves, read_curve, summary, table
 from qsteer.evaluation.statistics import (
     interquartile_mean,
     seed_bootstrap,
@@ -158,6 +158,15 @@ class TestCurves:
         (smooth,) = summary({"ours": paths[:1]}, smoothing=0.99)
         steps, values = read_curve(paths[0])
         assert smooth.final.mean == time_weighted_ema(steps, values, 0.99)[-1]
+
+    def test_final_scores(self, tmp_path: Path) -> None:
+        tasks = [
+            [run(tmp_path / f"{t}-{s}.jsonl", {0: 9.0, 10 * (t + 1): t + s / 10}) for s in range(3)]
+            for t in range(2)
+        ]
+        assert final_scores(tasks) == pytest.approx(np.array([[0, 1], [0.1, 1.1], [0.2, 1.2]]))
+        with pytest.raises(ValueError, match=r"got \[3, 2\]"):
+            final_scores([tasks[0], tasks[1][:2]])
 
 
 class TestPlot:

@@ -173,7 +173,7 @@ def test_the_critics_target_is_the_least_member_at_the_adapted_maps_action() -> 
     learner = FMQ(flow_map(), critic(3), policy(), data(), replace(FIXED, learn_critic=True))
     with torch.no_grad():
         learner.flow_map.net.last.bias += 0.3  # not the offline map any more
-    batch = learner.chunks.sample(32, torch.Generator().manual_seed(0))
+    batch = learner.source.sample(32, torch.Generator().manual_seed(0))
     assert 0 < batch.masks.mean() < 1
     y = learner.q.y(batch, torch.Generator().manual_seed(7))
     x0 = torch.randn(32, H, A, generator=torch.Generator().manual_seed(7))

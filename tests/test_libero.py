@@ -18,7 +18,7 @@ import torch
 
 pytest.importorskip("gymnasium")
 
-from qsteer.envs import libero
+from qsteer.envs import libero, simulators
 
 installed = pytest.mark.skipif(find_spec("libero") is None, reason="needs hf-libero (the extra libero)")
 SUBSET = Path(__file__).parents[2] / "shared" / "data" / "libero_assets_subset.zip"  # of the six tasks
@@ -111,18 +111,18 @@ def test_missing_assets_are_named_with_where_to_get_them(home: Path):
     ],
 )
 def test_a_graphics_library_that_is_there_is_chosen(home, monkeypatch, preset, libraries, chosen):
-    monkeypatch.setattr(libero, "find_library", lambda name: name if name in libraries else None)
+    monkeypatch.setattr(simulators, "find_library", lambda name: name if name in libraries else None)
     if preset:
         monkeypatch.setenv("MUJOCO_GL", preset)
-    libero._choose_graphics()
+    simulators.choose_graphics()
     assert os.environ["MUJOCO_GL"] == chosen
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="elsewhere there is one choice")
 def test_no_graphics_library_is_an_error_that_names_two(home: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(libero, "find_library", lambda name: None)
+    monkeypatch.setattr(simulators, "find_library", lambda name: None)
     with pytest.raises(RuntimeError, match=r"neither EGL nor OSMesa; install one.*libegl1.*libosmesa6"):
-        libero._choose_graphics()
+        simulators.choose_graphics()
 
 
 def test_without_libero_the_extra_is_named(monkeypatch: pytest.MonkeyPatch):
@@ -370,18 +370,14 @@ def test_every_task_builds_resets_steps_and_renders(task: int, assets: Path):
 
 @installed
 @pytest.mark.slow
-def test_without_reflections_a_kitchen_looks_otherwise_and_moves_the_same(assets: Path):
-    bright, dull = (
-        libero.make(31, size=64, assets=assets, reflections=reflections) for reflections in (True, False)
-    )
-    one, other = run(bright, 3, 3), run(dull, 3, 3)
-    assert (
-        bright._control.sim.model.mat_reflectance.any() and not dull._control.sim.model.mat_reflectance.any()
-    )
-    bright.close()
-    dull.close()
-    assert np.array_equal(one[-1]["observation.state"], other[-1]["observation.state"])
-    assert not np.array_equal(one[-1][VIEWS[0]], other[-1][VIEWS[0]])
+def test_two_environments_in_one_process_each_show_their_own_scene(assets: Path, env: libero.LiberoEnv):
+    alone = env.reset(seed=3)[0]
+    other = libero.make(31, size=64, assets=assets)
+    elsewhere = other.reset(seed=3)[0]
+    assert equal(env.reset(seed=3)[0], alone)
+    assert equal(other.reset(seed=3)[0], elsewhere)
+    other.close()
+    assert equal(env.reset(seed=3)[0], alone)
 
 
 @installed

@@ -70,7 +70,7 @@ def policy(seed: int = 0) -> FlowPolicy:
 
 
 def parts(seeds: int = 1, settings: CriticTraining = CRITIC) -> tuple[StateActor, LiveCritic]:
-    live = LiveCritic(fresh_critic(2, 1, settings, range(seeds)))
+    live = LiveCritic(fresh_critic(settings.critic_config(2, 1), range(seeds)))
     return StateActor([policy()], live), live
 
 
@@ -166,7 +166,7 @@ def test_a_critic_that_diverges_does_not_steer_and_comes_back(
             super().steer(rule, sampler)
 
     monkeypatch.setattr(Sarsa, "loss", poisoned)
-    live = LiveCritic(fresh_critic(2, 1, CRITIC, [0]))
+    live = LiveCritic(fresh_critic(CRITIC.critic_config(2, 1), [0]))
     training = replace(TRAINING, evaluate_every=0, log_every=4)
     critic = train_online(
         Bandit, Actor([policy()], live), live, tmp_path, training, rule=RULE, progress=False

@@ -25,7 +25,7 @@ def test_version_has_one_source():
 
 
 def test_extras_can_be_installed_by_name():
-    extras = {"lerobot", "ogbench", "plots", "serve", "openpi", "dev"}
+    extras = {"lerobot", "ogbench", "libero", "robomimic", "plots", "serve", "openpi", "dev"}
     assert set(PYPROJECT["project"]["optional-dependencies"]) == extras
     assert set(importlib.metadata.metadata("qsteer").get_all("Provides-Extra")) == extras
 
@@ -53,5 +53,5 @@ def test_import_loads_no_extra():
     loaded = subprocess.check_output([sys.executable, "-c", code], text=True).split()
     assert "qsteer.critics" in loaded
     extras = {"lerobot", "transformers", "ogbench", "gymnasium", "mujoco", "matplotlib", "imageio", "PIL"}
-    extras |= {"msgpack", "websockets", "openpi_client", "beartype", "pytest"}
+    extras |= {"msgpack", "websockets", "openpi_client", "libero", "robosuite", "h5py", "beartype", "pytest"}
     assert not extras.intersection(loaded)

@@ -1,6 +1,7 @@
 """Settings of the OGBench protocol: the paper's sentences about them, names that OGBench knows, objects."""
 
 import contextlib
+import json
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -8,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from qsteer.protocol import DOMAINS, TASKS, Domain, task_name
+from qsteer.protocol import DOMAINS, TASKS, Domain, table, task_name
 from qsteer.rules import Tweedie
 
 PUBLISHED = {name for name, domain in DOMAINS.items() if domain.published}
@@ -111,3 +112,48 @@ def test_sparse_rewards_say_solved_or_not(tmp_path: Path) -> None:
             env.reset(seed=0)
             rewards.append(judge.step(action)[1])
     assert rewards[0] < -1 == rewards[1]
+
+
+@pytest.mark.slow
+def test_the_protocol_runs_all_seeds_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Small networks, few steps, the real task: offline and online phase, results, and a second call."""
+    pytest.importorskip("ogbench")
+    from qsteer import protocol
+    from qsteer.cli import main
+    from qsteer.envs import ogbench
+
+    data = tmp_path / "data.npz"
+    ogbench.generate("pointmaze-medium-navigate-v0", data, transitions=2000, val_transitions=200, workers=1)
+    for name, value in {
+        "HIDDEN": (16,),
+        "MEMBERS": 3,
+        "BATCH_SIZE": 16,
+        "EPISODES": 1,
+        "EVALUATE_EVERY": 500_000,
+    }.items():
+        monkeypatch.setattr(protocol, name, value)
+    command = ["protocol", "--domain", "pointmaze-medium", "--task", "1", "--seeds", "0", "1"]
+    command += ["--data", str(data), "--scale", "0.0002", "--out", str(tmp_path / "run")]
+    main(command)
+    results = json.loads((tmp_path / "run" / "results.json").read_text())
+    assert [row["seed"] for row in results["seeds"]] == [0, 1]
+    for seed in range(2):
+        lines = [json.loads(line) for line in (tmp_path / f"run/online/seed{seed}/metrics.jsonl").open()]
+        assert lines[-1]["env_steps"] == 100 and lines[-1]["step"] == 99
+        assert [line["env_steps"] for line in lines if "evaluation/success" in line] == [100]
+    main(command)
+    assert json.loads((tmp_path / "run" / "results.json").read_text()) == results
+
+
+def test_the_table_has_each_task_and_their_interquartile_mean(tmp_path: Path) -> None:
+    for number, success in (1, (0.0, 1.0)), (2, (0.5, 0.5)):
+        seeds = [{"seed": s, "base": 0.0, "tweedie": value} for s, value in enumerate(success)]
+        result = {"domain": "cube-double", "task": number, "scale": 1, "episodes": 50, "seeds": seeds}
+        (tmp_path / f"{number}.json").write_text(json.dumps(result))
+    lines = table([tmp_path / "1.json", tmp_path / "2.json"]).splitlines()
+    assert lines[4].split() == ["cube-double", "1", "tweedie", "50%", "0%", "..", "100%"]
+    assert lines[5].split() == ["cube-double", "2", "tweedie", "50%", "50%", "..", "50%"]
+    assert lines[6].split()[:4] == ["all,", "IQM", "tweedie", "50%"]
+    (tmp_path / "3.json").write_text(json.dumps(result | {"seeds": seeds[:1]}))
+    with pytest.raises(ValueError, match="equally many"):
+        table([tmp_path / "1.json", tmp_path / "3.json"])

@@ -273,7 +273,7 @@ def test_images_are_stored_once_and_stay_bytes() -> None:
     shapes = {"observation.state": ((2,), "float32"), "observation.images.a": ((3, 4, 4), "uint8")}
     replay = Replay(layout(observations=shapes, need="next_state", horizon=1, lanes=1))
     plain = Replay(layout(need="next_state", horizon=1, lanes=1))
-    history, rng = History(0, 1), np.random.default_rng(0)
+    history = History(0, 1)
     for _ in range(70):
         row = history.row()
         # The picture repeats the state: what one finds in a batch, one must find in the other.
@@ -285,7 +285,6 @@ def test_images_are_stored_once_and_stay_bytes() -> None:
         behind = {"observation.state": row.next_observations, "observation.images.a": after}
         replay.add(row._replace(observations=both, next_observations=behind))
         plain.add(row)
-    assert rng is not None
     state = replay.state_dict()
     assert state["observations.observation.images.a"].numel() == SLOTS * 3 * 4 * 4
     batch, other = replay.gather(replay.starts), plain.gather(plain.starts)
@@ -537,6 +536,8 @@ def test_wrong_rows_are_refused() -> None:
         ({"observations": row.observations[:1]}, r"observations \(3, 2\)"),
         ({"observations": row.observations.to(torch.uint8)}, "torch.uint8"),
         ({"observations": {"observation.state": row.observations}}, "expected a tensor of observations"),
+        ({"terminals": row.terminals[:1]}, r"terminals \(3,\), got \(1,\)"),
+        ({"executed": torch.tensor([1, 2])}, r"executed \(3,\), got \(2,\)"),
         ({"executed": torch.tensor([1, 2, 1])}, "expected 1 executed steps"),
         ({"executed": torch.tensor([1, 0, 1])}, "expected 1 executed steps"),
     ):
@@ -548,6 +549,8 @@ def test_wrong_rows_are_refused() -> None:
     endless = Replay(layout(need="returns", gamma=1.0))
     with pytest.raises(ValueError, match="gamma < 1"):
         endless.add(row._replace(terminals=torch.zeros(3).bool(), truncations=torch.ones(3).bool()))
+    with pytest.raises(ValueError, match=r"expected x of one of .* got 'bfloat16'"):
+        layout(observations={"x": ((2,), "bfloat16")})
     for wrong in ({"lanes": 0}, {"gamma": 1.1}, {"need": "actions"}, {"capacity": 4}, {"horizon": 0}):
         with pytest.raises(ValueError, match=f"Layout.{next(iter(wrong))}"):
             layout(**wrong)

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,7 +14,7 @@ import torch
 
 pytest.importorskip("gymnasium")
 
-from qsteer.envs import robomimic
+from qsteer.envs import robomimic, simulators
 from qsteer.training.data import Chunks
 
 SIZES = dict(zip(robomimic.KEYS, (3, 4, 2, 14), strict=True))
@@ -83,12 +84,14 @@ class TestLoad:
         with pytest.warns(UserWarning, match=r"of robosuite 1.5.2, got 1.4.1.*robosuite==1.4.1"):
             robomimic.load(write(tmp_path / "old.hdf5", {"demo_0": demo(2, [1])}, "1.4.1"))
 
-    def test_mistakes(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_mistakes(self, tmp_path: Path) -> None:
         columns = demo(3, [2])
         with pytest.raises(ValueError, match=r"in \[-1, 1\], got some up to 1\.5"):
             robomimic.load(
                 write(tmp_path / "a.hdf5", {"demo_0": columns | {"actions": np.full((3, 7), 1.5)}})
             )
+        with pytest.raises(ValueError, match="sparse rewards"):
+            robomimic.load(write(tmp_path / "d.hdf5", {"demo_0": columns | {"rewards": np.full(3, 0.4)}}))
         del columns["obs/object"]
         with pytest.raises(KeyError, match=r"demo_0: expected .* got no \['obs/object'\]"):
             robomimic.load(write(tmp_path / "b.hdf5", {"demo_0": columns}))
@@ -99,6 +102,22 @@ class TestLoad:
         monkeypatch.setitem(sys.modules, "h5py", None)
         with pytest.raises(ModuleNotFoundError, match=r'pip install "qsteer\[robomimic\]"'):
             robomimic.load(tmp_path / "low_dim.hdf5")
+
+
+@pytest.mark.parametrize(
+    ("preset", "libraries", "chosen"),
+    [("", {"EGL", "OSMesa"}, "egl"), ("disabled", {"OSMesa"}, "osmesa"), ("osmesa", {"EGL"}, "osmesa")],
+)
+def test_graphics(preset: str, libraries: set[str], chosen: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "platform", "linux")
+    monkeypatch.setattr(simulators, "find_library", lambda name: name if name in libraries else None)
+    monkeypatch.setenv("MUJOCO_GL", preset)
+    simulators.choose_graphics()
+    assert os.environ["MUJOCO_GL"] == chosen
+    libraries.clear()
+    monkeypatch.delenv("MUJOCO_GL")
+    with pytest.raises(RuntimeError, match="neither EGL nor OSMesa"):
+        simulators.choose_graphics()
 
 
 def test_without_robosuite(monkeypatch: pytest.MonkeyPatch) -> None:

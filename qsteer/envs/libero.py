@@ -13,8 +13,6 @@ import json
 import logging
 import os
 import sys
-from collections.abc import Iterator
-from ctypes.util import find_library
 from dataclasses import dataclass
 from hashlib import sha256
 from importlib.util import find_spec
@@ -23,6 +21,8 @@ from types import ModuleType
 from typing import Any, SupportsFloat
 
 import numpy as np
+
+from qsteer.envs.simulators import choose_graphics, numpy_seed
 
 try:
     import gymnasium
@@ -53,7 +53,6 @@ FETCH_ASSETS = (
     "fetch them once with 'hf download lerobot/libero-assets --repo-type dataset --local-dir FOLDER', then "
     f"pass assets=FOLDER or set {ASSETS}=FOLDER"
 )
-FETCH_GRAPHICS = "install one of them: apt-get install libegl1 libgl1-mesa-dri, or libosmesa6"
 
 
 @dataclass(frozen=True)
@@ -99,7 +98,6 @@ def make(
     suite: str = "libero_90",
     size: int = 256,
     assets: str | os.PathLike[str] | None = None,
-    reflections: bool = True,
     max_steps: int | None = None,
 ) -> "LiberoEnv":
     """The environment of one task: terminates at success, truncates at the suite's time limit.
@@ -116,8 +114,6 @@ def make(
         suite: ``libero_90``, ``libero_10``, ``libero_goal``, ``libero_object`` or ``libero_spatial``.
         size: height and width of the views, in pixels.
         assets: folder of LIBERO's assets.
-        reflections: False: surfaces reflect nothing, which halves the rendering of kitchens and changes what
-            a policy sees.
         max_steps: time limit; None: the suite's.
 
     Raises:
@@ -126,8 +122,8 @@ def make(
         RuntimeError: MuJoCo has no graphics library.
         ValueError: there is no such task, or a number is out of range.
 
-    Cost: imports of some seconds here; the first reset builds the scene in 5 to 12 s, the others take 0.1 s.
-        On one CPU core 30 to 90 steps a second, and 0.1 to 0.2 s for the frames of a step.
+    Cost: some seconds of imports here. The first reset builds the scene, 5 to 12 s; the others take 0.3 s. On
+    one CPU core 55 steps a second without frames, 8 with, and 30 with those of each tenth step.
     """
     if suite not in STEPS:
         raise ValueError(f"suite: expected one of {sorted(STEPS)}, got {suite!r}")
@@ -136,7 +132,7 @@ def make(
             raise ValueError(f"{name}: expected at least 1, got {value}")
     package = _libero()
     _find_assets(package, assets)
-    return LiberoEnv(task, suite, size, reflections, STEPS[suite] if max_steps is None else max_steps)
+    return LiberoEnv(task, suite, size, STEPS[suite] if max_steps is None else max_steps)
 
 
 class LiberoEnv(gymnasium.Env[Any, np.ndarray]):
@@ -144,7 +140,8 @@ class LiberoEnv(gymnasium.Env[Any, np.ndarray]):
 
     ``reset(seed=s)`` starts in LIBERO's stored initial state ``s`` (modulo their number, 50), with the
     furniture where ``s`` puts it: that is no part of the stored states, LIBERO draws its place within some
-    centimetres. An episode depends on its seed alone.
+    centimetres (and in few episodes into an object, which is thrown off). An episode depends on its seed
+    alone.
 
     Attributes:
         task: its name.
@@ -154,7 +151,7 @@ class LiberoEnv(gymnasium.Env[Any, np.ndarray]):
     metadata = {"render_modes": ["rgb_array"], "render_fps": 20}  # noqa: RUF012 (gymnasium's)
     render_mode = "rgb_array"
 
-    def __init__(self, task: int, suite: str, size: int, reflections: bool, max_steps: int) -> None:
+    def __init__(self, task: int, suite: str, size: int, max_steps: int) -> None:
         from libero.libero import benchmark
 
         with contextlib.redirect_stdout(None):  # it says in which order it has its tasks: by number
@@ -163,7 +160,7 @@ class LiberoEnv(gymnasium.Env[Any, np.ndarray]):
             raise ValueError(f"task: expected one of {suite}'s 0 .. {self._suite.n_tasks - 1}, got {task}")
         self.task: str = self._suite.get_task(task).name
         self.task_description: str = self._suite.get_task(task).language
-        self._number, self._size, self._reflections, self._max_steps = task, size, reflections, max_steps
+        self._number, self._size, self._max_steps = task, size, max_steps
         self._init_states = self._suite.get_task_init_states(task)
         self._control: Any = None  # LIBERO's environment, built by the first reset: in the worker, not before
         self._frames = True
@@ -190,9 +187,9 @@ class LiberoEnv(gymnasium.Env[Any, np.ndarray]):
             seed = int(self.np_random.integers(2**31))
         from robosuite.utils.errors import RandomizationError
 
-        with _numpy_seed(0):
+        with numpy_seed(0):
             self._control = self._control or self._build()
-        with _numpy_seed(seed):
+        with numpy_seed(seed):
             for robot in self._control.robots:  # a soft reset forgets the gripper's last command
                 robot.gripper.current_action = np.zeros(robot.gripper.dof)
             placed = False
@@ -234,7 +231,7 @@ class LiberoEnv(gymnasium.Env[Any, np.ndarray]):
         from libero.libero.envs.env_wrapper import ControlEnv
 
         try:
-            control = ControlEnv(
+            return ControlEnv(
                 self._suite.get_task_bddl_file_path(self._number),
                 use_camera_obs=False,
                 has_offscreen_renderer=True,
@@ -243,12 +240,11 @@ class LiberoEnv(gymnasium.Env[Any, np.ndarray]):
             )
         except ImportError as error:
             raise RuntimeError(
-                f"expected a graphics library, got MUJOCO_GL={os.environ.get('MUJOCO_GL')!r} and {error}; "
-                f"start the process with MUJOCO_GL=osmesa, or {FETCH_GRAPHICS}"
+                f"expected a graphics library that works, got MUJOCO_GL={os.environ.get('MUJOCO_GL')!r} and "
+                f"{error}; "
+                "install its driver (apt-get install libgl1-mesa-dri), or start the process with "
+                "MUJOCO_GL=osmesa (apt-get install libosmesa6)"
             ) from error
-        if not self._reflections:
-            control.sim.model.mat_reflectance[:] = 0.0
-        return control
 
     def _observe(self, raw: dict[str, np.ndarray], *, frames: bool) -> dict[str, np.ndarray]:
         from robosuite.utils.transform_utils import quat2axisangle
@@ -260,7 +256,9 @@ class LiberoEnv(gymnasium.Env[Any, np.ndarray]):
 
     def _frame(self, camera: str) -> np.ndarray:
         """Render a view. MuJoCo's first row is the lowest, and the data sets are mirrored on top of that."""
-        pixels = self._control.sim.render(width=self._size, height=self._size, camera_name=camera)
+        sim = self._control.sim
+        sim._render_context_offscreen.gl_ctx.make_current()  # or the scene of the environment built last
+        pixels = sim.render(width=self._size, height=self._size, camera_name=camera)
         return np.ascontiguousarray(pixels[::-1, ::-1].transpose(2, 0, 1))
 
     def _black(self) -> np.ndarray:
@@ -276,7 +274,7 @@ def _libero() -> ModuleType:
             "C++ compiler"
         )
     if "libero.libero" not in sys.modules:
-        _choose_graphics()
+        choose_graphics()
         _configure(Path(spec.submodule_search_locations[0]) / "libero")
         logging.getLogger("robosuite_logs").addFilter(lambda record: "macro" not in record.getMessage())
     import libero.libero
@@ -327,25 +325,3 @@ def _find_assets(package: ModuleType, folder: str | os.PathLike[str] | None) -> 
         )
     package._assets_path_cache = str(found)  # type: ignore[attr-defined]  # where it remembers what it found
     return found
-
-
-def _choose_graphics() -> None:
-    """Choose among MuJoCo's graphics libraries where the user has not; robosuite takes EGL, there or not."""
-    if sys.platform != "linux" or os.environ.get("MUJOCO_GL", "").lower() in ("egl", "osmesa", "glx"):
-        return
-    for choice, library in (("egl", "EGL"), ("osmesa", "OSMesa")):
-        if find_library(library) is not None:
-            os.environ["MUJOCO_GL"] = choice
-            return
-    raise RuntimeError(f"expected a graphics library, got neither EGL nor OSMesa; {FETCH_GRAPHICS}")
-
-
-@contextlib.contextmanager
-def _numpy_seed(seed: int) -> Iterator[None]:
-    """Seed numpy's global generator, which places LIBERO's objects, and leave it as it was."""
-    state = np.random.get_state()
-    np.random.seed(seed % 2**32)
-    try:
-        yield
-    finally:
-        np.random.set_state(state)

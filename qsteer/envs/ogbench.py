@@ -56,7 +56,7 @@ STACKING = {
 DTYPES = {"terminals": np.bool_, "button_states": np.int64}
 
 UNSOLVED = -1.0
-"""Least sparse reward; others are minus the number of unmet goals."""
+"""The lower of the two sparse rewards."""
 
 NO_RENDERING = ("disable", "disabled", "off", "false", "0")
 

@@ -82,9 +82,9 @@ def make(name: str, *, render: bool = False) -> gymnasium.Env:
 def load(path: str | os.PathLike[str]) -> Episodes:
     """Read all demonstrations of an official ``low_dim`` file, in their order.
 
-    Terminals are the steps of success, which has reward 0; all other rewards are -1. Humans let go after a
-    success, so a terminal need not be the last row. In a file without ``next_obs`` a step is followed by the
-    next row, and the last row of a demonstration by itself.
+    Terminals are the steps that end in success, with reward 0; all other rewards are -1. Some demonstrations
+    go on after that, so a terminal need not be the last row. In a file without ``next_obs`` a row is followed
+    by the next one, and the last row of a demonstration by itself.
 
     Args:
         path: for example ``can/mh/low_dim_v15.hdf5``.
@@ -96,7 +96,8 @@ def load(path: str | os.PathLike[str]) -> Episodes:
         FileNotFoundError: there is no such file.
         KeyError: a demonstration lacks a column.
         ModuleNotFoundError: h5py is not installed.
-        ValueError: the actions do not lie in [-1, 1], as those of files with absolute actions.
+        ValueError: the actions do not lie in [-1, 1] (files with absolute actions), or rewards are neither 0
+            nor 1 (files with dense ones).
     """
     try:
         import h5py
@@ -120,14 +121,14 @@ def load(path: str | os.PathLike[str]) -> Episodes:
                 raise KeyError(
                     f"{path}, {name}: expected {needed}, got no {missing}; use a low_dim file, not a raw one"
                 )
-            states = _state(demo["obs"])
-            following = _state(demo["next_obs"]) if "next_obs" in demo else [*states[1:], states[-1]]
-            success = demo["rewards"][:] > 0
+            states = _states(demo["obs"])
             columns["observations"].append(states)
-            columns["next_observations"].append(np.asarray(following))
+            columns["next_observations"].append(
+                _states(demo["next_obs"]) if "next_obs" in demo else np.concatenate([states[1:], states[-1:]])
+            )
             columns["actions"].append(demo["actions"][:])
-            columns["rewards"].append(success - 1.0)
-            columns["terminals"].append(success)
+            columns["rewards"].append(demo["rewards"][:] - 1.0)
+            columns["terminals"].append(demo["rewards"][:] > 0)
             columns["ends"].append(np.arange(len(states)) == len(states) - 1)
     arrays = {name: np.concatenate(parts) for name, parts in columns.items()}
     if np.abs(arrays["actions"]).max() > 1:
@@ -135,6 +136,8 @@ def load(path: str | os.PathLike[str]) -> Episodes:
             f"{path}: expected actions in [-1, 1], got some up to {np.abs(arrays['actions']).max():.3g}; use "
             "a file whose actions are relative"
         )
+    if not np.isin(arrays["rewards"], (-1, 0)).all():
+        raise ValueError(f"{path}: expected rewards 0 and 1, got others; use a file with sparse rewards")
     tensors = {name: torch.from_numpy(array) for name, array in arrays.items()}
     return Episodes(**{k: v if v.dtype == torch.bool else v.float() for k, v in tensors.items()})
 
@@ -200,7 +203,7 @@ class RobosuiteEnv(gymnasium.Env[np.ndarray, np.ndarray]):
         return np.concatenate([raw["object-state" if key == "object" else key] for key in KEYS], dtype=float)
 
 
-def _state(group: Any) -> np.ndarray:
+def _states(group: Any) -> np.ndarray:
     return np.concatenate([group[key][:] for key in KEYS], axis=1)
 
 

@@ -137,6 +137,30 @@ def summary(
     return rows
 
 
+def final_scores(
+    tasks: Sequence[Sequence[str | Path]], *, key: str = SUCCESS, smoothing: float = 0.0
+) -> Float[np.ndarray, "S T"]:
+    """Return where each run of one method ends on each task.
+
+    It is what :func:`~qsteer.evaluation.statistics.interquartile_mean` and
+    :func:`~qsteer.evaluation.statistics.stratified_bootstrap` take.
+
+    Args:
+        tasks: each task's ``metrics.jsonl``, one a seed.
+        key: the metric.
+        smoothing: see :func:`summary`.
+
+    Raises:
+        ValueError: tasks differ in their number of seeds; see also :func:`read_curve` and :func:`align`.
+    """
+    if len({len(paths) for paths in tasks}) != 1:
+        raise ValueError(
+            f"tasks: expected equally many seeds of each, got {[len(paths) for paths in tasks]}; leave out "
+            "seeds that other tasks lack"
+        )
+    return np.stack([_read(paths, key, smoothing).values[:, -1] for paths in tasks], axis=1)
+
+
 def table(rows: Iterable[Summary], *, percent: bool = True) -> str:
     """Return a summary as a Markdown table.
 

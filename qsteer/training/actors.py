@@ -50,7 +50,7 @@ class Actor(Protocol):
         """Choose how to act from now on; neither rule nor sampler: the unsteered policy."""
         ...
 
-    def act(self, obs: Observation, noise: Tensor) -> Decision:
+    def act(self, obs: Any, noise: Tensor) -> Decision:
         """Return a chunk for each of the environment's own observations ``obs``, on the CPU."""
         ...
 

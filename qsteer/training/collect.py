@@ -14,7 +14,7 @@ from qsteer.training.actors import Decision
 from qsteer.training.replay import Rows
 from qsteer.types import Observation
 
-type Act = Callable[[Observation, Int[np.ndarray, "N"]], Decision]
+type Act = Callable[[Any, Int[np.ndarray, "N"]], Decision]
 
 
 class Collector(Simulators):
@@ -52,7 +52,10 @@ class Collector(Simulators):
         self._seen: Any = None  # the same as the critic sees them, before the row
         self._executed: Any = None  # pending chunks (N, H, A) as the environment takes them,
         self._actions: Any = None  # and as the critic sees them
-        self._act: Act | None = None
+        self._act: Any = None
+
+    def __enter__(self) -> "Collector":
+        return self
 
     def send(self, act: Act, generator: torch.Generator) -> None:
         """Start the next row in every environment, and return while the simulators work.

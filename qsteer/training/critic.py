@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 from copy import deepcopy
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import ClassVar, Literal, cast, override
+from typing import Any, ClassVar, Literal, cast, override
 
 import torch
 from jaxtyping import Float
@@ -27,7 +27,7 @@ from qsteer.training.data import Chunks, Episodes, Need, Source, Transitions
 from qsteer.training.loop import Learner, Training, fit
 from qsteer.types import Observation
 
-type Act = Callable[[Critic, Observation, Tensor], Tensor]
+type Act = Callable[[Critic, Any, Tensor], Tensor]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,7 +92,7 @@ class CriticLearner(Learner):
     ) -> None:
         super().__init__()
         self.critic, self.target = critic, deepcopy(critic).requires_grad_(False)
-        self.source, self.settings = source, settings
+        self.source, self.settings, self.stack = source, settings, critic.config.stack
         self.frozen = (act,)  # in a tuple: a module is no part of what is learnt and stored
         self._average = get_ema_multi_avg_fn(1 - settings.ema)
         self._averaged = list(self.target.parameters()), list(self.critic.parameters())
@@ -106,18 +106,21 @@ class CriticLearner(Learner):
         with torch.no_grad():
             y = self.y(batch, generator)
         q = self.critic.members(self.critic.encode(batch.observations, augment=generator), batch.actions)
-        info = {"q": q.detach().mean(), "q_std": q.detach().std(0, correction=0).mean(), "y": y.mean()}
-        return self.critic.config.stack * (q - y).square().mean(1).sum(), info
+        seen = q.detach()
+        info = {"q": seen.mean(), "q_min": seen.amin(), "q_max": seen.amax()}
+        info |= {"q_std": seen.std(0, correction=0).mean(), "y": y.mean()}
+        return self.stack * (q - y).square().mean(1).sum(), info
 
     @override
     def loss(self, generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
-        return self.batch_loss(self.source.sample(self.settings.batch_size, generator), generator)
+        rows = self.settings.batch_size * self.stack
+        return self.batch_loss(self.source.sample(rows, generator), generator)
 
     @override
     def after_step(self) -> None:
         self._average(*self._averaged, 0)  # theta' <- theta' + ema (theta - theta')
 
-    def q_target(self, obs: Observation, a: Float[Tensor, "B H A"]) -> Float[Tensor, "B"]:
+    def q_target(self, obs: Any, a: Float[Tensor, "B H A"]) -> Float[Tensor, "B"]:
         """Return the pessimistic value ``Qbar'`` of the target critic."""
         return pessimistic(self.target.members(self.target.encode(obs), a), self.settings.rho)
 
@@ -226,7 +229,7 @@ class IQL(CriticLearner):
         with torch.no_grad():
             q = self.q_target(batch.observations, batch.actions)
         v = self.v(batch.observations)
-        value_loss = self.critic.config.stack * expectile_loss(q - v, self.settings.expectile).mean()
+        value_loss = self.stack * expectile_loss(q - v, self.settings.expectile).mean()
         return loss + value_loss, info | {"v": v.detach().mean()}
 
 
@@ -239,13 +242,22 @@ LEARNERS: dict[str, type[CriticLearner]] = {
 }
 
 
-def fresh_critic(obs_dim: int, action_dim: int, training: CriticTraining, seeds: Sequence[int]) -> Critic:
-    """Return an untrained critic, or a stack of them for several seeds."""
+def fresh_critic(
+    config: CriticConfig, seeds: Sequence[int], observations: Observation | None = None
+) -> Critic:
+    """Return an untrained critic, or a stack of them for several seeds; sets the global seed.
+
+    Args:
+        config: of one critic.
+        seeds: of the initial weights.
+        observations: to take the normalisation from.
+    """
     critics = []
-    with torch.random.fork_rng(devices=[]):
-        for seed in seeds:
-            torch.manual_seed(seed)
-            critics.append(Critic(training.critic_config(obs_dim, action_dim)))
+    for seed in seeds:
+        torch.manual_seed(seed)
+        critics.append(Critic(config))
+        if observations is not None:
+            critics[-1].fit_normalisation(observations)
     return critics[0] if len(critics) == 1 else Critic.stacked(critics)
 
 
@@ -259,6 +271,7 @@ def train_critic(
     training: CriticTraining | None = None,
     *,
     act: Act | None = None,
+    seeds: Sequence[int] | None = None,
     device: torch.device | str = "cpu",
     progress: bool = True,
 ) -> Critic:
@@ -274,6 +287,8 @@ def train_critic(
         act: for ``target="td"`` and ``"fql"``, ``(critic, obs: (B, O), noise: (B, H, A)) -> a: (B, H, A)``,
             the next action under the current target critic: ``lambda q, s, x0:
             qsteer.sample(policy.field(s), q.bind(s), x0, rule=Tweedie())``.
+        seeds: train a stack of critics at once, one per seed of initial weights, each on batches of its own;
+            None: one, of ``training.seed``.
         device: where to train.
         progress: show a progress bar.
 
@@ -287,13 +302,13 @@ def train_critic(
             f"train_critic: expected act= when target is one of {ACTING} and only then, got act={act} with "
             f"target {training.target!r}; the others ask for no actions that are not in the data"
         )
+    config = training.critic_config(episodes.observations.shape[1], episodes.actions.shape[1])
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(training.seed)
-        critic = Critic(training.critic_config(episodes.observations.shape[1], episodes.actions.shape[1]))
-        critic.fit_normalisation(episodes.observations)
+        critic = fresh_critic(config, seeds or [training.seed], episodes.observations)
         kind = LEARNERS[training.target]
         chunks = Chunks(episodes.to(device), training.horizon, training.gamma, kind.need)
         learner = kind(critic.to(device), chunks, training, act).to(device)
-    fit(learner, out, training, asdict(training) | {"data": episodes.fingerprint()}, progress=progress)
+    identity = asdict(training) | {"data": episodes.fingerprint()} | ({"seeds": list(seeds)} if seeds else {})
+    fit(learner, out, training, identity, progress=progress)
     learner.target.eval().save_pretrained(out)
     return learner.target

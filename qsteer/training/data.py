@@ -12,7 +12,6 @@ from torch import Tensor
 from torch.utils._pytree import tree_map
 
 from qsteer.critics.targets import chunk_return, monte_carlo_target
-from qsteer.types import Observation
 
 type Need = Literal["actions", "next_state", "next_actions", "returns"]
 
@@ -90,7 +89,7 @@ class Transitions:
 
     Attributes:
         rows: row of the episodes where each chunk starts.
-        observations: observation s at the start.
+        observations: observation s at the start, an :data:`~qsteer.types.Observation`.
         actions: chunk; steps which the trajectory does not have repeat its last action.
         rewards: ``R = sum_k gamma^k r_k`` up to and including the first terminal.
         discount: gamma^H.
@@ -104,12 +103,12 @@ class Transitions:
     """
 
     rows: Int[Tensor, "B"]
-    observations: Observation
+    observations: Any
     actions: Float[Tensor, "B H A"]
     rewards: Float[Tensor, "B"]
     discount: float
     masks: Float[Tensor, "B"]
-    next_observations: Observation
+    next_observations: Any
     next_actions: Float[Tensor, "B H A"] | None
     valid: Bool[Tensor, "B H"]
     returns: Float[Tensor, "B"] | None = None

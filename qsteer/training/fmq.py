@@ -103,7 +103,8 @@ class FMQ(Learner):
     Attributes:
         collector: environments to act in; None: offline.
         replay: what they do.
-        chunks: where batches come from: the offline data, and the replay if there is one.
+        chunks: the offline data.
+        source: of batches: the data, and the replay if there is one.
     """
 
     step: Tensor
@@ -131,7 +132,8 @@ class FMQ(Learner):
             ),
             lambda _, obs, noise: self.act(obs, noise),
         )
-        self.chunks: Source = chunks
+        self.chunks = chunks
+        self.source: Source = chunks
         self.register_buffer("step", torch.zeros((), dtype=torch.int64))
 
         own = torch.Generator(episodes.actions.device).manual_seed(settings.seed)
@@ -166,7 +168,7 @@ class FMQ(Learner):
     def loss(self, generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
         self.collect(generator)
         s = self.settings
-        batch = self.chunks.sample(s.batch_size, generator)
+        batch = self.source.sample(s.batch_size, generator)
         uniform, normal = draws(batch.actions, generator)
         r = uniform()
         x = interpolate(normal(), batch.actions, r)
@@ -308,7 +310,7 @@ def adapt(
             capacity=2 * training.env_steps // lanes + 2 * horizon,
         )
         learner.replay = Replay(layout, directory=out / "replay", device=device)
-        learner.chunks = Mixed(learner.chunks, learner.replay)
+        learner.source = Mixed(learner.chunks, learner.replay)
         with Collector(make_env, horizon=horizon, num_envs=lanes) as collector:
             learner.collector = collector
             fit(learner, out, training, identity, progress=progress)

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from copy import deepcopy
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from operator import itemgetter
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -199,7 +200,6 @@ class _Online:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(settings.seed)
             self.learner = kind(learning, self.source, settings, act).to(critic.device)
-        self.learner.stack = self.stack
         self.optimizer = settings.optimizer([p for p in self.learner.parameters() if p.requires_grad])
         self.generator = torch.Generator(critic.device).manual_seed(settings.seed)
         self.health = Health(gamma=settings.gamma**training.row)
@@ -300,7 +300,7 @@ class _Online:
     def fit_normalisation(self) -> None:
         """Standardise the critic's inputs by what the warm-up saw, unless the critic came with statistics."""
         if not bool(self.learner.critic.normalizer.mean.any()):
-            seen = self.source.sample(4096, self.generator).observations
+            seen = self.source.sample(4096 * self.stack, self.generator).observations
             for critic in (self.learner.critic, self.learner.target):
                 critic.fit_normalisation(seen)
 
@@ -313,7 +313,7 @@ class _Online:
             self.seed_directories, self.actors(), self.critics(), strict=True
         ):
             run = collector.rollout(
-                lambda obs, noise, actor=actor: actor.act(obs, noise).executed,
+                partial(_executed, actor),
                 episodes=self.training.episodes,
                 seed=VALIDATION_SEED,
                 noise_shape=actor.noise_shape,
@@ -336,9 +336,9 @@ class _Online:
         order = "evaluation/success", "evaluation/return"
         if former is None or [score[name] for name in order] > [former[name] for name in order]:
             critic.save_pretrained(directory)
-            write_json({"env_steps": self.env_steps} | score, path)
+            write_json({"env_steps": self.env_steps, **score}, path)
 
-    def actors(self) -> list[Actor]:
+    def actors(self) -> Sequence[Actor]:
         """Return each seed's actor by itself."""
         return [self.actor] if self.stack == 1 else self.actor.unstacked()
 
@@ -367,7 +367,7 @@ class _Online:
             episodes = (
                 dict(zip(("success", "return", "length"), map(float, means), strict=True)) if mine else {}
             )
-            line = episodes | {"episodes": float(len(mine))} | shared | scores[s]
+            line = episodes | {"episodes": float(len(mine))} | shared | dict(scores[s])
             append(directory / METRICS, counts | line)
             append(directory / SPEED, counts | speed)
             tracker.log({f"{directory.name}/{k}": v for k, v in (line | speed).items()}, self.env_steps)
@@ -401,10 +401,11 @@ class _Seeds:
         return self.pools is not None or all(self.replay.ready(own) for own in self.lanes)
 
     def sample(self, batch_size: int, generator: torch.Generator) -> Transitions:
-        """Draw ``batch_size`` transitions for each seed."""
+        """Draw transitions, equally many for each seed."""
+        share = batch_size // len(self.lanes)
         if self.pools is not None:
-            return joined([pool.sample(batch_size, generator) for pool in self.pools])
-        return joined([self.replay.sample(batch_size, generator, own) for own in self.lanes])
+            return joined([pool.sample(share, generator) for pool in self.pools])
+        return joined([self.replay.sample(share, generator, own) for own in self.lanes])
 
 
 class _Window:
@@ -454,6 +455,10 @@ class _Tracker:
         """Finish the run."""
         if self.tracker is not None:
             self.tracker.finish()
+
+
+def _executed(actor: Actor, obs: Observation, noise: Tensor) -> Tensor:
+    return actor.act(obs, noise).executed
 
 
 def _columns(config: CriticConfig) -> int | dict[str, tuple[tuple[int, ...], str]]:

@@ -282,6 +282,11 @@ class Replay:
         timed_out = _array(rows.truncations).astype(bool) & ~over
         ends = over | timed_out
         executed = np.full(layout.lanes, n) if rows.executed is None else _array(rows.executed)
+        for name, value in (("terminals", over), ("truncations", timed_out), ("executed", executed)):
+            if value.shape != (layout.lanes,):
+                raise ValueError(
+                    f"Replay.add: expected {name} ({layout.lanes},), got {value.shape}; give one a lane"
+                )
         whole = executed == n
         if not (whole | ends).all() or executed.min() < 1 or executed.max() > n:
             raise ValueError(
@@ -426,8 +431,8 @@ class Replay:
         front, count = self._front[lanes], (self._tail - self._front)[lanes]
         if not (total := int(count.sum())):
             raise RuntimeError(
-                f"Replay.sample: expected a transition to draw, got none in {int(self._rows[lanes].sum())} rows "
-                f"(horizon {self.layout.horizon} rows, need={self.layout.need!r}); add rows until ready()"
+                f"Replay.sample: expected a transition to draw, got none in {int(self._rows[lanes].sum())} "
+                f"rows (horizon {self.layout.horizon}, need={self.layout.need!r}); add rows until ready()"
             )
         queue, ends = self._columns["queue"], count.cumsum()
         draw = torch.randint(total, (batch_size,), generator=generator, device=generator.device)
@@ -443,27 +448,29 @@ class Replay:
         columns = {name: self._columns[name].flatten(0, 1) for name in layout.columns}
         k = torch.arange(layout.span + 1, device=lane.device)
         slots = lane[:, None] * self._slots + (start[:, None] + k) % self._slots
-        rows, codes = slots[:, :-1], columns["codes"][slots[:, :-1]]
+        rows = slots[:, :-1]
+        codes = _take(columns["codes"], rows)
 
         # Everything behind the last row that the episode has is clamped to it.
         ends = codes & END > 0
         ended = ends.any(1)
         count = torch.where(ended, ends.byte().argmax(1) + 1, layout.span)
         last = count[:, None] - 1
-        steps = last * n + columns["executed"][rows.gather(1, last)]
+        steps = last * n + _take(columns["executed"], rows.gather(1, last))
         unclosed = ended & (codes.gather(1, last)[:, 0] & CLOSED == 0)
         following = slots.gather(1, (count - unclosed.long()).clamp(max=layout.horizon)[:, None])[:, 0]
 
         head = rows[:, : layout.horizon]
         rewards, masks = chunk_return(
-            columns["rewards"][head],
+            _take(columns["rewards"], head),
             codes[:, : layout.horizon] & TERMINAL > 0,
             k[: layout.horizon] < count[:, None],
             layout.gamma**n,
         )
         step = torch.arange(layout.span * n, device=lane.device)
         at = torch.minimum(step, steps - 1)
-        actions = self._out(columns["actions"][rows.gather(1, at // n), at % n])
+        place = rows.gather(1, at // n) * n + at % n
+        actions = self._out(_take(columns["actions"].flatten(0, 1), place))
         chunk = layout.horizon * n
         return Transitions(
             rows=self._out(rows[:, 0]),
@@ -475,13 +482,13 @@ class Replay:
             next_observations=self._observations(columns, following),
             next_actions=actions[:, chunk:] if layout.need == "next_actions" else None,
             valid=self._out(step[:chunk] < steps),
-            returns=self._out(columns["returns"][rows[:, 0]]) if layout.need == "returns" else None,
+            returns=self._out(_take(columns["returns"], rows[:, 0])) if layout.need == "returns" else None,
         )
 
     def _observations(self, columns: Mapping[str, Tensor], rows: Tensor) -> Observation:
         if isinstance(self.layout.observations, int):
-            return self._out(columns[_column("")][rows])
-        return {key: self._out(columns[_column(key)][rows]) for key in self.layout.observations}
+            return self._out(_take(columns[_column("")], rows))
+        return {key: self._out(_take(columns[_column(key)], rows)) for key in self.layout.observations}
 
     def _out(self, tensor: Tensor) -> Tensor:
         if self.device.type == "cuda" and not tensor.is_cuda:
@@ -730,6 +737,11 @@ class _Files:
 def _column(key: str) -> str:
     """The column of an observation's entry; ``""`` stands for an observation that is one tensor."""
     return f"observations.{key}" if key else "observations"
+
+
+def _take(column: Tensor, rows: Tensor) -> Tensor:
+    """Return ``column[rows]``, which on a CPU takes several times as long."""
+    return column.index_select(0, rows.flatten()).unflatten(0, rows.shape)
 
 
 def _slice(lanes: slice | range | None) -> slice:
