@@ -76,6 +76,7 @@ def main() -> None:
         warmup=args.warmup,
         evaluate_every=args.evaluate_every,
         log_every=min(500, args.env_steps // 5),
+        checkpoint_every=min(5_000, args.env_steps // 5),
     )
     make_env = partial(libero.make, args.task)
     rule = qsteer.Tweedie(args.alpha)

@@ -1,7 +1,7 @@
 """Steer any frozen flow-matching robot policy with a critic, at inference time."""
 
 from qsteer.clock import Clock
-from qsteer.critics import Critic, CriticConfig
+from qsteer.critics import Critic, CriticConfig, LiveCritic
 from qsteer.flow import field, value
 from qsteer.inject import Handle, steer, unsteer
 from qsteer.rules import (
@@ -37,6 +37,7 @@ __all__ = [
     "GradientFreePosterior",
     "Handle",
     "KeepBest",
+    "LiveCritic",
     "Negated",
     "NoisyGradient",
     "Posterior",

@@ -258,6 +258,7 @@ KILL = replace(TRAINING, env_steps=600, warmup=40, evaluate_every=0, log_every=4
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_killed_at_random_moments_nothing_acknowledged_is_lost(tmp_path: Path) -> None:
     """kill -9 ten times; what was printed before each is there after it, and the metrics go on."""
     script = tmp_path / "killed.py"

@@ -1,8 +1,10 @@
-"""Training: data, behaviour cloning, critics, maps. The only part of qsteer that optimises anything."""
+"""Training: data, cloning, critics, maps, online. The only part of qsteer that optimises anything."""
 
+from qsteer.training.actors import Actor, HostActor, StateActor
 from qsteer.training.bc import PolicyTraining, train_policy
 from qsteer.training.critic import CriticTraining, train_critic
 from qsteer.training.data import Chunks, Episodes, Transitions
+from qsteer.training.health import Health
 from qsteer.training.maps import (
     FlowMapTraining,
     MetaTraining,
@@ -10,7 +12,9 @@ from qsteer.training.maps import (
     distil,
     distil_flow_map,
 )
+from qsteer.training.online import OnlineTraining, train_online
 from qsteer.training.policy import FlowPolicy, FlowPolicyConfig
+from qsteer.training.replay import Layout, Mixed, Replay
 from qsteer.training.teachers import (
     DatasetBatches,
     HostTeacher,
@@ -22,6 +26,7 @@ from qsteer.training.teachers import (
 )
 
 __all__ = [
+    "Actor",
     "Chunks",
     "CriticTraining",
     "DatasetBatches",
@@ -29,11 +34,18 @@ __all__ = [
     "FlowMapTraining",
     "FlowPolicy",
     "FlowPolicyConfig",
+    "Health",
+    "HostActor",
     "HostTeacher",
+    "Layout",
     "MetaTraining",
+    "Mixed",
+    "OnlineTraining",
     "PolicyTraining",
     "PosteriorError",
+    "Replay",
     "SafetensorsBatches",
+    "StateActor",
     "StateTeacher",
     "Teacher",
     "Transitions",
@@ -42,5 +54,6 @@ __all__ = [
     "lerobot_batches",
     "record",
     "train_critic",
+    "train_online",
     "train_policy",
 ]

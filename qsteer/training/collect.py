@@ -29,6 +29,7 @@ class Collector(Simulators):
         row: n, actions per row. With n = 1 every step is observed; with n = H only decisions are, and an
             environment with ``cameras`` renders nothing else.
         gamma: discount of the rewards within a row.
+        closing: observe what lies behind an episode's last chunk (n = H), which costs one more action.
 
     Attributes:
         finished: ``(environment, success, sum of rewards, length)`` of the episodes that ended since it was
@@ -39,13 +40,20 @@ class Collector(Simulators):
     """
 
     def __init__(
-        self, make_env: MakeEnv, *, horizon: int, num_envs: int = 8, row: int = 1, gamma: float = 1.0
+        self,
+        make_env: MakeEnv,
+        *,
+        horizon: int,
+        num_envs: int = 8,
+        row: int = 1,
+        gamma: float = 1.0,
+        closing: bool = True,
     ) -> None:
         if row < 1 or horizon % row:
             raise ValueError(f"row: expected a divisor of the horizon {horizon}, got {row}")
         super().__init__(make_env, horizon=horizon, num_envs=num_envs, gamma=gamma)
         self.finished: list[tuple[int, bool, float, int]] = []
-        self._horizon, self._row = horizon, row
+        self._horizon, self._row, self._closes = horizon, row, closing
         self._next: np.ndarray = np.zeros(num_envs, int)  # first action of the next row in the pending chunk
         self._over: np.ndarray = np.ones(num_envs, bool)
         self._raw: Any = None  # the environments' observations
@@ -95,7 +103,7 @@ class Collector(Simulators):
             self.finished.append((int(i), *outcome))
         following = tensors(self._raw)
         if self._row == self._horizon:
-            following = self._closing(following)
+            following = self._closing(following) if self._closes else None
         steps = torch.from_numpy(self._steps())
         return Rows(
             observations=self._seen,

@@ -153,6 +153,7 @@ def train_online(
             num_envs=seeds * training.num_envs,
             row=training.row,
             gamma=training.critic.gamma,
+            closing=LEARNERS[training.critic.target].need == "next_state",
         ) as collector,
         closing(_Tracker(tracker, loop.out, training)) as log,
         tqdm(
