@@ -4,7 +4,7 @@ import json
 import time
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, nullcontext
 from copy import deepcopy
 from dataclasses import asdict, dataclass, field
 from functools import partial
@@ -27,7 +27,16 @@ from qsteer.training.actors import Actor, Decision
 from qsteer.training.critic import ACTING, LEARNERS, Act, CriticTraining
 from qsteer.training.data import Chunks, Transitions, joined
 from qsteer.training.health import Health
-from qsteer.training.loop import METRICS, SPEED, append, descend, processes, resume, save, truncate
+from qsteer.training.loop import (
+    METRICS,
+    SPEED,
+    append,
+    descend,
+    processes,
+    resume,
+    save,
+    truncate,
+)
 from qsteer.training.replay import Layout, Mixed, Replay
 from qsteer.types import Observation, Rule, Sampler
 
@@ -37,6 +46,9 @@ if TYPE_CHECKING:  # needs gymnasium
 
 VALIDATION_SEED = 30_000
 """First seed of the episodes that choose the best critic, and that curves show; results come from others."""
+
+CHECK_EVERY = 10
+"""Gradient steps between two looks at the critic's health, if so many are due at once."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,8 +61,8 @@ class OnlineTraining:
         num_envs: environments of each seed.
         row: actions per stored row: 1, every state is observed; the horizon, only decisions are (images,
             features of the policy).
-        warmup: steps before the critic steers for the first time; the unsteered policy acts.
-        updates_per_step: gradient steps per environment step.
+        warmup: steps of the unsteered policy, before the critic learns from them and steers.
+        updates_per_step: gradient steps per environment step, those of the warm-up included.
         offline_share: of offline data in each batch; None: uniform over all transitions.
         capacity: rows kept per environment; the oldest give way; None: all.
         evaluate_every: steps between evaluations; 0: none.
@@ -146,6 +158,8 @@ def train_online(
     processes(critic.device)
     loop = _Online(actor, critic, Path(out), training, rule, sampler, offline, act)
     seeds = critic.config.stack
+    if loop.finished:
+        return loop.learner.target
     with (
         Collector(
             make_env,
@@ -211,6 +225,20 @@ class _Online:
             truncate(directory / SPEED)
         if self.update:
             critic.publish(self.learner.target)
+            self.health.keep(self.learner, self.optimizer)
+        actor.trace = Trace(steps=False, keep=1)
+        self.stream = torch.cuda.Stream(critic.device) if critic.device.type == "cuda" else None
+
+    @property
+    def finished(self) -> bool:
+        """Whether there is nothing left to do."""
+        return self.env_steps >= self.training.env_steps and self.update >= self.due
+
+    @property
+    def due(self) -> int:
+        """Gradient steps that should have been made by now."""
+        training, steps = self.training, self.env_steps
+        return int(steps * training.updates_per_step) if steps > training.warmup else 0
 
     @property
     def env_steps(self) -> int:
@@ -226,40 +254,53 @@ class _Online:
         """Act and learn until the environment steps are used up."""
         training = self.training
         window = _Window(self.env_steps, self.update)
-        while self.env_steps < training.env_steps:
-            before = self.env_steps
-            steering = before >= training.warmup and self.health.steers
-            self.actor.steer(self.rule if steering else None, self.sampler if steering else None)
-            with window.share("act"):
-                collector.send(self.act, self.generator)
-            with window.share("learn"):
-                self.learn(window)
-            with window.share("wait"):
-                rows = collector.receive()
-            with window.share("store"):
-                self.replay.add(rows)
-            self.health.observe_rewards(rows.rewards)
+        self.learn(window)  # what a killed run had not learnt yet
+        while (before := self.env_steps) < training.env_steps:
+            self.round(collector, window)
             after = self.env_steps
             bar.update(after - before)
-
-            def due(every: int, before: int = before, after: int = after) -> bool:
-                return after >= training.env_steps or before // every < after // every
-
-            if training.evaluate_every and due(training.evaluate_every):
-                with window.share("evaluate"):
-                    scores = self.evaluate(collector)
-            else:
-                scores = [{} for _ in range(self.stack)]
-            if due(training.log_every) or scores[0]:
-                shown = self.log(window, collector, scores, log)
-                bar.set_postfix({name: f"{value:.3g}" for name, value in shown.items()}, refresh=False)
+            evaluates, logs, saves = (
+                every > 0 and before // every < after // every and after < training.env_steps
+                for every in (training.evaluate_every, training.log_every, training.checkpoint_every)
+            )
+            if evaluates or logs:
+                self.report(window, collector, log, bar, evaluates)
                 window = _Window(self.env_steps, self.update)
-                self.actor.trace = Trace(keep=1)
-            if due(training.checkpoint_every):
+            if saves:
                 self.save()
+        self.learn(window)
+        self.report(window, collector, log, bar, training.evaluate_every > 0)
+        self.save()
+
+    def report(
+        self, window: "_Window", collector: "Collector", log: "_Tracker", bar: tqdm, evaluates: bool
+    ) -> None:
+        """Write a line of metrics, after an evaluation if it is due."""
+        scores: list[dict[str, float]] = [{} for _ in range(self.stack)]
+        if evaluates:
+            with window.share("evaluate"):
+                scores = self.evaluate(collector)
+        shown = self.log(window, collector, scores, log)
+        bar.set_postfix({name: f"{value:.3g}" for name, value in shown.items()}, refresh=False)
+
+    def round(self, collector: "Collector", window: "_Window") -> None:
+        """Send a row of actions to every simulator, learn while they work, and store what they say."""
+        steering = self.update > 0 and self.health.steers
+        self.actor.steer(self.rule if steering else None, self.sampler if steering else None)
+        with window.share("act"):
+            collector.send(self.act, self.generator)
+        with window.share("learn"):
+            self.learn(window)
+        with window.share("wait"):
+            rows = collector.receive()
+        with window.share("store"):
+            self.replay.add(rows)
+        self.health.observe_rewards(rows.rewards)
 
     def act(self, obs: Observation, lanes: np.ndarray) -> Decision:
         """Return chunks for the environments that ask; a stack is asked for equally many of each seed."""
+        trace = self.actor.trace
+        trace.steps = trace.steps and not trace.actions  # one traced action a line of metrics
         if self.stack == 1:
             return self.actor.act(obs, self.noise(len(lanes)))
         seed = lanes // self.training.num_envs
@@ -277,26 +318,42 @@ class _Online:
 
     def learn(self, window: "_Window") -> None:
         """Make the gradient steps that are due, and publish the moving average."""
-        training, settings = self.training, self.training.critic
-        due = int((self.env_steps - training.warmup) * training.updates_per_step)
+        due = self.due
         if self.update >= due or not self.source.ready():
             return
+        with torch.cuda.stream(self.stream) if self.stream else nullcontext():
+            self.descend(due, window)
+
+    def descend(self, due: int, window: "_Window") -> None:
+        """Make the gradient steps up to number ``due``; on CUDA on a stream of their own."""
+        if self.stream is not None:
+            self.stream.wait_stream(torch.cuda.default_stream(self.live.device))
         if not self.update:
             self.fit_normalisation()
-        self.health.keep(self.learner, self.optimizer)
+            self.health.keep(self.learner, self.optimizer)
         while self.update < due:
-            self.update += 1
-            loss, info = self.learner.loss(self.generator)
-            descend(self.learner, self.optimizer, loss, settings, self.update)
-        window.info = {"loss": loss.detach()} | info
-        if reason := self.health.check(window.info, self.learner.parameters()):
+            for _ in range(min(CHECK_EVERY, due - self.update)):
+                self.update += 1
+                loss, info = self.learner.loss(self.generator)
+                descend(self.learner, self.optimizer, loss, self.training.critic, self.update)
+            self.watch({"loss": loss.detach()} | info, window)
+        self.live.publish(self.learner.target)
+
+    def watch(self, info: dict[str, Tensor], window: "_Window") -> None:
+        """Bring the last good state back if the critic is ill."""
+        if reason := self.health.check(info, self.learner.parameters()):
             tqdm.write(
                 f"{self.out.name}: {reason}; back to the last good critic, unsteered until it recovers"
             )
             self.health.restore(self.learner, self.optimizer)
         else:
             self.health.keep(self.learner, self.optimizer)
-        self.live.publish(self.learner.target)
+            window.info = info
+
+    def settle(self) -> None:
+        """Wait for the learner's stream."""
+        if self.stream is not None:
+            self.stream.synchronize()
 
     def fit_normalisation(self) -> None:
         """Standardise the critic's inputs by what the warm-up saw, unless the critic came with statistics."""
@@ -307,6 +364,7 @@ class _Online:
 
     def evaluate(self, collector: "Collector") -> list[dict[str, float]]:
         """Roll out each seed's steered policy on the fixed episodes; running episodes are cut for it."""
+        self.settle()
         self.live.publish(self.learner.target)
         self.actor.steer(self.rule, self.sampler)
         scores = []
@@ -351,15 +409,20 @@ class _Online:
         self,
         window: "_Window",
         collector: "Collector",
-        scores: Sequence[Mapping[str, float]],
+        scores: Sequence[dict[str, float]],
         tracker: "_Tracker",
     ) -> dict[str, float]:
         """Write a line of metrics for each seed; return the last one, for the progress bar."""
         counts = {"step": self.update, "env_steps": self.env_steps}
+        self.settle()
         shared = {name: float(value) for name, value in window.info.items()}
         shared |= {"steered": float(self.health.steers), "trips": float(self.health.trips)}
-        if (strengths := self.actor.trace.arrays()["strength"]).size:
+        trace = self.actor.trace
+        shared |= {"fallbacks": float(trace.fallbacks), "gated": float(trace.gated)}
+        if (strengths := trace.arrays()["strength"]).size:
             shared["strength"] = float(np.nanmean(strengths))
+        trace.actions.clear()
+        trace.steps = True
         speed = window.speed(self.env_steps, self.update)
         line: dict[str, float] = {}
         for s, directory in enumerate(self.seed_directories):
@@ -368,7 +431,7 @@ class _Online:
             episodes = (
                 dict(zip(("success", "return", "length"), map(float, means), strict=True)) if mine else {}
             )
-            line = episodes | {"episodes": float(len(mine))} | shared | dict(scores[s])
+            line = episodes | {"episodes": float(len(mine))} | shared | scores[s]
             append(directory / METRICS, counts | line)
             append(directory / SPEED, counts | speed)
             tracker.log({f"{directory.name}/{k}": v for k, v in (line | speed).items()}, self.env_steps)
@@ -379,6 +442,7 @@ class _Online:
 
     def save(self) -> None:
         """Write the learner's checkpoint and each seed's last critic."""
+        self.settle()
         save(self.out, self.learner, self.optimizer, self.generator, self.update, self.identity)
         for directory, critic in zip(self.seed_directories, self.critics(), strict=True):
             critic.save_pretrained(directory / "last")
