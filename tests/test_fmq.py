@@ -331,10 +331,10 @@ class TestOnline:
         for name in ("observations", "actions", "rewards", "masks"):
             assert torch.equal(getattr(again, name), getattr(kept, name))
         lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").open()]
-        returns = [line["return"] for line in lines]
+        returns = [line["return"] for line in lines if "return" in line]
         assert sum(returns[-3:]) / 3 > returns[0] + 0.3
         assert lines[-1]["start_cosine"] > 0.8
-        assert sum(line["episodes"] for line in lines) == 3 * (25 // 2 + 25 // 2)
+        assert sum(line.get("episodes", 0) for line in lines) == 3 * (17 // 2 + 25 // 2)
 
     def test_what_the_collector_says_happened_happened(self) -> None:
         generator = torch.Generator().manual_seed(0)
