@@ -18,7 +18,14 @@ from torch import Tensor
 import qsteer
 from qsteer.evaluation.cost import Latency, Passes, count, latencies, latency
 from qsteer.evaluation.plots import plot_distillation, plot_success, plot_trace
-from qsteer.evaluation.rollouts import ChunkedAction, Rollouts, Simulators, noise_generator, rollout
+from qsteer.evaluation.rollouts import (
+    ChunkedAction,
+    Rollouts,
+    Simulators,
+    noise_generator,
+    rollout,
+    tensors,
+)
 from qsteer.evaluation.statistics import paired_bootstrap, wilson_interval
 from qsteer.evaluation.video import RenderError, _Film, find_gl_backend, side_by_side
 
@@ -260,9 +267,51 @@ class TestChunkedAction:
         assert truncated and reward == 0 and info["executed"] == 0
         np.testing.assert_array_equal(again, obs)
 
+    def test_observations_of_several_parts_are_rendered_at_the_last_step_only(self) -> None:
+        class Filmed(Walk):
+            observation_space = gymnasium.spaces.Dict(
+                state=Walk().observation_space, image=gymnasium.spaces.Box(0, 255, (3, 2, 2), np.uint8)
+            )
+            on = True
+
+            def cameras(self, on: bool) -> None:
+                Filmed.on = on
+
+            def seen(self, state: np.ndarray) -> dict[str, np.ndarray]:
+                return {"state": state, "image": np.full((3, 2, 2), 7 * Filmed.on, np.uint8)}
+
+            def reset(self, **options: Any) -> Any:
+                state, info = super().reset(**options)
+                return self.seen(state), info
+
+            def step(self, action: np.ndarray) -> Any:
+                state, *rest = super().step(action)
+                frames.append(Filmed.on)
+                return self.seen(state), *rest
+
+        frames: list[bool] = []
+        env = ChunkedAction(Filmed(None), 3)
+        assert env.step(np.zeros((3, A)))[0]["image"].shape == (3, 2, 2)  # before the first reset
+        assert env.reset(seed=0)[0]["image"].max() == 7
+        obs, *_ = env.step(np.zeros((3, A), np.float32))
+        assert frames == [False, False, True] and obs["image"].max() == 7
+        converted = tensors(obs)
+        assert converted["image"].dtype == torch.uint8 and converted["state"].dtype == torch.float32
+
+    def test_rewards_of_a_chunk_are_discounted(self) -> None:
+        plain, discounted = (ChunkedAction(Walk(None), 3, gamma) for gamma in (1.0, 0.5))
+        env = Walk(None)
+        env.reset(seed=0)
+        rewards = [float(env.step(np.array([0.3, 0.1], np.float32))[1]) for _ in range(3)]
+        for chunked, weights in (plain, (1, 1, 1)), (discounted, (1, 0.5, 0.25)):
+            chunked.reset(seed=0)
+            _, reward, _, _, info = chunked.step(np.tile(np.array([0.3, 0.1], np.float32), (3, 1)))
+            assert reward == pytest.approx(np.dot(weights, rewards))
+            assert info["sum_reward"] == pytest.approx(sum(rewards))
+
     def test_spaces_it_cannot_serve(self) -> None:
         class Image(Walk):
-            observation_space = gymnasium.spaces.Dict({})
+            observation_space = gymnasium.spaces.Dict({"button": gymnasium.spaces.Discrete(2)})
 
         class Button(Walk):
             action_space = gymnasium.spaces.Discrete(2)
