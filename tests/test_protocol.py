@@ -139,7 +139,7 @@ def test_the_protocol_runs_all_seeds_at_once(tmp_path: Path, monkeypatch: pytest
     assert [row["seed"] for row in results["seeds"]] == [0, 1]
     for seed in range(2):
         lines = [json.loads(line) for line in (tmp_path / f"run/online/seed{seed}/metrics.jsonl").open()]
-        assert lines[-1]["env_steps"] == 100 and lines[-1]["step"] == 99
+        assert lines[-1]["env_steps"] == lines[-1]["step"] == 100
         assert [line["env_steps"] for line in lines if "evaluation/success" in line] == [100]
     main(command)
     assert json.loads((tmp_path / "run" / "results.json").read_text()) == results
