@@ -6,10 +6,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import gymnasium
 import numpy as np
 import pytest
 import torch
+from bandit import Bandit
 from torch import Tensor, nn
 
 from qsteer.cli import main
@@ -257,25 +257,6 @@ def test_usage_errors(tmp_path: Path) -> None:
         adapt(networks[0], critic(horizon=3), policy(), data(), tmp_path, OFFLINE, progress=False)
     with pytest.raises(ValueError, match="eta"):
         FMQTraining(eta=-1.0)
-
-
-class Bandit(gymnasium.Env):
-    """Two steps; each costs the squared distance of the action to 0.6. The data's actions are around 0."""
-
-    observation_space = gymnasium.spaces.Box(-np.inf, np.inf, (S,), np.float64)
-    action_space = gymnasium.spaces.Box(-1.0, 1.0, (A,), np.float32)
-
-    def reset(
-        self, *, seed: int | None = None, options: dict[str, Any] | None = None
-    ) -> tuple[np.ndarray, dict[str, Any]]:
-        super().reset(seed=seed)
-        self.clock, self.place = 0, self.np_random.normal()
-        return np.array([self.place, 0.0]), {}
-
-    def step(self, action: np.ndarray) -> tuple[np.ndarray, float, bool, bool, dict[str, Any]]:
-        self.clock += 1
-        cost = float((action[0] - 0.6) ** 2)
-        return np.array([self.place, float(self.clock)]), -cost, self.clock == 2, False, {}
 
 
 def bandit_data(rows: int = 200) -> Episodes:

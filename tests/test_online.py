@@ -11,7 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import gymnasium
+import bandit
 import numpy as np
 import pytest
 import torch
@@ -43,24 +43,14 @@ def one_thread() -> Iterator[None]:
     yield
 
 
-class Bandit(gymnasium.Env):
-    """Three steps; each costs the squared distance of the action to 0.6, and one near it is a success."""
+class Bandit(bandit.Bandit):
+    """Three steps; one near the goal is a success."""
 
-    observation_space = gymnasium.spaces.Box(-np.inf, np.inf, (2,), np.float64)
-    action_space = gymnasium.spaces.Box(-1.0, 1.0, (1,), np.float32)
-
-    def reset(
-        self, *, seed: int | None = None, options: dict[str, Any] | None = None
-    ) -> tuple[np.ndarray, dict[str, Any]]:
-        super().reset(seed=seed)
-        self.clock, self.place = 0, self.np_random.normal()
-        return np.array([self.place, 0.0]), {}
+    steps = 3
 
     def step(self, action: np.ndarray) -> tuple[np.ndarray, float, bool, bool, dict[str, Any]]:
-        self.clock += 1
-        cost = float((action[0] - GOAL) ** 2)
-        over = self.clock == 3
-        return np.array([self.place, float(self.clock)]), -cost, over, False, {"success": cost < 0.02}
+        *outcome, _ = super().step(action)
+        return *outcome, {"success": outcome[1] > -0.02}
 
 
 def policy(seed: int = 0) -> FlowPolicy:
@@ -179,6 +169,23 @@ def test_a_critic_that_diverges_does_not_steer_and_comes_back(
     assert not any(rounds[ill[0] // 4 : ill[-1] // 4]) and rounds[-1]
     assert all(torch.isfinite(p).all() for p in critic.parameters())
     assert all(np.isfinite(line["q"]) for line in lines if "q" in line)
+
+
+def test_a_critic_that_has_not_learnt_steers_nothing_not_even_evaluations(tmp_path: Path) -> None:
+    steered: list[bool] = []
+
+    class Actor(StateActor):
+        def steer(self, rule: Any, sampler: Any) -> None:
+            steered.append(rule is not None)
+            super().steer(rule, sampler)
+
+    live = LiveCritic(fresh_critic(CRITIC.critic_config(2, 1), [0]))
+    training = replace(TRAINING, env_steps=40, warmup=20, evaluate_every=12, episodes=2)
+    train_online(Bandit, Actor([policy()], live), live, tmp_path, training, rule=RULE, progress=False)
+    first = steered.index(True)
+    assert all(steered[first:])
+    # the constructor's, seven rounds of four steps (the critic learns in the last) and two evaluations
+    assert first == 1 + 7 + 2
 
 
 def test_the_learner_works_while_the_simulators_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

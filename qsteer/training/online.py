@@ -118,7 +118,7 @@ def train_online(
     moving average is published to ``critic`` between actions.
 
     If ``critic`` is a stack of S critics, S seeds are trained at once, each with its own environments, rows,
-    gradient clipping and metrics.
+    gradient clipping and metrics. They are well or ill together: one that diverges takes all of them back.
 
     ``out`` (of a stack, ``out/seedS`` for each) gets ``metrics.jsonl``, ``speed.jsonl`` and the critics
     ``last`` and ``best``, which ``Critic.from_pretrained`` reads; ``out`` itself the learner's checkpoint and
@@ -285,8 +285,7 @@ class _Online:
 
     def round(self, collector: "Collector", window: "_Window") -> None:
         """Send a row of actions to every simulator, learn while they work, and store what they say."""
-        steering = self.update > 0 and self.health.steers
-        self.actor.steer(self.rule if steering else None, self.sampler if steering else None)
+        self.steer()
         with window.share("act"):
             collector.send(self.act, self.generator)
         with window.share("learn"):
@@ -296,6 +295,11 @@ class _Online:
         with window.share("store"):
             self.replay.add(rows)
         self.health.observe_rewards(rows.rewards)
+
+    def steer(self) -> None:
+        """Steer once the critic has learnt something and while it is well; else leave the policy alone."""
+        steering = self.update > 0 and self.health.steers
+        self.actor.steer(self.rule if steering else None, self.sampler if steering else None)
 
     def act(self, obs: Observation, lanes: np.ndarray) -> Decision:
         """Return chunks for the environments that ask; a stack is asked for equally many of each seed."""
@@ -322,9 +326,9 @@ class _Online:
         if self.update >= due or not self.source.ready():
             return
         with torch.cuda.stream(self.stream) if self.stream else nullcontext():
-            self.descend(due, window)
+            self.catch_up(due, window)
 
-    def descend(self, due: int, window: "_Window") -> None:
+    def catch_up(self, due: int, window: "_Window") -> None:
         """Make the gradient steps up to number ``due``; on CUDA on a stream of their own."""
         if self.stream is not None:
             self.stream.wait_stream(torch.cuda.default_stream(self.live.device))
@@ -363,10 +367,10 @@ class _Online:
                 critic.fit_normalisation(seen)
 
     def evaluate(self, collector: "Collector") -> list[dict[str, float]]:
-        """Roll out each seed's steered policy on the fixed episodes; running episodes are cut for it."""
+        """Roll out what would act now on the fixed episodes, seed by seed; running ones are cut for it."""
         self.settle()
         self.live.publish(self.learner.target)
-        self.actor.steer(self.rule, self.sampler)
+        self.steer()
         scores = []
         for directory, actor, critic in zip(
             self.seed_directories, self.actors(), self.critics(), strict=True
