@@ -80,7 +80,11 @@ POINTMAZE = Recipe(
     transitions=200_000,
     policy=PolicyTraining(steps=6_000, hidden=(64, 64, 64)),
     critic=CriticTraining(steps=15_000, hidden=(64, 64, 64), ema=0.05),
-    online=replace(ONLINE, critic=CriticTraining(target="sarsa", ema=0.05, hidden=(64, 64, 64))),
+    online=replace(
+        ONLINE,
+        critic=CriticTraining(target="sarsa", ema=0.05, hidden=(64, 64, 64)),
+        evaluate_every=10_000,
+    ),
     arms=("base", "best-of-8", "qgf-matched=0.3", "tweedie=0.3", "random-direction=0.3"),
     minutes=4,
 )

@@ -124,6 +124,7 @@ class TestCurves:
         steps, values = read_curve(path)
         assert (steps.tolist(), values.tolist()) == ([0, 30], [0.2, 0.4])
         assert read_curve(path, "success").steps.tolist() == [20]
+        assert read_curve(path, until=29).steps.tolist() == [0]
         with pytest.raises(ValueError, match=r"'env_steps' and 'reward', got \[.*'success'\]"):
             read_curve(path, "reward")
 
@@ -155,6 +156,8 @@ class TestCurves:
         assert row.area == pytest.approx((0.275, 0.25, 0.3))
         assert table([row]).splitlines()[2] == "| ours | 2 | 20 | 50 [40, 60] | 28 [25, 30] |"
         assert "| 0.5 [0.4, 0.6] | 0.275 [" in table([row], percent=False)
+        (early,) = summary({"ours": paths}, until=10)
+        assert (early.steps, early.final.mean) == (10, pytest.approx(0.3))
         (smooth,) = summary({"ours": paths[:1]}, smoothing=0.99)
         steps, values = read_curve(paths[0])
         assert smooth.final.mean == time_weighted_ema(steps, values, 0.99)[-1]
@@ -199,6 +202,17 @@ class TestPlot:
         bands = [band for band in ax.collections if isinstance(band, PolyCollection)]
         assert bands[2].get_paths()[0].get_extents().bounds == pytest.approx((0, 0, 2000, 100))
         assert ax.xaxis.get_major_formatter()(2000) == "2k"
+
+    def test_levels_are_drawn_across(
+        self, groups: dict[str, list[Path]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        figures: list[Any] = []
+        monkeypatch.setattr(curves, "save", lambda fig, path: figures.append(fig) or path)
+        plot_curves({"steered": groups["steered"]}, tmp_path / "c.png", levels={"base": 0.06, "lucky": 0.9})
+        (ax,) = figures[0].axes
+        assert [text.get_text() for text in ax.get_legend().get_texts()] == ["lucky", "steered", "base"]
+        across = [list(line.get_ydata()) for line in ax.lines if line.is_dashed()]
+        assert across == [[6, 6], [90, 90]]
 
     def test_files(self, groups: dict[str, list[Path]], tmp_path: Path) -> None:
         assert plot_curves(groups, tmp_path / "new" / "c.png").stat().st_size > 5_000

@@ -48,8 +48,8 @@ class Summary(NamedTuple):
     area: Band
 
 
-def read_curve(path: str | Path, key: str = SUCCESS) -> Curve:
-    """Read one metric of a run from its ``metrics.jsonl``, against ``env_steps``.
+def read_curve(path: str | Path, key: str = SUCCESS, until: int | None = None) -> Curve:
+    """Read one metric of a run from its ``metrics.jsonl``, against ``env_steps`` up to ``until`` (None: all).
 
     Left out are lines without the metric, or with NaN there (nothing to average yet), and a last line that is
     still being written. Of lines with the same ``env_steps`` (learning without acting) the last one counts.
@@ -65,6 +65,8 @@ def read_curve(path: str | Path, key: str = SUCCESS) -> Curve:
             continue
         metrics = json.loads(line)
         known |= set(metrics)
+        if until is not None and metrics.get("env_steps", 0) > until:
+            continue
         if "env_steps" in metrics and not np.isnan(metrics.get(key, np.nan)):
             points[metrics["env_steps"]] = metrics[key]
     if not points:
@@ -109,7 +111,11 @@ def area(curves: Curves) -> Float[np.ndarray, "S"]:
 
 
 def summary(
-    groups: Mapping[str, Sequence[str | Path]], *, key: str = SUCCESS, smoothing: float = 0.0
+    groups: Mapping[str, Sequence[str | Path]],
+    *,
+    key: str = SUCCESS,
+    smoothing: float = 0.0,
+    until: int | None = None,
 ) -> list[Summary]:
     """Return final value and area under the curve of each method, with 95 % seed-bootstrap intervals.
 
@@ -118,13 +124,14 @@ def summary(
         key: the metric.
         smoothing: ``alpha`` of :func:`~qsteer.evaluation.statistics.time_weighted_ema`, applied to each run;
             QPILOTS reports LIBERO with 0.99.
+        until: last environment step that counts; None: all.
 
     Raises:
         ValueError: see :func:`read_curve` and :func:`align`.
     """
     rows = []
     for name, paths in groups.items():
-        curves = _read(paths, key, smoothing)
+        curves = _read(paths, key, smoothing, until)
         rows.append(
             Summary(
                 name,
@@ -187,7 +194,9 @@ def plot_curves(
     key: str = SUCCESS,
     base: str | None = None,
     controls: Collection[str] = (),
+    levels: Mapping[str, float] | None = None,
     smoothing: float = 0.0,
+    until: int | None = None,
     title: str | None = None,
 ) -> Path:
     """Draw a metric against environment steps: each method's mean over seeds, a 95 % band, the seeds thin.
@@ -201,7 +210,9 @@ def plot_curves(
         key: the metric; one that ends in ``success`` is drawn in percent.
         base: the unsteered method, drawn in a colour of its own.
         controls: methods which should not gain, drawn dashed in grey.
+        levels: what does not learn and was measured once, drawn across.
         smoothing: see :func:`summary`.
+        until: see :func:`summary`.
         title: above the picture.
 
     Raises:
@@ -222,7 +233,7 @@ def plot_curves(
         fig, ax = plt.subplots(figsize=(7.2, 3.6), layout="constrained")
         ends = {}
         for order, (name, paths) in enumerate(groups.items()):
-            curves = _read(paths, key, smoothing)
+            curves = _read(paths, key, smoothing, until)
             band = Band(*(scale * x for x in seed_bootstrap(curves.values)))
             control = name in controls
             colour = BASE if name == base else CONTROL if control else next(colours)
@@ -243,6 +254,9 @@ def plot_curves(
                 solid_capstyle="round",
             )
             ends[name] = (float(band.mean[-1]), line)
+        for name, level in (levels or {}).items():
+            line = ax.axhline(scale * level, color=CONTROL, linewidth=1.4, linestyle=next(dashes), zorder=1)
+            ends[name] = (scale * level, line)
         ranked = sorted(ends, key=lambda name: -ends[name][0])
         ax.legend(
             [ends[name][1] for name in ranked],
@@ -275,8 +289,8 @@ def plot_curves(
         return save(fig, path)
 
 
-def _read(paths: Sequence[str | Path], key: str, smoothing: float) -> Curves:
-    curves = [read_curve(path, key) for path in paths]
+def _read(paths: Sequence[str | Path], key: str, smoothing: float, until: int | None = None) -> Curves:
+    curves = [read_curve(path, key, until) for path in paths]
     return align([Curve(x, time_weighted_ema(x, y, smoothing)) for x, y in curves])
 
 
