@@ -4,11 +4,10 @@ from copy import copy
 from dataclasses import replace
 from typing import Any
 
-import torch
 from torch import Tensor
-from torch.nn import functional as F
 from torch.utils import _pytree as pytree
 
+from qsteer.adapters.pi import PiExpert, prefix_features
 from qsteer.clock import MIRRORED
 from qsteer.inject import Host
 
@@ -36,21 +35,10 @@ def repeat_context(context: Any, k: int) -> Any:
     return pytree.tree_map(repeated, context, is_leaf=is_cache)
 
 
-def prefix_features(context: dict[str, Any]) -> tuple[Tensor, Tensor]:
-    """Return the prefix as the denoiser sees it: values at a third, two thirds and the end of its depth.
-
-    Values, for keys carry their position's rotation. Tokens (B, L, F) and the mask (B, L) of those present.
-    A state which stands beside the prefix (pi0) is the last token: ``[state, 1, 0 ..]``, where the one keeps
-    the state's scale through the normalisation of tokens.
-    """
-    layers, mask = context["past_key_values"].layers, context["prefix_pad_masks"]
-    depths = (len(layers) // 3, 2 * len(layers) // 3, len(layers) - 1)
-    tokens = torch.cat([layers[depth].values.transpose(1, 2).flatten(2) for depth in depths], -1)
-    if "state" in context:
-        state = F.pad(context["state"], (0, 1), value=1.0)[:, None]
-        state = F.pad(state, (0, tokens.shape[-1] - state.shape[-1]))
-        tokens, mask = torch.cat([tokens, state], 1), torch.cat([mask, torch.ones_like(mask[:, :1])], 1)
-    return tokens, mask
+def features(context: dict[str, Any]) -> tuple[Tensor, Tensor]:
+    """Return tokens and mask of the prefix, see :func:`qsteer.adapters.pi.prefix_features`."""
+    values = [layer.values for layer in context["past_key_values"].layers]
+    return prefix_features(values, context["prefix_pad_masks"], context.get("state"))
 
 
 PI05 = Host(
@@ -64,11 +52,14 @@ PI05 = Host(
     action_shape="config.action_feature.shape",
     rtc="model._rtc_enabled",
     repeat=repeat_context,
-    features=prefix_features,
+    features=features,
+    prepare=PiExpert,
 )
 
 PI0 = replace(PI05, serves="PI0Policy")
 
-SMOLVLA = replace(PI05, serves="SmolVLAPolicy", batch="_get_action_chunk", steps="config.num_steps")
+SMOLVLA = replace(
+    PI05, serves="SmolVLAPolicy", batch="_get_action_chunk", steps="config.num_steps", prepare=None
+)
 
 HOSTS = (PI0, PI05, SMOLVLA)

@@ -10,7 +10,12 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from qsteer.clock import PAPER, Clock
-from qsteer.inject import Host
+from qsteer.inject import Host, HostField
+
+
+def as_it_is(field: HostField) -> HostField:
+    """Return the field: a plain velocity has nothing to prepare."""
+    return field
 
 
 class PlainPolicy(nn.Module):
@@ -68,6 +73,7 @@ class PlainPolicy(nn.Module):
             executed="executed",
             action_shape="action_shape",
             features=itemgetter("obs"),
+            prepare=lambda _: as_it_is,
         )
 
     @torch.no_grad()

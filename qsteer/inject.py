@@ -25,12 +25,13 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from qsteer.clock import Clock
+from qsteer.compiled import Compiled, Mode
 from qsteer.critics.encoders import FEATURES, pooled
 from qsteer.flow import normal, repeat_rows
 from qsteer.samplers import Euler
 from qsteer.sampling import acting, outside_inference_mode, sample
 from qsteer.trace import Trace
-from qsteer.types import Bindable, Rule, Sampler, Value
+from qsteer.types import Bindable, Field, Rule, Sampler, Value
 
 _observed: ContextVar["tuple[Handle, Any] | None"] = ContextVar("qsteer_observed", default=None)
 _interrupting: ContextVar["Handle | None"] = ContextVar("qsteer_interrupting", default=None)
@@ -62,6 +63,9 @@ class Host:
             :meth:`qsteer.types.Field.repeat`. With k = 1, a context which the step may change as it likes.
         features: what the step's other arguments say of the observations, for learnt maps and critics: a
             tensor (B, F), or tokens (B, L, F) and their mask (B, L); None: nothing.
+        prepare: ``policy -> (HostField -> Field)``: the same velocity with all that stays the same between
+            steps computed once, for ``steer(compile=...)``; a frozen dataclass whose tensors are all that
+            depends on the observations. None: there is none.
     """
 
     serves: str
@@ -78,6 +82,7 @@ class Host:
     rtc: str | None = None
     repeat: Callable[[Any, int], Any] = repeat_context
     features: Callable[[dict[str, Any]], Any] | None = None
+    prepare: Callable[[Any], Callable[["HostField"], Field]] | None = None
 
     def read(self, policy: Any, path: str) -> Any:
         """Return what ``path`` names on the policy.
@@ -197,9 +202,11 @@ class Handle:
         sampler: Sampler,
         critic_inputs: Callable[[Any], Any] | None,
         trace: Trace,
+        compiled: Compiled | None,
     ) -> None:
         self.policy, self.host, self.critic, self.rule, self.sampler = policy, host, critic, rule, sampler
-        self.critic_inputs, self.trace = critic_inputs, trace
+        self.critic_inputs, self.trace, self._compiled = critic_inputs, trace, compiled
+        self._prepared = None if compiled is None or host.prepare is None else host.prepare(policy)
         self._frozen = [parameter for parameter in parameters_of(policy) if parameter.requires_grad]
         self._replaced: list[tuple[Any, str, Any]] = []
         for path, method in ((host.entry, self._entry), (host.step, self._step), (host.batch, self._batch)):
@@ -285,7 +292,10 @@ class Handle:
             args, kwargs, batch = normal((args, kwargs, batch))
             field, noise = self._field(args, kwargs)
             value = self._value(critic, batch, field, noise)
-            return sample(field, value, noise, rule=self.rule, sampler=self.sampler, trace=self.trace)
+            if self._compiled is None or self._prepared is None:
+                return sample(field, value, noise, rule=self.rule, sampler=self.sampler, trace=self.trace)
+            prepared = self._prepared(field)
+            return self._compiled(prepared, value, noise, self.rule, self.sampler, self.trace, field)
 
     def _field(
         self, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -350,6 +360,7 @@ def steer(
     sampler: Sampler | None = None,
     critic_inputs: Callable[[Any], Any] | None = None,
     trace: bool = False,
+    compile: Mode | None = None,  # noqa: A002 (torch's word for it)
 ) -> Handle:
     """Steer a pretrained policy in place: it keeps its identity and type, and follows the critic from now on.
 
@@ -369,13 +380,20 @@ def steer(
             that is the unsteered policy, bit for bit.
         critic_inputs: ``batch -> obs``, when the critic needs something else than the host's batch.
         trace: record each guided step in ``handle.trace``, not only fallbacks.
+        compile: ``"graph"`` (CUDA) replays the whole action behind the prefix, critic and gradients included,
+            as one CUDA graph; ``"static"`` runs the same code eagerly on any device: keys and values are not
+            copied at each step, what depends on the time alone is tabulated, candidates share one prefix.
+            The policy's weights must not change meanwhile; the critic's may, in place. A new kind of action
+            (shapes, rule, sampler, critic) is captured and checked when it first comes. None: the host's own
+            step, bit for bit.
 
     Returns:
         The handle that changes the method or takes it away; also a context manager.
 
     Raises:
         TypeError: an argument is of the wrong kind, or nobody knows where the policy keeps its loop.
-        ValueError: the critic is on another device, or sees more than the policy executes.
+        ValueError: the critic is on another device, or sees more than the policy executes; ``compile`` is
+            unknown, or "graph" without CUDA.
         RuntimeError: the policy is steered already, or has real-time chunking enabled.
 
     Example:
@@ -397,7 +415,8 @@ def steer(
     check_untouched(policy, host)
     check_rtc(policy, host)
     check_critic(critic, policy, host)
-    return Handle(policy, host, critic, rule, sampler, critic_inputs, Trace(steps=trace))
+    compiled = checked_compile(compile, policy, host)
+    return Handle(policy, host, critic, rule, sampler, critic_inputs, Trace(steps=trace), compiled)
 
 
 def unsteer(policy: Any) -> None:
@@ -433,6 +452,25 @@ def checked_sampler(sampler: Any) -> Sampler:
     if not isinstance(sampler, Sampler):
         raise TypeError(f"sampler: expected a Sampler such as qsteer.BestOfN(8), got {sampler!r}")
     return sampler
+
+
+def checked_compile(mode: Mode | None, policy: Any, host: Host) -> Compiled | None:
+    """Return the fast path of this mode, None for None."""
+    if mode is None:
+        return None
+    compiled = Compiled(mode)
+    if host.prepare is None:
+        raise TypeError(
+            f"compile: expected a policy whose step can be prepared (PI0Policy, PI05Policy, PlainPolicy), got "
+            f"{type(policy).__name__}; leave compile out, or give its Host a prepare"
+        )
+    devices = {parameter.device.type for parameter in parameters_of(policy)}
+    if mode == "graph" and devices != {"cuda"}:
+        raise ValueError(
+            f"compile: expected a policy on CUDA for 'graph', got {', '.join(sorted(devices)) or 'no parameters'}; "
+            "use compile='static' there, or leave it out"
+        )
+    return compiled
 
 
 def check_untouched(policy: Any, host: Host) -> None:

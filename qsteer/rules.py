@@ -20,6 +20,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from qsteer.clock import Clock, clock_of
+from qsteer.course import known
 from qsteer.flow import clip_through, denoise, finite_rows, rows
 from qsteer.trace import Step, recorder, report_fallbacks, report_gated
 from qsteer.types import Bounds, Field, PosteriorSampler, Rule, Value
@@ -257,7 +258,7 @@ class Steered:
     def __call__(self, x: Float[Tensor, "B H A"], t: Float[Tensor, "B"]) -> Float[Tensor, "B H A"]:
         """Return the guided velocity; rows where anything is not finite keep the base velocity."""
         guided = self.rule.guides(t)
-        if not guided.any():
+        if not known(lambda: bool(guided.any())):
             return self.base(x, t)
         with torch.enable_grad():
             v, g, q, a, in_action = self.bound.ascent(self.base, self.value, x.detach(), t)
@@ -522,11 +523,11 @@ class ThroughTime(Guidance):
 
     def ascent(self, field: Field, value: Value, x: Tensor, t: Tensor) -> Ascent:
         """Differentiate the value of the chain's end with respect to x."""
-        clock = clock_of(field)
-        rest = [(s, dt) for s, dt in clock.grid(self.steps) if s >= float(t[0]) - _EDGE]
-        if not rest or rest[0][0] > float(t[0]) + _EDGE:
+        clock, now = clock_of(field), known(lambda: float(t[0]))
+        rest = [(s, dt) for s, dt in clock.grid(self.steps) if s >= now - _EDGE]
+        if not rest or rest[0][0] > now + _EDGE:
             raise ValueError(
-                f"ThroughTime: expected the chain's own number of steps, got t = {float(t[0]):.3f} off the "
+                f"ThroughTime: expected the chain's own number of steps, got t = {now:.3f} off the "
                 f"grid of steps={self.steps}; give ThroughTime(steps=...) the sampler's"
             )
         x = x.requires_grad_()

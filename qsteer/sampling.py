@@ -76,8 +76,19 @@ def sample(
     if rule is not None and value is None:
         raise ValueError("value: expected a value for the rule to follow, got None; pass critic.bind(obs)")
     with outside_inference_mode(), recording(trace):
-        steered = field if rule is None or value is None else rule(field, value)
-        return sampler(steered, value, noise.clone() if noise.is_inference() else noise).detach()
+        return steered_action(field, value, noise.clone() if noise.is_inference() else noise, rule, sampler)
+
+
+def steered_action(
+    field: Field,
+    value: Value | None,
+    noise: Float[Tensor, "B H A"],
+    rule: Rule | Callable[[Field, Value], Field] | None,
+    sampler: Sampler | Callable[[Field, Value | None, Tensor], Tensor],
+) -> Float[Tensor, "B H A"]:
+    """Return what the sampler makes of the field that the rule bends."""
+    steered = field if rule is None or value is None else rule(field, value)
+    return sampler(steered, value, noise).detach()
 
 
 def acting(critic: Bindable) -> AbstractContextManager[None]:

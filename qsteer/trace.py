@@ -8,14 +8,14 @@ import os
 import warnings
 from collections import deque
 from contextvars import ContextVar
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
-_recording: ContextVar["recording | None"] = ContextVar("qsteer_trace", default=None)
+_recording: ContextVar["collecting | None"] = ContextVar("qsteer_trace", default=None)
 
 
 @dataclass(frozen=True)
@@ -116,31 +116,58 @@ class Trace:
             )
 
 
-class recording:  # noqa: N801 (used as a with statement)
-    """Record one sampled action into ``trace``; without one, only count and warn of fallbacks.
+class collecting:  # noqa: N801 (used as a with statement)
+    """Collect what is reported of one action, to be handed over later.
 
-    What is recorded belongs to the action until it is finished, so threads may share a trace.
+    It belongs to the action until then, so threads may share a trace.
+
+    Args:
+        wanted: collect the guided steps too, not only fallbacks.
     """
 
-    def __init__(self, trace: Trace | None) -> None:
-        self.trace = Trace(steps=False) if trace is None else trace
+    def __init__(self, wanted: bool) -> None:
+        self.wanted = wanted
         self.steps: list[Step] = []
         self.fell_back: list[Tensor] = []
         self.gated: list[Tensor] = []
 
-    def __enter__(self) -> None:
+    def __enter__(self) -> "collecting":
         """Start the action."""
         self._token = _recording.set(self)
+        return self
 
     def __exit__(self, *_: object) -> None:
-        """Hand the action over: the only place where tracing waits for the device."""
+        """End the action."""
         _recording.reset(self._token)
+
+    def copied(self) -> "collecting":
+        """Return it with tensors of its own, where a replay will overwrite these."""
+        copy = collecting(self.wanted)
+        copy.steps = [Step(*(getattr(step, f.name).clone() for f in fields(step))) for step in self.steps]
+        copy.fell_back, copy.gated = self.fell_back, self.gated  # read when they are handed over
+        return copy
+
+    def hand_over(self, trace: Trace) -> None:
+        """Add the action to a trace: the only place where tracing waits for the device."""
         if self.steps:
-            self.trace.actions.append(self.steps)
+            trace.actions.append(self.steps)
         if self.fell_back:
             zero = torch.zeros_like(self.fell_back[0])
             counts = torch.stack([torch.stack([zero, *part]).sum() for part in (self.fell_back, self.gated)])
-            self.trace._count(*counts.tolist())
+            trace._count(*counts.tolist())
+
+
+class recording(collecting):  # noqa: N801
+    """Record one sampled action into ``trace``; without one, only count and warn of fallbacks."""
+
+    def __init__(self, trace: Trace | None) -> None:
+        self.trace = Trace(steps=False) if trace is None else trace
+        super().__init__(self.trace.steps)
+
+    def __exit__(self, *_: object) -> None:
+        """Hand the action over."""
+        super().__exit__()
+        self.hand_over(self.trace)
 
 
 def report_fallbacks(fell_back: Tensor) -> None:
@@ -158,4 +185,4 @@ def report_gated(gated: Tensor) -> None:
 def recorder() -> list[Step] | None:
     """Return the list to append guided steps to, or None when nobody looks."""
     action = _recording.get()
-    return action.steps if action is not None and action.trace.steps else None
+    return action.steps if action is not None and action.wanted else None

@@ -1,0 +1,256 @@
+"""lerobot's pi0 and pi0.5 with all that does not change between Euler steps prepared. Imports no lerobot.
+
+The host's own step, called ten times for one action, copies the prefix's keys and values, repeats them for
+every query head, builds masks and positions, and evaluates the embedding of the time and, in pi0.5, the
+modulation of every norm by it: a quarter of the expert's weights, read for one number. :class:`PiField` is
+the same function of the same weights without these. Its attention looks at prefix and chunk apart, so that a
+backward pass computes no gradients for the prefix, and candidates share one prefix instead of a copy each.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from qsteer.clock import Clock
+from qsteer.course import known
+from qsteer.inject import HostField
+
+
+class Modulation(NamedTuple):
+    """What an (adaptive) RMS norm does once it has normalised, ``y * scale + shift``; and its branch's gate."""
+
+    scale: Tensor
+    shift: Tensor | None = None
+    gate: Tensor | None = None
+
+
+class Moment(NamedTuple):
+    """All that the expert knows of a time."""
+
+    embedding: Tensor | None
+    """The time's part of pi0's action-time layer, (1, 1, W); None: pi0.5."""
+    modulations: list[Modulation]
+    """Of the two norms of each layer, and of the last norm."""
+
+
+class PiExpert:
+    """The action expert of a pi0 or pi0.5, and a table of what it knows of the times it has met.
+
+    The table holds as long as the policy's weights do not change.
+
+    Args:
+        policy: lerobot's PI0Policy or PI05Policy.
+    """
+
+    def __init__(self, policy: Any) -> None:
+        self.model = policy.model
+        self.gemma = self.model.paligemma_with_expert.gemma_expert.model
+        self.dtype = self.gemma.layers[0].self_attn.q_proj.weight.dtype
+        self._moments: dict[float, Moment] = {}
+
+    def __call__(self, field: HostField) -> "PiField":
+        """Return the prepared field of the one which the host has encoded."""
+        context = field.context
+        layers = context["past_key_values"].layers
+        keys, values = tuple(layer.keys for layer in layers), tuple(layer.values for layer in layers)
+        return PiField(
+            self, keys, values, context["prefix_pad_masks"], context.get("state"), field.clock
+        )
+
+    def moment(self, u: Float[Tensor, "R"]) -> Moment:
+        """Return what the expert knows of host time u; tabulated where all rows have the same."""
+        low, high = known(lambda: (u.min().item(), u.max().item()))
+        if low != high:
+            return self._evaluate(u)
+        if low not in self._moments:
+            self._moments[low] = self._evaluate(u[:1])
+        return self._moments[low]
+
+    @torch.no_grad()
+    def _evaluate(self, u: Float[Tensor, "B"]) -> Moment:
+        config, layers = self.model.config, self.gemma.layers
+        norms = [norm for layer in layers for norm in (layer.input_layernorm, layer.post_attention_layernorm)]
+        embedding, condition = None, None
+        if self.has_state:
+            from lerobot.policies.common.vla_utils import create_sinusoidal_pos_embedding
+
+            layer, width = self.model.action_time_mlp_in, self.model.action_in_proj.out_features
+            periods = config.min_period, config.max_period
+            time = create_sinusoidal_pos_embedding(u, width, *periods, device=u.device).to(u.dtype)
+            embedding = F.linear(time, layer.weight[:, width:], layer.bias)[:, None]
+        else:
+            *_, condition = self.model.embed_suffix(
+                u.new_zeros(len(u), config.chunk_size, config.max_action_dim), u
+            )
+        return Moment(
+            embedding, [modulation(norm, condition, self.dtype) for norm in (*norms, self.gemma.norm)]
+        )
+
+    @property
+    def has_state(self) -> bool:
+        """Whether a token of the state stands before the chunk: pi0; pi0.5 reads the state as text."""
+        return hasattr(self.model, "state_proj")
+
+    def embed(self, x: Float[Tensor, "R H A"], moment: Moment) -> Float[Tensor, "R H W"]:
+        """Return the tokens of the noisy chunk."""
+        actions = self.model.action_in_proj(x)
+        if moment.embedding is None:
+            return actions
+        weight = self.model.action_time_mlp_in.weight[:, : actions.shape[-1]]
+        return self.model.action_time_mlp_out(F.silu(F.linear(actions, weight) + moment.embedding))
+
+
+@dataclass(frozen=True)
+class PiField:
+    """The velocity of a pi0 or pi0.5 whose prefix is encoded; a :class:`~qsteer.types.Field`.
+
+    Up to the order of sums it is the host's own step, gradient included.
+
+    Attributes:
+        expert: evaluates the chunk.
+        keys, values: of the prefix, for each layer.
+        present: which tokens of the prefix are there.
+        state: what stands beside the prefix in pi0; None: pi0.5.
+        clock: the host's.
+        each: rows per observation; B observations have R = B each rows.
+    """
+
+    expert: PiExpert
+    keys: tuple[Float[Tensor, "B h L d"], ...]
+    values: tuple[Float[Tensor, "B h L d"], ...]
+    present: Bool[Tensor, "B L"]
+    state: Float[Tensor, "B D"] | None
+    clock: Clock
+    each: int = 1
+
+    def repeat(self, k: int) -> "PiField":
+        """Return the field for ``k`` rows per observation, which share its prefix."""
+        return replace(self, each=self.each * k)
+
+    def __call__(self, x: Float[Tensor, "R H A"], t: Float[Tensor, "R"]) -> Float[Tensor, "R H A"]:
+        """Run the expert on the chunk."""
+        expert = self.expert
+        moment = expert.moment(self.clock.to_host(t))
+        h = expert.embed(x, moment)
+        if self.state_token is not None:
+            h = torch.cat([self.state_token, h], 1)
+        h, modulations = h.to(expert.dtype), iter(moment.modulations)
+        for layer, keys, values in zip(expert.gemma.layers, self.keys, self.values, strict=True):
+            m = next(modulations)
+            h = added(h, self.attend(layer.self_attn, normed(layer.input_layernorm, h, m), keys, values), m)
+            m = next(modulations)
+            h = added(h, layer.mlp(normed(layer.post_attention_layernorm, h, m)), m)
+        h = normed(expert.gemma.norm, h[:, -x.shape[1] :], next(modulations))
+        return self.clock.velocity(expert.model.action_out_proj(h.float()))
+
+    def attend(self, attention: Any, y: Tensor, keys: Tensor, values: Tensor) -> Float[Tensor, "R S W"]:
+        """Return the attention of the chunk's tokens y (R, S, W) to the prefix and to one another."""
+        heads = -1, attention.head_dim
+        q, k, v = (
+            project(y).unflatten(-1, heads).transpose(1, 2)
+            for project in (attention.q_proj, attention.k_proj, attention.v_proj)
+        )
+        q, k = turned(q, *self.turns), turned(k, *self.turns)
+        q = q.unflatten(1, (k.shape[1], -1))  # (R, h, g, S, d): g queries of each key
+        before = self.unfold(self.fold(q) @ keys.mT * attention.scaling + self.absent, q)
+        among = q @ k[:, :, None].mT * attention.scaling + self.hidden
+        weights = torch.cat([before, among.to(before.dtype)], -1).softmax(-1, dtype=torch.float32).to(q.dtype)
+        before, among = weights.split([keys.shape[2], k.shape[2]], -1)
+        out = self.unfold(self.fold(before) @ values, q) + among @ v[:, :, None]
+        return attention.o_proj(out.flatten(1, 2).transpose(1, 2).flatten(2))
+
+    def fold(self, q: Float[Tensor, "R h g S d"]) -> Float[Tensor, "B h egS d"]:
+        """Put all queries of an observation that share a key into one matrix."""
+        return q.unflatten(0, (-1, self.each)).transpose(1, 2).flatten(2, 4)
+
+    def unfold(self, a: Float[Tensor, "B h egS n"], q: Float[Tensor, "R h g S d"]) -> Tensor:
+        """Undo :meth:`fold`, for what belongs to the queries q."""
+        return a.unflatten(2, (self.each, *q.shape[2:4])).transpose(1, 2).flatten(0, 1)
+
+    @cached_property
+    def absent(self) -> Float[Tensor, "B 1 1 L"]:
+        """What is added to the logits of the prefix."""
+        return torch.where(self.present, 0.0, -torch.inf)[:, None, None]
+
+    @cached_property
+    def hidden(self) -> Float[Tensor, "S S"]:
+        """What is added to the logits of the chunk: a state does not see the actions behind it."""
+        size = self.expert.model.config.chunk_size + (self.state is not None)
+        hidden = torch.zeros(size, size, device=self.present.device, dtype=self.expert.dtype)
+        if self.state is not None:
+            hidden[0, 1:] = -torch.inf
+        return hidden
+
+    @cached_property
+    def turns(self) -> tuple[Tensor, Tensor]:
+        """The rotary embedding's cosine and sine, (R, 1, S, d): the chunk comes after the prefix."""
+        steps = torch.arange(len(self.hidden), device=self.present.device)
+        places = self.present.sum(-1, keepdim=True) + steps
+        cos, sin = self.expert.gemma.rotary_emb(self.keys[0], places)
+        return self._rows(cos[:, None]), self._rows(sin[:, None])
+
+    @cached_property
+    def state_token(self) -> Float[Tensor, "R 1 W"] | None:
+        """The embedded state."""
+        if self.state is None:
+            return None
+        project = self.expert.model.state_proj
+        return self._rows(project(self.state.to(project.weight.dtype))[:, None])
+
+    def _rows(self, x: Tensor) -> Tensor:
+        return x if self.each == 1 else x.repeat_interleave(self.each, 0)
+
+    @property
+    def features(self) -> tuple[Tensor, Tensor]:
+        """See :class:`qsteer.types.Field`."""
+        present, state = self._rows(self.present), None if self.state is None else self._rows(self.state)
+        return prefix_features([self._rows(values) for values in self.values], present, state)
+
+
+def prefix_features(
+    values: Sequence[Float[Tensor, "B h L d"]], present: Bool[Tensor, "B L"], state: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Return the prefix as the denoiser sees it: values at a third, two thirds and the end of its depth.
+
+    Values, for keys carry their position's rotation. Tokens and the mask of those present. A state which
+    stands beside the prefix (pi0) is the last token: ``[state, 1, 0 ..]``, where the one keeps the state's
+    scale through the normalisation of tokens.
+    """
+    depths = (len(values) // 3, 2 * len(values) // 3, len(values) - 1)
+    tokens = torch.cat([values[depth].transpose(1, 2).flatten(2) for depth in depths], -1)
+    if state is not None:
+        token = F.pad(state, (0, 1), value=1.0)[:, None]
+        token = F.pad(token, (0, tokens.shape[-1] - token.shape[-1]))
+        tokens, present = torch.cat([tokens, token], 1), torch.cat([present, torch.ones_like(present[:, :1])], 1)
+    return tokens, present
+
+
+def modulation(norm: Any, condition: Tensor | None, dtype: torch.dtype) -> Modulation:
+    """Return what ``norm`` does for a condition (B, W), gates in the expert's dtype."""
+    if condition is None or norm.dense is None:
+        return Modulation(1.0 + norm.weight.float())
+    scale, shift, gate = norm.dense(condition)[:, None].chunk(3, -1)
+    return Modulation(1.0 + scale.float(), shift.float(), gate.to(dtype))
+
+
+def normed(norm: Any, h: Tensor, m: Modulation) -> Tensor:
+    """Return the (adaptive) RMS norm of ``h``, in float32 as the host computes it, in h's dtype."""
+    y = F.rms_norm(h.float(), (norm.dim,), eps=norm.eps)
+    return (y * m.scale if m.shift is None else torch.addcmul(m.shift, y, m.scale)).to(h.dtype)
+
+
+def added(h: Tensor, branch: Tensor, m: Modulation) -> Tensor:
+    """Return the residual stream with a branch added through its gate."""
+    return h + branch if m.gate is None else torch.addcmul(h, branch, m.gate)
+
+
+def turned(x: Float[Tensor, "R h S d"], cos: Tensor, sin: Tensor) -> Float[Tensor, "R h S d"]:
+    """Return queries or keys with the rotary embedding of their places."""
+    first, second = x.chunk(2, -1)
+    return x * cos + torch.cat([-second, first], -1) * sin

@@ -1,0 +1,266 @@
+"""The fast path: whole actions on buffers that stay where they are, replayed as one CUDA graph.
+
+An action is a function of tensors: the prefix, the critic's encoding of the observation, the noise. Given
+buffers for these, the same rule and sampler run the same kernels on the same addresses for every action, so
+that on CUDA they can be captured once and replayed as one graph, ten Euler steps, critic, backward passes and
+all. :class:`Compiled` keeps one :class:`Run` for each kind of action it meets.
+
+Without a graph (``"static"``) the same code runs eagerly, on any device: the reference for the graph.
+"""
+
+import threading
+from collections import OrderedDict
+from collections.abc import Hashable, Iterator
+from contextlib import contextmanager
+from dataclasses import fields, is_dataclass, replace
+from typing import Any, Literal, get_args
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from qsteer.clock import clock_of
+from qsteer.course import Course
+from qsteer.sampling import steered_action
+from qsteer.trace import Trace, collecting
+from qsteer.types import Field, Rule, Sampler, Value
+
+Mode = Literal["static", "graph"]
+KEPT = 4
+"""Kinds of action (shapes, method, critic) that are kept ready; the one unused for longest gives way."""
+TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-4, torch.bfloat16: 8e-2, torch.float16: 1e-2}
+"""Largest relative difference from the host's velocity or its gradient, and of a graph's action, by precision.
+
+In bfloat16 the host's own gradient is 3 % off what its weights give in float32 (18 layers of width 512)."""
+REHEARSALS = 3
+"""Runs before a capture: libraries choose kernels and allocate in them."""
+
+
+class Compiled:
+    """Samples actions like :func:`qsteer.sample`, on static buffers.
+
+    Fields and values must be frozen dataclasses, whose tensors are copied into the buffers and whose other
+    parts (networks, numbers) make the kind of action; a kind that is new is captured anew.
+
+    Args:
+        mode: ``graph``: replay a CUDA graph; ``static``: run the same code on the same buffers eagerly.
+
+    Raises:
+        ValueError: an unknown mode.
+    """
+
+    def __init__(self, mode: Mode) -> None:
+        if mode not in get_args(Mode):
+            raise ValueError(f"compile: expected one of {', '.join(get_args(Mode))} or None, got {mode!r}")
+        self.mode, self._turn = mode, threading.Lock()
+        self._runs: OrderedDict[Hashable, Run] = OrderedDict()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Compiled":
+        """Return one that has captured nothing: what was captured runs on this one's networks."""
+        return Compiled(self.mode)
+
+    def __call__(
+        self,
+        field: Field,
+        value: Value,
+        noise: Float[Tensor, "B H A"],
+        rule: Rule | None,
+        sampler: Sampler,
+        trace: Trace,
+        host_field: Field,
+    ) -> Float[Tensor, "B H A"]:
+        """Sample actions; arguments as of :func:`qsteer.sample`.
+
+        Args:
+            field: prepared from ``host_field``, and compared with it when a kind of action is new.
+
+        Raises:
+            RuntimeError: the two fields differ, or a graph does not do what was captured.
+        """
+        tensors: list[Tensor] = []
+        inputs = field, value, noise
+        kind = signature(inputs, tensors), signature((rule, sampler), []), trace.steps
+        with self._turn:
+            if kind not in self._runs:
+                check_field(field, host_field, noise)
+                make = Replay if self.mode == "graph" else Run
+                self._runs[kind] = make(inputs, rule, sampler, trace.steps)
+                if len(self._runs) > KEPT:
+                    self._runs.popitem(last=False)
+            self._runs.move_to_end(kind)
+            return self._runs[kind](tensors, trace)
+
+
+class Run:
+    """One kind of action on buffers of its own.
+
+    Args:
+        inputs: field, value and noise; their tensors are copied.
+        rule: bends the field.
+        sampler: makes the action.
+        steps: whether the guided steps are wanted for a trace.
+    """
+
+    def __init__(
+        self, inputs: tuple[Field, Value, Tensor], rule: Rule | None, sampler: Sampler, steps: bool
+    ) -> None:
+        self.buffers = [tensor.clone() for tensor in tensors_in(inputs)]
+        self.inputs, self.rule, self.sampler, self.steps = inputs, rule, sampler, steps
+        self.course = Course()
+
+    def __call__(self, tensors: list[Tensor], trace: Trace) -> Float[Tensor, "B H A"]:
+        """Return the action for these tensors in the buffers."""
+        self.fill(tensors)
+        action, found = self.act()
+        found.hand_over(trace)
+        return action
+
+    def fill(self, tensors: list[Tensor]) -> None:
+        """Copy tensors into the buffers."""
+        torch._foreach_copy_(self.buffers, tensors)
+
+    def act(self) -> tuple[Float[Tensor, "B H A"], collecting]:
+        """Compute the action of what is in the buffers, and what is reported of it."""
+        field, value, noise = rebuilt(self.inputs, iter(self.buffers))
+        with self.course.follow(), collecting(self.steps) as found:
+            return steered_action(field, value, noise, self.rule, self.sampler), found
+
+
+class Replay(Run):
+    """A :class:`Run` that is captured as a CUDA graph when it is made, and checked.
+
+    Networks are part of the graph by address: a :class:`~qsteer.critics.LiveCritic` that learns in place is
+    seen. Noise that rule or sampler draw comes from the device's generator, as without a graph.
+
+    Raises:
+        RuntimeError: the graph's action differs from the eager one on inputs it has not seen.
+    """
+
+    def __init__(
+        self, inputs: tuple[Field, Value, Tensor], rule: Rule | None, sampler: Sampler, steps: bool
+    ) -> None:
+        super().__init__(inputs, rule, sampler, steps)
+        self.device = self.buffers[0].device
+        with unmoved(rule, self.device):
+            beside, current = torch.cuda.Stream(self.device), torch.cuda.current_stream(self.device)
+            beside.wait_stream(current)
+            with torch.cuda.stream(beside):
+                for _ in range(REHEARSALS):
+                    self.act()
+            current.wait_stream(beside)
+            self.graph = torch.cuda.CUDAGraph()
+            for generator in generators(rule):
+                self.graph.register_generator_state(generator)
+            with torch.cuda.graph(self.graph):
+                self.action, self.found = self.act()
+            self.check()
+
+    def __call__(self, tensors: list[Tensor], trace: Trace) -> Float[Tensor, "B H A"]:
+        """Return the action for these tensors in the buffers."""
+        self.fill(tensors)
+        self.graph.replay()
+        self.found.copied().hand_over(trace)
+        return self.action.clone()
+
+    def check(self) -> None:
+        """Compare the graph with the eager computation on inputs that it was not captured on."""
+        self.fill([unlike(buffer) for buffer in self.buffers])
+        with unmoved(self.rule, self.device):
+            eager, _ = self.act()
+        with unmoved(self.rule, self.device):
+            self.graph.replay()
+        check_alike("the graph's action", self.action, eager, self.buffers)
+
+
+def signature(tree: Any, tensors: list[Tensor]) -> Hashable:
+    """Append all tensors of a tree to ``tensors``; return everything else about it.
+
+    A tree is made of tuples, lists, dicts and frozen dataclasses. Anything else is told apart by equality, or
+    by identity if it has no hash.
+    """
+    match tree:
+        case Tensor():
+            tensors.append(tree)
+            return tree.shape, tree.dtype, tree.device
+        case dict():
+            return tuple((key, signature(part, tensors)) for key, part in tree.items())
+        case tuple() | list():
+            return type(tree), *(signature(part, tensors) for part in tree)
+    if is_dataclass(tree) and not isinstance(tree, type):
+        return type(tree), *(signature(getattr(tree, f.name), tensors) for f in fields(tree) if f.init)
+    return tree if isinstance(tree, Hashable) else id(tree)
+
+
+def tensors_in(tree: Any) -> list[Tensor]:
+    """Return all tensors of a tree, see :func:`signature`."""
+    tensors: list[Tensor] = []
+    signature(tree, tensors)
+    return tensors
+
+
+def rebuilt(tree: Any, tensors: Iterator[Tensor]) -> Any:
+    """Return the tree with other tensors, in the order in which :func:`signature` lists them."""
+    match tree:
+        case Tensor():
+            return next(tensors)
+        case dict():
+            return {key: rebuilt(part, tensors) for key, part in tree.items()}
+        case tuple() | list():
+            return type(tree)(rebuilt(part, tensors) for part in tree)
+    if is_dataclass(tree) and not isinstance(tree, type):
+        parts = {f.name: rebuilt(getattr(tree, f.name), tensors) for f in fields(tree) if f.init}
+        return replace(tree, **parts)
+    return tree
+
+
+def check_field(field: Field, host_field: Field, noise: Float[Tensor, "B H A"]) -> None:
+    """Raise unless a prepared field is the host's own step, gradient included, at one time of its grid."""
+    if field is host_field:
+        return
+    draw = torch.Generator(noise.device).manual_seed(0)
+    x, direction = (torch.randn(noise.shape, generator=draw, device=noise.device).to(noise) for _ in range(2))
+    times = [t for t, _ in clock_of(host_field).grid()]
+    t = clock_of(host_field).times(times[len(times) // 3], x)
+    found = []
+    for each in (field, host_field):
+        with torch.enable_grad():
+            x = x.detach().requires_grad_()
+            v = each(x, t)
+            found.append((v.detach(), torch.autograd.grad(v, x, direction)[0]))
+    for name, prepared, own in zip(("velocity", "velocity's gradient"), *found, strict=True):
+        check_alike(f"the prepared {name}", prepared, own, tensors_in(field))
+
+
+def check_alike(name: str, got: Tensor, expected: Tensor, inputs: list[Tensor]) -> None:
+    """Raise unless two tensors agree to what the least precise of the inputs allows."""
+    tolerance = max(TOLERANCE.get(tensor.dtype, 0.0) for tensor in inputs)
+    off = float((got - expected).norm() / (expected.norm() + 1e-12))
+    if not off <= tolerance:
+        raise RuntimeError(
+            f"compile: expected {name} to be the host's within {tolerance} (relative norm), got {off:.2g}; leave out "
+            "compile, and report it"
+        )
+
+
+def unlike(x: Tensor) -> Tensor:
+    """Return a tensor that differs a little from x if it can."""
+    return x * (1 + 0.01 * torch.randn_like(x)) if x.is_floating_point() else x
+
+
+def generators(rule: Any) -> list[torch.Generator]:
+    """Return the random generators that a rule, or the rule within it, has of its own."""
+    own = list(getattr(rule, "_generators", {}).values())
+    return own if (inner := getattr(rule, "rule", None)) is None else own + generators(inner)
+
+
+@contextmanager
+def unmoved(rule: Rule | None, device: torch.device) -> Iterator[None]:
+    """Leave all random generators as they were before the block."""
+    before = {generator: generator.get_state() for generator in generators(rule)}
+    with torch.random.fork_rng(devices=[device]):
+        yield
+    for generator in generators(rule):
+        if generator in before:
+            generator.set_state(before[generator])
+        else:
+            generator.manual_seed(generator.initial_seed())
