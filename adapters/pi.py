@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Bool, Float
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from qsteer.clock import Clock
@@ -59,9 +59,7 @@ class PiExpert:
         context = field.context
         layers = context["past_key_values"].layers
         keys, values = tuple(layer.keys for layer in layers), tuple(layer.values for layer in layers)
-        return PiField(
-            self, keys, values, context["prefix_pad_masks"], context.get("state"), field.clock
-        )
+        return PiField(self, keys, values, context["prefix_pad_masks"], context.get("state"), field.clock)
 
     def moment(self, u: Float[Tensor, "R"]) -> Moment:
         """Return what the expert knows of host time u; tabulated where all rows have the same."""
@@ -227,7 +225,10 @@ def prefix_features(
     if state is not None:
         token = F.pad(state, (0, 1), value=1.0)[:, None]
         token = F.pad(token, (0, tokens.shape[-1] - token.shape[-1]))
-        tokens, present = torch.cat([tokens, token], 1), torch.cat([present, torch.ones_like(present[:, :1])], 1)
+        tokens, present = (
+            torch.cat([tokens, token], 1),
+            torch.cat([present, torch.ones_like(present[:, :1])], 1),
+        )
     return tokens, present
 
 

@@ -360,7 +360,7 @@ def steer(
     sampler: Sampler | None = None,
     critic_inputs: Callable[[Any], Any] | None = None,
     trace: bool = False,
-    compile: Mode | None = None,  # noqa: A002 (torch's word for it)
+    compile: Mode | None = None,
 ) -> Handle:
     """Steer a pretrained policy in place: it keeps its identity and type, and follows the critic from now on.
 
