@@ -23,7 +23,7 @@ from qsteer.inject import HostField
 
 
 class Modulation(NamedTuple):
-    """What an (adaptive) RMS norm does once it has normalised, ``y * scale + shift``; and its branch's gate."""
+    """What an (adaptive) RMS norm does to what it has normalised, ``y * scale + shift``, and its gate."""
 
     scale: Tensor
     shift: Tensor | None = None
@@ -225,10 +225,7 @@ def prefix_features(
     if state is not None:
         token = F.pad(state, (0, 1), value=1.0)[:, None]
         token = F.pad(token, (0, tokens.shape[-1] - token.shape[-1]))
-        tokens, present = (
-            torch.cat([tokens, token], 1),
-            torch.cat([present, torch.ones_like(present[:, :1])], 1),
-        )
+        tokens, present = torch.cat([tokens, token], 1), F.pad(present, (0, 1), value=True)
     return tokens, present
 
 

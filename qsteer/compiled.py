@@ -29,7 +29,7 @@ Mode = Literal["static", "graph"]
 KEPT = 4
 """Kinds of action (shapes, method, critic) that are kept ready; the one unused for longest gives way."""
 TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-4, torch.bfloat16: 8e-2, torch.float16: 1e-2}
-"""Largest relative difference from the host's velocity or its gradient, and of a graph's action, by precision.
+"""Largest relative difference from the host's velocity or its gradient, and of a graph's action.
 
 In bfloat16 the host's own gradient is 3 % off what its weights give in float32 (18 layers of width 512)."""
 REHEARSALS = 3
@@ -71,8 +71,7 @@ class Compiled:
     ) -> Float[Tensor, "B H A"]:
         """Sample actions; arguments as of :func:`qsteer.sample`.
 
-        Args:
-            field: prepared from ``host_field``, and compared with it when a kind of action is new.
+        ``field`` was prepared from ``host_field``, and is compared with it when a kind of action is new.
 
         Raises:
             RuntimeError: the two fields differ, or a graph does not do what was captured.
@@ -237,8 +236,8 @@ def check_alike(name: str, got: Tensor, expected: Tensor, inputs: list[Tensor]) 
     off = float((got - expected).norm() / (expected.norm() + 1e-12))
     if not off <= tolerance:
         raise RuntimeError(
-            f"compile: expected {name} to be the host's within {tolerance} (relative norm), got {off:.2g}; leave out "
-            "compile, and report it"
+            f"compile: expected {name} to be the host's within {tolerance} (relative norm), got {off:.2g}; "
+            "leave compile out, and report it"
         )
 
 
@@ -257,7 +256,7 @@ def generators(rule: Any) -> list[torch.Generator]:
 def unmoved(rule: Rule | None, device: torch.device) -> Iterator[None]:
     """Leave all random generators as they were before the block."""
     before = {generator: generator.get_state() for generator in generators(rule)}
-    with torch.random.fork_rng(devices=[device]):
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         yield
     for generator in generators(rule):
         if generator in before:

@@ -15,7 +15,7 @@ _followed: ContextVar["Course | None"] = ContextVar("qsteer_course", default=Non
 
 
 def known[T](read: Callable[[], T]) -> T:
-    """Return ``read()``, which waits for the device; on a course that has been taken before, its answer then."""
+    """Return ``read()``, which waits for the device; on a course taken before, the answer of then."""
     course = _followed.get()
     return read() if course is None else course.answer(read)
 

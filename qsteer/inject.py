@@ -461,14 +461,14 @@ def checked_compile(mode: Mode | None, policy: Any, host: Host) -> Compiled | No
     compiled = Compiled(mode)
     if host.prepare is None:
         raise TypeError(
-            f"compile: expected a policy whose step can be prepared (PI0Policy, PI05Policy, PlainPolicy), got "
+            "compile: expected a policy whose step can be prepared (PI0Policy, PI05Policy, PlainPolicy), got "
             f"{type(policy).__name__}; leave compile out, or give its Host a prepare"
         )
     devices = {parameter.device.type for parameter in parameters_of(policy)}
     if mode == "graph" and devices != {"cuda"}:
+        got = ", ".join(sorted(devices)) or "no parameters"
         raise ValueError(
-            f"compile: expected a policy on CUDA for 'graph', got {', '.join(sorted(devices)) or 'no parameters'}; "
-            "use compile='static' there, or leave it out"
+            f"compile: expected a policy on CUDA for 'graph', got {got}; use compile='static' or none"
         )
     return compiled
 
