@@ -182,7 +182,7 @@ class PiField:
         size = self.expert.model.config.chunk_size + (self.state is not None)
         hidden = torch.zeros(size, size, device=self.present.device, dtype=self.expert.dtype)
         if self.state is not None:
-            hidden[0, 1:] = -torch.inf
+            hidden[0, 1:].fill_(-torch.inf)
         return hidden
 
     @cached_property

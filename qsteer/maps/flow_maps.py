@@ -12,6 +12,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from qsteer.clock import clock_of
+from qsteer.course import known
 from qsteer.flow import features_of, normal, repeat_rows, rows
 from qsteer.maps.networks import ChunkMLP, ChunkNetwork, ChunkTransformer
 from qsteer.types import Field
@@ -237,7 +238,8 @@ class EulerMap:
         steps = clock.steps if self.steps is None else self.steps
         wide = torch.float32 if x.device.type == "mps" else torch.float64
         span = (t - r).to(wide)
-        n = max(1, math.ceil(float(span.abs().max()) * steps - 1e-4))  # float32 times miss the grid by an ulp
+        longest = known(lambda: float(span.abs().max()))
+        n = max(1, math.ceil(longest * steps - 1e-4))  # float32 times miss the grid by an ulp
         for i in range(n):
             time = clock.snap(r.to(wide) + i * (span / n)).to(clock.times(0.0, x).dtype)
             x = x + rows(span / n, x) * self.field(x, time)
