@@ -65,10 +65,17 @@ PI05 = Host(
     rtc="model._rtc_enabled",
     repeat=repeat_context,
     features=prefix_features,
+    layers="model.paligemma_with_expert.gemma_expert.model.layers",
 )
 
 PI0 = replace(PI05, serves="PI0Policy")
 
-SMOLVLA = replace(PI05, serves="SmolVLAPolicy", batch="_get_action_chunk", steps="config.num_steps")
+SMOLVLA = replace(
+    PI05,
+    serves="SmolVLAPolicy",
+    batch="_get_action_chunk",
+    steps="config.num_steps",
+    layers="model.vlm_with_expert.lm_expert.layers",
+)
 
 HOSTS = (PI0, PI05, SMOLVLA)
