@@ -386,3 +386,38 @@ def test_cutting_is_undone_after_an_exception_and_does_not_leak():
     assert torch.equal(inside, layer(x))
     assert torch.autograd.grad(layer(x).sum(), x)[0].abs().sum() > 0
     assert torch.autograd.grad(inside.sum(), x, allow_unused=True)[0] is None
+
+
+@pytest.mark.parametrize("name", ["pi05"])
+def test_the_example_compares_on_a_host(policy: nn.Module, capsys: pytest.CaptureFixture[str]):
+    import cheaper_tweedie
+
+    rules = cheaper_tweedie.RULES | {"all": qsteer.Tweedie(layers=2), "last": qsteer.Tweedie(layers=1)}
+    comparing, base = cheaper_tweedie.Compare(rules), chunk(policy)
+    with steer(policy, hosts.Target(), comparing):
+        assert torch.equal(chunk(policy), base), "it acts as the host alone"
+    rows = {row["rule"]: row for row in comparing.rows}
+    assert rows["all"]["cosine"] == pytest.approx([1.0] * 9)
+    assert rows["last"]["cosine"][0] < 0.97
+    assert [c is None for c in rows["Tweedie, every 2nd step"]["cosine"]] == [False, True] * 4 + [False]
+    passes = {name: (row["forwards"], row["forward_rows"], row["backwards"]) for name, row in rows.items()}
+    assert passes["Tweedie"] == passes["last"] == (10, 10, 9)
+    assert passes["ForwardTweedie"] == (19, 19, 0) and passes["ForwardTweedie, stale"] == (11, 19, 0)
+    assert len(capsys.readouterr().out.splitlines()) == 1 + 2 * len(rules)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("name", ["pi05"])
+@pytest.mark.parametrize(
+    "rule", [replace(STRONG, layers=1), qsteer.ForwardTweedie(0.3, stale=True)], ids=repr
+)
+def test_cheaper_rules_act_on_a_device_as_on_the_cpu(name: str, rule: qsteer.Rule):
+    actions = []
+    for device in ("cpu", "cuda"):
+        policy = hosts.build(name).to(device)
+        policy.config.device = device
+        batch = {key: value.to(device) for key, value in hosts.observe(policy, 2).items()}
+        with steer(policy, hosts.Target().to(device), rule):
+            actions.append(policy.predict_action_chunk(batch, noise=hosts.draw(policy, 2).to(device)).cpu())
+    torch.testing.assert_close(*actions, rtol=0, atol=5e-3)
