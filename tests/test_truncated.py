@@ -407,7 +407,6 @@ def test_the_example_compares_on_a_host(policy: nn.Module, capsys: pytest.Captur
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("name", ["pi05"])
 @pytest.mark.parametrize(
     "rule", [replace(STRONG, layers=1), qsteer.ForwardTweedie(0.3, stale=True)], ids=repr
