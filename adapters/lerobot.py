@@ -54,12 +54,18 @@ PI05 = Host(
     repeat=repeat_context,
     features=features,
     prepare=PiExpert,
+    layers="model.paligemma_with_expert.gemma_expert.model.layers",
 )
 
 PI0 = replace(PI05, serves="PI0Policy")
 
 SMOLVLA = replace(
-    PI05, serves="SmolVLAPolicy", batch="_get_action_chunk", steps="config.num_steps", prepare=None
+    PI05,
+    serves="SmolVLAPolicy",
+    batch="_get_action_chunk",
+    steps="config.num_steps",
+    layers="model.vlm_with_expert.lm_expert.layers",
+    prepare=None,
 )
 
 HOSTS = (PI0, PI05, SMOLVLA)

@@ -117,6 +117,7 @@ class PiField:
         state: what stands beside the prefix in pi0; None: pi0.5.
         clock: the host's.
         each: rows per observation; B observations have R = B each rows.
+        through: the last layers which the gradient runs through; None: all.
     """
 
     expert: PiExpert
@@ -126,10 +127,26 @@ class PiField:
     state: Float[Tensor, "B D"] | None
     clock: Clock
     each: int = 1
+    through: int | None = None
 
     def repeat(self, k: int) -> "PiField":
         """Return the field for ``k`` rows per observation, which share its prefix."""
         return replace(self, each=self.each * k)
+
+    def truncated(self, layers: int) -> "PiField":
+        """Return the same velocity with a gradient through its last layers, see :class:`qsteer.Tweedie`.
+
+        Raises:
+            ValueError: there are fewer layers.
+        """
+        if not 1 <= layers <= len(self.keys):
+            raise ValueError(f"layers: expected 1 to {len(self.keys)}, which the expert has, got {layers}")
+        return replace(self, through=layers)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What the expert computes in."""
+        return self.expert.dtype
 
     def __call__(self, x: Float[Tensor, "R H A"], t: Float[Tensor, "R"]) -> Float[Tensor, "R H A"]:
         """Run the expert on the chunk."""
@@ -139,11 +156,15 @@ class PiField:
         if self.state_token is not None:
             h = torch.cat([self.state_token, h], 1)
         h, modulations = h.to(expert.dtype), iter(moment.modulations)
-        for layer, keys, values in zip(expert.gemma.layers, self.keys, self.values, strict=True):
-            m = next(modulations)
-            h = added(h, self.attend(layer.self_attn, normed(layer.input_layernorm, h, m), keys, values), m)
-            m = next(modulations)
-            h = added(h, layer.mlp(normed(layer.post_attention_layernorm, h, m)), m)
+        cut = 0 if self.through is None else len(self.keys) - self.through
+        for i, (layer, keys, values) in enumerate(
+            zip(expert.gemma.layers, self.keys, self.values, strict=True)
+        ):
+            m, read = next(modulations), h.detach() if i < cut else h
+            y = normed(layer.input_layernorm, read, m)
+            h = added(h, self.attend(layer.self_attn, y, keys, values), m)
+            m, read = next(modulations), h.detach() if i < cut else h
+            h = added(h, layer.mlp(normed(layer.post_attention_layernorm, read, m)), m)
         h = normed(expert.gemma.norm, h[:, -x.shape[1] :], next(modulations))
         return self.clock.velocity(expert.model.action_out_proj(h.float()))
 

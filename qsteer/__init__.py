@@ -7,6 +7,7 @@ from qsteer.inject import Handle, steer, unsteer
 from qsteer.rules import (
     QGF,
     Auto,
+    ForwardTweedie,
     Gated,
     GradientFreePosterior,
     Negated,
@@ -33,6 +34,7 @@ __all__ = [
     "CriticConfig",
     "Euler",
     "Field",
+    "ForwardTweedie",
     "Gated",
     "GradientFreePosterior",
     "Handle",

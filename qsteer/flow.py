@@ -151,6 +151,15 @@ def value(fn: Callable[..., Tensor], context: Any = None, *, mask: Tensor | None
     return FunctionValue(fn, normal(context), mask)
 
 
+def begin(field: Field, steps: int | None) -> Field:
+    """Return the field for one chain of Euler steps, ``steps`` of them from 0 to 1; None: its own number.
+
+    Steered fields are told, for rules that count steps or remember the last one; others are themselves.
+    """
+    chain = getattr(field, "chain", None)
+    return field if chain is None else chain(steps)
+
+
 def features_of(field: Field) -> Any:
     """Return the features of the observations which a field is closed over.
 

@@ -12,10 +12,12 @@ on to its own post-processing. :class:`Host` says where a policy keeps these thr
 """
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
 from dataclasses import field as attribute
+from functools import cached_property
 from operator import attrgetter
 from types import EllipsisType, MethodType
 from typing import Any
@@ -35,6 +37,7 @@ from qsteer.types import Bindable, Field, Rule, Sampler, Value
 
 _observed: ContextVar["tuple[Handle, Any] | None"] = ContextVar("qsteer_observed", default=None)
 _interrupting: ContextVar["Handle | None"] = ContextVar("qsteer_interrupting", default=None)
+_cutting: ContextVar[object | None] = ContextVar("qsteer_cutting", default=None)
 
 
 def repeat_context(context: Any, k: int) -> Any:
@@ -63,6 +66,10 @@ class Host:
             :meth:`qsteer.types.Field.repeat`. With k = 1, a context which the step may change as it likes.
         features: what the step's other arguments say of the observations, for learnt maps and critics: a
             tensor (B, F), or tokens (B, L, F) and their mask (B, L); None: nothing.
+        layers: the denoiser's list of layers, each of which adds its branches to a residual stream; None:
+            it has none, or nobody has looked.
+        reads: the modules of a layer by which its branches read the stream, and nothing else does: the norms
+            before attention and feed-forward. Their first argument is the stream.
         prepare: ``policy -> (HostField -> Field)``: the same velocity with all that stays the same between
             steps computed once, for ``steer(compile=...)``; a frozen dataclass whose tensors are all that
             depends on the observations. None: there is none.
@@ -82,6 +89,8 @@ class Host:
     rtc: str | None = None
     repeat: Callable[[Any, int], Any] = repeat_context
     features: Callable[[dict[str, Any]], Any] | None = None
+    layers: str | None = None
+    reads: tuple[str, ...] = ("input_layernorm", "post_attention_layernorm")
     prepare: Callable[[Any], Callable[["HostField"], Field]] | None = None
 
     def read(self, policy: Any, path: str) -> Any:
@@ -110,6 +119,38 @@ class Host:
         return MethodType(getattr(type(owner), name), owner)
 
 
+@contextmanager
+def cut(modules: Sequence[nn.Module]) -> Iterator[None]:
+    """Let no gradient pass into ``modules``, in the block and in this thread; values are untouched.
+
+    Their first argument is detached by hooks, which are gone after the block.
+
+    Raises:
+        RuntimeError: some of them were not called in the block.
+    """
+    mine, met = object(), set()
+
+    def detach(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+        if _cutting.get() is not mine:
+            return None  # another thread's call
+        met.add(module)
+        return (args[0].detach(), *args[1:])
+
+    hooks = [module.register_forward_pre_hook(detach) for module in modules]
+    token = _cutting.set(mine)
+    try:
+        yield
+    finally:
+        _cutting.reset(token)
+        for hook in hooks:
+            hook.remove()
+    if len(met) < len(set(modules)):
+        raise RuntimeError(
+            f"gradient: expected the step to call all {len(set(modules))} modules of its early layers, got "
+            f"{len(met)}; correct the layers and reads of the Host record"
+        )
+
+
 @dataclass(frozen=True)
 class HostField:
     """A host's velocity for the observations it has just encoded; a :class:`~qsteer.types.Field`."""
@@ -118,6 +159,8 @@ class HostField:
     step: MethodType
     context: dict[str, Any]
     clock: Clock
+    policy: Any
+    bypassed: tuple[nn.Module, ...] = ()
     _repeats: dict[int, "HostField"] = attribute(default_factory=dict, init=False, repr=False, compare=False)
 
     @property
@@ -125,11 +168,42 @@ class HostField:
         """What the host made of its observations; None: its record does not say."""
         return None if self.host.features is None else self.host.features(self.context)
 
+    @cached_property
+    def dtype(self) -> torch.dtype | None:
+        """The coarsest dtype of the step's parameters; None: it has none."""
+        found = {p.dtype for p in parameters_of(self.step.__self__) if p.is_floating_point()}
+        return max(found, key=lambda dtype: torch.finfo(dtype).eps, default=None)
+
     def __call__(self, x: Float[Tensor, "B H A"], t: Float[Tensor, "B"]) -> Float[Tensor, "B H A"]:
         """Run the host's step, on a context that it may change."""
         context = self.host.repeat(self.context, 1)
         chunk = {self.host.x: x, self.host.t: self.clock.to_host(t)}
-        return self.clock.velocity(self.step(**context, **chunk))
+        with cut(self.bypassed):
+            return self.clock.velocity(self.step(**context, **chunk))
+
+    def truncated(self, layers: int) -> "HostField":
+        """Return the same velocity, whose gradient runs through the last ``layers`` of the denoiser's layers.
+
+        The branches of the layers before are constants to it, which leaves the residual stream: their own
+        derivative is the identity, and they cost no backward. With all layers it is the whole gradient.
+
+        Raises:
+            ValueError: the host's record names no layers, or there are fewer.
+        """
+        if self.host.layers is None:
+            raise ValueError(
+                f"host {self.host.serves}: expected a record that names the denoiser's layers, got "
+                "layers=None; set it if they add to a residual stream, or leave Tweedie's layers out"
+            )
+        every = self.host.read(self.policy, self.host.layers)
+        if not 1 <= layers <= len(every):
+            raise ValueError(
+                f"layers: expected 1 to {len(every)}, which {self.host.serves} has, got {layers}"
+            )
+        early = every[: len(every) - layers]
+        return replace(
+            self, bypassed=tuple(self.host.read(layer, name) for layer in early for name in self.host.reads)
+        )
 
     def repeat(self, k: int) -> "HostField":
         """Return the field for ``k`` rows per observation; nothing is encoded again, and repeated once."""
@@ -318,7 +392,8 @@ class Handle:
         del context[self.host.t]
         override = inspect.signature(entry).bind(*args, **kwargs).arguments.get(self.host.num_steps)
         steps = self.host.read(self.policy, self.host.steps) if override is None else override
-        return HostField(self.host, step, context, replace(self.host.clock, steps=steps)), noise
+        clock = replace(self.host.clock, steps=steps)
+        return HostField(self.host, step, context, clock, self.policy), noise
 
     def _value(
         self, critic: Bindable, batch: Any, field: HostField, noise: Float[Tensor, "B H A"]

@@ -14,7 +14,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from qsteer.clock import clock_of
-from qsteer.flow import finite_rows
+from qsteer.flow import begin, finite_rows
 from qsteer.maps.flow_maps import EulerMap
 from qsteer.maps.losses import fmq_target, trust_radius
 from qsteer.rules import check_bounds, gradient
@@ -50,6 +50,7 @@ class Euler(Sampler):
         self, field: Field, value: Value | None, noise: Float[Tensor, "B H A"]
     ) -> Float[Tensor, "B H A"]:
         """Integrate the field from ``noise``."""
+        field = begin(field, self.steps)
         x, clock = noise, clock_of(field)
         for t, dt in clock.grid(self.steps):
             x = x + dt * field(x, clock.times(t, x))

@@ -23,10 +23,12 @@ type Observation = Tensor | Mapping[str, Tensor]
 class Field(Protocol):
     """The frozen policy's velocity for fixed observations; it points from noise to action.
 
-    Three optional attributes are read when present: ``clock`` (a :class:`qsteer.clock.Clock`, the host's own
-    step grid), ``base`` (on a steered field: the field as it was before any rule) and ``features`` (what the
-    policy made of its observations, for learnt maps and critics: a tensor (B, F), or tokens (B, L, F) and
-    their mask (B, L)).
+    Optional attributes are read when present: ``clock`` (a :class:`qsteer.clock.Clock`, the host's own step
+    grid), ``base`` (on a steered field: the field as it was before any rule), ``features`` (what the policy
+    made of its observations, for learnt maps and critics: a tensor (B, F), or tokens (B, L, F) and their mask
+    (B, L)) and ``dtype`` (the coarsest it computes in, if that is not the dtype of x). Two optional methods
+    are used: ``truncated(layers)`` returns the same velocity, whose gradient runs through the denoiser's last
+    layers only, and ``chain(steps)``, on a steered field, the field for one chain of so many steps.
     """
 
     def __call__(self, x: Float[Tensor, "B H A"], t: Float[Tensor, "B"], /) -> Float[Tensor, "B H A"]:

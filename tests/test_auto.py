@@ -40,6 +40,8 @@ CONSTANT = qsteer.field(constant)
 SLOPES, GOAL, CURVATURE = noise(4, 2, 2, seed=3), 0.3 * noise(1, 2, 2, seed=4), 2.0
 RULES = [
     qsteer.Tweedie("auto"),
+    qsteer.ForwardTweedie("auto"),
+    qsteer.ForwardTweedie("auto", stale=True),
     qsteer.QGF("auto", scaling="match_norm"),
     qsteer.NoisyGradient("auto"),
     qsteer.ThroughTime("auto"),

@@ -31,6 +31,9 @@ METHODS: tuple[tuple[qsteer.Rule | None, qsteer.Sampler], ...] = (
     (qsteer.Tweedie(alpha=0.3), qsteer.Euler()),
     (qsteer.Tweedie(alpha="auto"), qsteer.Euler()),
     (qsteer.Tweedie(alpha=0.3, start=0.4, stop=0.8), qsteer.Euler(steps=7)),
+    (qsteer.Tweedie(every=2), qsteer.Euler(steps=7)),
+    (qsteer.ForwardTweedie(), qsteer.Euler()),
+    (qsteer.ForwardTweedie(stale=True), qsteer.Euler()),
     (qsteer.QGF(), qsteer.Euler()),
     (qsteer.NoisyGradient(), qsteer.Euler()),
     (qsteer.ThroughTime(), qsteer.Euler()),
@@ -108,6 +111,18 @@ def test_it_depends_on_the_prefix_the_state_and_the_time(policy: nn.Module) -> N
     assert not torch.allclose(v, other(x, t), atol=1e-4)
     if prepared.state is not None:
         assert not torch.allclose(v, replace(prepared, state=-prepared.state)(x, t), atol=1e-4)
+
+
+@pytest.mark.parametrize("layers", [1, 2])
+def test_a_gradient_through_the_last_layers_is_the_hosts(policy: nn.Module, layers: int) -> None:
+    own, prepared = (field.truncated(layers) for field in fields(policy))
+    x, t = torch.randn(2, 6, 5), torch.full((2,), 0.3, dtype=torch.float64)
+    for ours, its in zip(pulled(prepared, x, t), pulled(own, x, t), strict=True):
+        torch.testing.assert_close(ours, its, rtol=1e-5, atol=1e-5)
+    whole = pulled(fields(policy)[1], x, t)[1]
+    assert torch.allclose(pulled(prepared, x, t)[1], whole, atol=1e-5) == (layers == 2)
+    with pytest.raises(ValueError, match="expected 1 to 2"):
+        prepared.truncated(3)
 
 
 def test_absent_tokens_of_the_prefix_are_not_seen(policy: nn.Module) -> None:

@@ -155,6 +155,10 @@ def test_guidance_raises_the_value(policy: nn.Module):
 COSTS = {
     "Euler": ((qsteer.Euler(),), 10),
     "Tweedie": ((qsteer.Tweedie(),), 10),
+    "Tweedie, every 3rd step": ((qsteer.Tweedie(every=3),), 10),
+    "Tweedie, last layer": ((qsteer.Tweedie(layers=1),), 10),
+    "ForwardTweedie": ((qsteer.ForwardTweedie(),), 10 + 9),
+    "ForwardTweedie, stale": ((qsteer.ForwardTweedie(stale=True),), 10 + 1),
     "QGF": ((qsteer.QGF(),), 10),
     "NoisyGradient": ((qsteer.NoisyGradient(),), 10),
     "RandomDirection": ((qsteer.RandomDirection(),), 10),

@@ -17,7 +17,7 @@ quadratic Q = -lam/2 (a - y)²: with z = (x - t m)/c, w = t/c, dw = (1-t)/c³ dt
 
 import math
 import warnings
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 
 import numpy as np
 import pytest
@@ -63,7 +63,23 @@ CURVATURE = torch.tensor([[4.0, 1.0, 0.3]], dtype=DOUBLE)
 EXACT = {"scaling": "sigma", "clip": None}
 TAU = 1 / 26
 
-ALL = [qsteer.Tweedie, qsteer.QGF, qsteer.NoisyGradient, qsteer.ThroughTime, qsteer.RandomDirection]
+
+@dataclass(frozen=True)
+class ForwardTweedie(qsteer.ForwardTweedie):
+    """With a perturbation that does not depend on the dtype, and amplifies rounding by no more than 1000."""
+
+    _: KW_ONLY
+    eps: float | None = 1e-3
+
+
+ALL = [
+    qsteer.Tweedie,
+    ForwardTweedie,
+    qsteer.QGF,
+    qsteer.NoisyGradient,
+    qsteer.ThroughTime,
+    qsteer.RandomDirection,
+]
 BY_VALUE = ALL[:-1]
 by_name = {"ids": lambda rule: rule.__name__}
 

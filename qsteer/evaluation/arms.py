@@ -1,7 +1,8 @@
 """Arms: ways of turning one frozen policy and one critic into actions, and their short names."""
 
+import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from qsteer.maps.glass import GlassPosterior
 from qsteer.maps.meta import MetaFlowMap
 from qsteer.rules import (
     QGF,
+    ForwardTweedie,
     GradientFreePosterior,
     Negated,
     NoisyGradient,
@@ -71,6 +73,8 @@ class Maps:
 RULES: dict[str, Callable[[Any, Maps], Rule]] = {
     "tweedie": lambda s, _: Tweedie(alpha=s),
     "tweedie-raw": lambda s, _: Tweedie(alpha=s, scaling="raw"),
+    "forward-tweedie": lambda s, _: ForwardTweedie(alpha=s),
+    "forward-tweedie-stale": lambda s, _: ForwardTweedie(alpha=s, stale=True),
     "posterior": lambda s, maps: Posterior(maps.need("meta"), alpha=s),
     "posterior-raw": lambda s, maps: Posterior(maps.need("meta"), alpha=s, scaling="raw", standardize=False),
     "posterior-glass": lambda s, _: Posterior(GlassPosterior(), alpha=s),
@@ -95,6 +99,13 @@ SAMPLERS: dict[str, Callable[[float, Sampler, Maps], Sampler]] = {
     "map-best-of": lambda n, inner, maps: best_of_map(int(n), maps.need("flow"), inner),
     "fmq-best-of": lambda n, inner, maps: best_of_map(int(n), maps.need("fmq"), inner),
 }
+VARIANTS: dict[str, tuple[str, Callable[[str], float]]] = {
+    "every": ("every", int),
+    "from": ("start", float),
+    "to": ("stop", float),
+    "last": ("layers", int),
+}
+"""What a rule's name may end in, with a number: the rule's attribute, and the number's kind."""
 COUNTED = ("best-of-", "random-of-", "map-best-of-", "fmq-best-of-")
 CONTROLS = ("base", "random-direction", "random-of", "negated")
 
@@ -102,6 +113,20 @@ CONTROLS = ("base", "random-direction", "random-of", "negated")
 def best_of_map(n: int, flow_map: FlowMap, inner: Sampler) -> BeamSearch:
     """Return best-of-n over a flow map's one-step actions: a beam search without a round or a move."""
     return BeamSearch(particles=n, rounds=0, eta=0.0, flow_map=flow_map, inner=inner)
+
+
+def make_rule(name: str, number: str, maps: Maps) -> Rule:
+    """Make a rule of its short name, which variants may follow, and its strength.
+
+    Raises:
+        KeyError, TypeError, ValueError: there is no such rule, or no such variant of it.
+    """
+    changes = {}
+    while name not in RULES and (match := re.fullmatch(rf"(.+)-({'|'.join(VARIANTS)})([\d.]+)", name)):
+        name, (attribute, kind) = match[1], VARIANTS[match[2]]
+        changes[attribute] = kind(match[3])
+    rule: Any = RULES[name](number if number == "auto" else float(number), maps)
+    return replace(rule, **changes)
 
 
 @dataclass(frozen=True)
@@ -151,8 +176,11 @@ def parse(spec: str, maps: Maps | None = None) -> Arm:
     papers' scalings (matched norm, raw), ``tweedie-raw=0.06`` and ``qgf-matched=0.2`` in the other's,
     ``posterior=0.2`` and ``gradient-free=0.2`` with a meta flow map (``-glass``: without training),
     ``noisy-gradient=0.2``, ``through-time=0.2``, ``random-direction=0.2``, ``negated=0.2`` (Tweedie
-    downhill). A sampler follows it or stands alone: ``best-of-8``, ``random-of-8``, ``trust-region=0.3``,
-    ``beam-search=0.3`` (``-map``: on the flow map, ``-fmq``: on the adapted one), ``map-best-of-8``,
+    downhill). Cheaper than Tweedie: ``forward-tweedie=0.2`` (``-stale``: the last step's direction), and any
+    guidance rule guided less: ``tweedie-every2=0.2``, ``tweedie-from0.3-to0.6=0.2``; ``tweedie-last4=0.2``
+    goes back through the last 4 layers of a policy that has layers. A sampler follows it or stands alone:
+    ``best-of-8``, ``random-of-8``, ``trust-region=0.3``, ``beam-search=0.3`` (``-map``: on the flow map,
+    ``-fmq``: on the adapted one), ``map-best-of-8``,
     ``fmq-best-of-8``, ``keep-best``; each goes around what precedes it: ``tweedie=0.2+best-of-8+keep-best``.
     Actions are clipped to [-1, 1].
 
@@ -172,13 +200,14 @@ def parse(spec: str, maps: Maps | None = None) -> Arm:
         if not number and name.startswith(COUNTED):
             name, _, number = part.rpartition("-")
         try:
-            if name in RULES and rule is None:
-                rule = RULES[name](number if number == "auto" else float(number), maps)
+            if rule is None and name not in SAMPLERS:
+                rule = make_rule(name, number, maps)
             else:
                 sampler = SAMPLERS[name](float(number or "nan"), sampler, maps)
-        except (KeyError, ValueError) as error:
+        except (KeyError, TypeError, ValueError) as error:
             raise ValueError(
-                f"arm: expected 'base', or at most one of {', '.join(RULES)} with =STRENGTH and any "
-                f"of {', '.join(SAMPLERS)} with =ETA or -N, joined by '+'; got {part!r} in {spec!r}"
+                f"arm: expected 'base', or at most one of {', '.join(RULES)} with =STRENGTH (before it "
+                "-everyN, -fromT, -toT if it is guidance, -lastN if it is Tweedie) and any of "
+                f"{', '.join(SAMPLERS)} with =ETA or -N, joined by '+'; got {part!r} in {spec!r}"
             ) from error
     return Arm(spec, rule, sampler)

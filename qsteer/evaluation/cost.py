@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_hook
 
 from qsteer.maps.networks import ChunkNetwork
+from qsteer.rules import truncated
 from qsteer.samplers import Euler
 from qsteer.sampling import sample
 from qsteer.types import Field, Rule, Sampler, Value
@@ -76,6 +77,10 @@ class CountedField:
     def repeat(self, k: int) -> "CountedField":
         """Return the repeated field, counted together with this one."""
         return replace(self, inner=self.inner.repeat(k))
+
+    def truncated(self, layers: int) -> "CountedField":
+        """Return the field with a truncated gradient, counted together with this one."""
+        return replace(self, inner=truncated(self.inner, layers))
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.inner, name)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from qsteer.clock import clock_of
 from qsteer.course import known
-from qsteer.flow import features_of, normal, repeat_rows, rows
+from qsteer.flow import begin, features_of, normal, repeat_rows, rows
 from qsteer.maps.networks import ChunkMLP, ChunkNetwork, ChunkTransformer
 from qsteer.types import Field
 
@@ -234,7 +234,8 @@ class EulerMap:
         self, x: Float[Tensor, "B H A"], r: Float[Tensor, "B"], t: Float[Tensor, "B"]
     ) -> Float[Tensor, "B H A"]:
         """Integrate from time r to time t; from 0 to 1 it is the policy's own chain."""
-        clock = clock_of(self.field)
+        field = begin(self.field, self.steps)
+        clock = clock_of(field)
         steps = clock.steps if self.steps is None else self.steps
         wide = torch.float32 if x.device.type == "mps" else torch.float64
         span = (t - r).to(wide)
@@ -242,7 +243,7 @@ class EulerMap:
         n = max(1, math.ceil(longest * steps - 1e-4))  # float32 times miss the grid by an ulp
         for i in range(n):
             time = clock.snap(r.to(wide) + i * (span / n)).to(clock.times(0.0, x).dtype)
-            x = x + rows(span / n, x) * self.field(x, time)
+            x = x + rows(span / n, x) * field(x, time)
         return x
 
     def repeat(self, k: int) -> "EulerMap":

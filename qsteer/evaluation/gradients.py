@@ -1,0 +1,95 @@
+"""How far a cheaper gradient is from the true one: direction and norm, step by step."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from qsteer.clock import clock_of
+from qsteer.flow import begin
+from qsteer.rules import Guidance, Tweedie
+from qsteer.sampling import outside_inference_mode
+from qsteer.types import Field, Value
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """One rule's gradient against the true one, at K guided steps of B chains; NaN where it does not guide.
+
+    Attributes:
+        t: times of the steps.
+        cosine: of the two gradients of each row, over the entries which the critic sees.
+        ratio: norm of the rule's gradient over the true one's.
+    """
+
+    t: Float[Tensor, "K"]
+    cosine: Float[Tensor, "K B"]
+    ratio: Float[Tensor, "K B"]
+
+
+def agreement(
+    field: Field,
+    value: Value,
+    noise: Float[Tensor, "B H A"],
+    rules: Mapping[str, Guidance],
+    *,
+    truth: Guidance = Tweedie(),  # noqa: B008 (frozen)
+    steps: int | None = None,
+) -> dict[str, Agreement]:
+    """Compare gradients along the chains which ``truth`` steers from ``noise``.
+
+    Each rule is asked for its unscaled direction at the states and times of those chains, in their order, so
+    that one which remembers its last step remembers it from there. The match is of directions before any
+    scaling: with ``match_norm`` only the cosine matters.
+
+    Cost: at each step that of ``truth`` twice and of every rule once.
+
+    Args:
+        field: the policy's velocity; inside a host a sampler is given it (see examples/cheaper_tweedie.py).
+        value: the critic's value.
+        noise: where the chains begin.
+        rules: what is compared, by name.
+        truth: what it is compared with, and what steers; of strength 0, the chains are the policy's own.
+        steps: Euler steps; None: the field's own number.
+
+    Returns:
+        For each name the agreement at the steps which ``truth`` guides, in float64 on the CPU.
+    """
+    asked = {name: rule.on(field) for name, rule in {**rules, "": truth}.items()}
+    steered, x = begin(truth(field, value), steps), noise
+    clock, times, found = clock_of(steered), [], []
+    with outside_inference_mode():
+        for moment, dt in clock.grid(steps):
+            t = clock.times(moment, x)
+            if truth.guides(t, clock.steps).all():
+                times.append(moment)
+                found.append(
+                    {n: direction(rule, field, value, x, t, clock.steps) for n, rule in asked.items()}
+                )
+            x = x + dt * steered(x, t)
+    result = {}
+    for name in rules:
+        pairs = [(step[name], step[""]) for step in found]
+        dots, mine, its = (
+            torch.stack([(a * b).sum(1) for a, b in group])
+            for group in (pairs, [(a, a) for a, _ in pairs], [(b, b) for _, b in pairs])
+        )
+        cosine, ratio = dots / (mine * its).sqrt(), (mine / its).sqrt()
+        result[name] = Agreement(torch.tensor(times, dtype=torch.float64), cosine, ratio)
+    return result
+
+
+def direction(
+    rule: Guidance, field: Field, value: Value, x: Tensor, t: Tensor, steps: int
+) -> Float[Tensor, "B HA"]:
+    """Return a rule's unscaled gradient on the entries which the critic sees; NaN on unguided rows."""
+    guided = rule.guides(t, steps)
+    if not guided.any():
+        return torch.full_like(x.flatten(1), torch.nan, dtype=torch.float64, device="cpu")
+    with torch.enable_grad():
+        g = rule.ascent(field, value, x.detach(), t).gradient
+    if (mask := getattr(value, "mask", None)) is not None:
+        g = torch.where(mask.bool(), g, 0.0)
+    return torch.where(guided[:, None], g.flatten(1), torch.nan).double().cpu()
