@@ -17,11 +17,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import tiny_hosts
 import torch
 from torch import nn
 
 import qsteer
+from qsteer.bench import hosts as tiny_hosts
 from qsteer.evaluation.cost import Cost, count, latencies
 from qsteer.maps import FlowMap, GlassPosterior, MapConfig, MetaFlowMap, MetaMapConfig
 from qsteer.training import FlowPolicy, FlowPolicyConfig
