@@ -69,7 +69,11 @@ def _passes(passes: Passes) -> dict[str, int]:
 
 
 def table(report: Mapping[str, Any]) -> str:
-    """Return a report, as :func:`as_json` makes it, as text: the whole action, its work, and its parts."""
+    """Return a report, as :func:`as_json` makes it, as text: the whole action, its work, and its parts.
+
+    Work and parts are those of the methods without compilation, and were measured apart: the parts' times
+    include the marks between them.
+    """
     methods = report["methods"]
     steered = [method for method in methods if method["parts"]]
     return "\n\n".join(
@@ -77,7 +81,7 @@ def table(report: Mapping[str, Any]) -> str:
             _conditions(report),
             _block("ms per action", _WHOLE, methods),
             _block("counted, per action", _WORK, [methods[0], *steered]),
-            _block("ms, p50 of parts, not compiled, measured apart", _PARTS, steered),
+            _block("parts, ms, p50", _PARTS, steered),
             *(f"left out: {name}: {reason}" for name, reason in report["left_out"].items()),
         ]
     )
@@ -131,8 +135,8 @@ _WHOLE: _Columns = {
     "p50": (9, lambda m: _number(m["p50_ms"])),
     "p95": (9, lambda m: _number(m["p95_ms"])),
     "p99": (9, lambda m: _number(m["p99_ms"])),
-    "/ stock (95 %)": (22, lambda m: _interval(m["ratio"]["stock"])),
-    "/ fast (95 %)": (22, lambda m: _interval(m["ratio"]["fast"])),
+    "/ stock (95 %)": (24, lambda m: _interval(m["ratio"]["stock"])),
+    "/ fast (95 %)": (24, lambda m: _interval(m["ratio"]["fast"])),
     "/ roofline": (11, lambda m: _number(m["ratio"]["roofline"], 1)),
     "predicted": (11, lambda m: _number(m["predicted_ms"])),
     "p50 / it": (9, _over),
