@@ -178,9 +178,7 @@ def _add_bench(commands: Any) -> None:
     text = "Measure what steering costs."
     bench = commands.add_parser("bench", help=text, description=text)
     kinds = bench.add_subparsers(dest="kind", required=True, metavar="KIND")
-    text = (
-        "Measure what an action costs, steered and not, on a policy with random weights: nothing to download."
-    )
+    text = "Measure what an action costs, steered and not, on a random policy: nothing to download."
     latency = kinds.add_parser(
         "latency", help=text, description=text, formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )

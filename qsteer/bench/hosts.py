@@ -155,10 +155,14 @@ def make(
         return mlp(size, chunk=chunk, seed=seed).to(device).requires_grad_(False)
     names = tuple(f"camera{i + 1}" for i in range(cameras))
     shape = replace(REAL if size == "full" else TOY, cameras=names, chunk=chunk, executed=chunk)
-    build = {"pi0": pi0, "pi05": pi05, "smolvla": smolvla}[host]
-    widths = {"tiny": {}, "small": {"width": 512, "depth": 8}, "full": {"width": None, "depth": None}}[size]
+    build: Callable[..., nn.Module] = {"pi0": pi0, "pi05": pi05, "smolvla": smolvla}[host]
+    widths: Mapping[str, dict[str, Any]] = {
+        "tiny": {},
+        "small": {"width": 512, "depth": 8},
+        "full": {"width": None, "depth": None},
+    }
     precision = {"dtype": dtype} if pi else {}
-    return build(**widths, seed=seed, shape=shape, device=device, **precision).requires_grad_(False)
+    return build(**widths[size], seed=seed, shape=shape, device=device, **precision).requires_grad_(False)
 
 
 def mlp(size: str = "small", *, chunk: int = 5, seed: int = 0) -> "MlpPolicy":

@@ -240,7 +240,8 @@ def _compiling(mode: Mode | None) -> Callable[..., Any]:
         return qsteer.steer
     if "compile" not in inspect.signature(qsteer.steer).parameters:
         raise NotImplementedError(f"this version of qsteer.steer has no compile={mode!r}")
-    return partial(qsteer.steer, compile=mode)
+    compiling: Callable[..., Any] = qsteer.steer
+    return partial(compiling, compile=mode)
 
 
 def fast_mode(device: torch.device) -> Mode:

@@ -7,9 +7,10 @@ memory: so this is a bound for kernels run one after another, not for ones fused
 """
 
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from math import prod
 from typing import Any
 
@@ -130,9 +131,7 @@ class Ceilings:
         )
 
 
-def measure_ceilings(
-    device: torch.device, dtypes: Iterator[torch.dtype] | list[torch.dtype], *, rounds: int = 20
-) -> Ceilings:
+def measure_ceilings(device: torch.device, dtypes: Sequence[torch.dtype], *, rounds: int = 20) -> Ceilings:
     """Measure a device's rates: the best of some rounds each.
 
     Products of 4096 x 4096 on 4096 x 4096 and a copy of 256 MB on CUDA; of 1024 and of 64 MB elsewhere. Their
@@ -147,10 +146,10 @@ def measure_ceilings(
     matmul = {}
     for dtype in dtypes:
         a, b, out = (torch.rand(n, n, device=device).to(dtype) for _ in range(3))
-        matmul[dtype] = 2 * n**3 / _best(lambda a=a, b=b, out=out: torch.mm(a, b, out=out), device, rounds)
+        matmul[dtype] = 2 * n**3 / _best(partial(torch.mm, a, b, out=out), device, rounds)
     source = torch.zeros(size, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
-    return Ceilings(matmul, 2 * size / _best(lambda: target.copy_(source), device, rounds))
+    return Ceilings(matmul, 2 * size / _best(partial(target.copy_, source), device, rounds))
 
 
 def _best(call: Callable[[], object], device: torch.device, rounds: int) -> float:
