@@ -1,6 +1,7 @@
 """The benchmark: counted work of every method, made-up clocks, roofs by hand. Nothing is timed."""
 
 import json
+import sys
 from itertools import count as numbers
 from itertools import pairwise
 from pathlib import Path
@@ -26,6 +27,7 @@ from qsteer.cli import main
 from qsteer.evaluation.plots import plot_latency
 from qsteer.maps import GlassPosterior
 
+sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
 torch.set_num_threads(1)
 H, A = 3, 2
 CPU = torch.device("cpu")
@@ -438,7 +440,7 @@ class TestHosts:
             subject("mlp", "tiny", views=True)
 
     def test_without_lerobot_the_extra_is_named(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setitem(__import__("sys").modules, "lerobot.policies.pi05", None)
+        monkeypatch.setitem(sys.modules, "lerobot.policies.pi05", None)
         with pytest.raises(ModuleNotFoundError, match=r"qsteer\[lerobot\]"):
             hosts.pi05()
 
@@ -447,7 +449,7 @@ class TestBenchmark:
     @pytest.fixture(autouse=True)
     def known(self, monkeypatch: pytest.MonkeyPatch) -> None:
         """A made-up device, for measuring one takes seconds."""
-        ceilings = Ceilings({torch.float32: 1e9}, 1e9)
+        ceilings = Ceilings({torch.float32: 1e9, torch.bfloat16: 1e9}, 1e9)
         monkeypatch.setattr(benchmark, "measure_ceilings", lambda *_: ceilings)
 
     def test_a_twin_is_steered_alone_and_shares_the_weights(self) -> None:
@@ -568,6 +570,23 @@ class TestBenchmark:
         assert torch.get_num_threads() == threads
         with pytest.raises(SystemExit, match="qsteer bench: cameras, chunk: expected at least 1"):
             main([*command[:-4], "--chunk", "0"])
+
+    def test_the_example(self, capsys: pytest.CaptureFixture[str]) -> None:
+        import benchmark_latency
+
+        benchmark_latency.main(["--repeats", "2"])
+        out = capsys.readouterr().out
+        assert all(name in out for name in ("PlainPolicy", "Tweedie", "QGF", "BestOfN(8)"))
+
+    @pytest.mark.gpu
+    def test_on_cuda(self) -> None:
+        found = subject("pi05", "tiny", cameras=2, chunk=6, device="cuda", dtype=torch.bfloat16)
+        report = measure(found, {"Tweedie": (qsteer.Tweedie(), qsteer.Euler())}, repeats=3, warmup=1)
+        (tweedie,) = report.rows
+        assert report.stock.memory > 0 and tweedie.memory > 0
+        assert report.conditions["precisions"] == ["bfloat16", "float32"]
+        assert {torch.bfloat16, torch.float32} <= set(tweedie.work.dtypes)
+        assert tweedie.parts["policy backward"].median > 0
 
     def test_a_watched_field_is_still_one(self) -> None:
         assert isinstance(WatchedField(FIELD, Passes().around), qsteer.Field)
