@@ -454,6 +454,7 @@ class TestBenchmark:
 
     def test_a_twin_is_steered_alone_and_shares_the_weights(self) -> None:
         found = subject("pi05", "tiny", cameras=1, chunk=6)
+        found.policy.requires_grad_(True)
         torch.manual_seed(0)
         base = found.action()
         call = steered(found, (qsteer.Tweedie(alpha=0.5), qsteer.Euler()))
@@ -462,7 +463,9 @@ class TestBenchmark:
         torch.manual_seed(0)
         assert torch.equal(found.action(), base)
         theirs = call.func.__self__.policy
-        assert all(p is q for p, q in zip(found.policy.parameters(), theirs.parameters(), strict=True))
+        pairs = list(zip(found.policy.parameters(), theirs.parameters(), strict=True))
+        assert all(p is not q and p.data_ptr() == q.data_ptr() for p, q in pairs)
+        assert all(p.requires_grad and not q.requires_grad for p, q in pairs)
 
     def test_views_are_qpilots_critic(self) -> None:
         found = subject("pi05", "tiny", cameras=2, chunk=6, views=True)

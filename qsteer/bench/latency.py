@@ -160,7 +160,7 @@ def methods(subject: Subject) -> dict[str, Method]:
     glass = GlassPosterior(steps=4)
     euler = qsteer.Euler()
     return {
-        "unsteered, eager": (None, euler),
+        "unsteered": (None, euler),
         "Tweedie": (qsteer.Tweedie(), euler),
         "QGF": (qsteer.QGF(), euler),
         "Posterior(map), N=4": (qsteer.Posterior(meta, samples=4), euler),
@@ -209,8 +209,10 @@ def open_action(subject: Subject) -> tuple[Field, Value, Tensor]:
 
 
 def twin(policy: nn.Module) -> Any:
-    """Return a copy of a policy on the same weights, to be steered for good without touching the other."""
-    shared: dict[int, Any] = {id(tensor): tensor for tensor in (*policy.parameters(), *policy.buffers())}
+    """Return a frozen copy of a policy on the same memory, to be steered for good: the other stays as it is."""
+    shared: dict[int, Any] = {id(tensor): tensor for tensor in policy.buffers()}
+    for parameter in policy.parameters():
+        shared[id(parameter)] = nn.Parameter(parameter.detach(), requires_grad=False)
     return deepcopy(policy, shared)
 
 
@@ -291,7 +293,7 @@ def measure(
         except (NotImplementedError, RuntimeError, TypeError, ValueError) as error:
             if how is None:
                 raise
-            left_out[name] = str(error).splitlines()[0]
+            left_out[name] = (str(error) or repr(error)).splitlines()[0]
         else:
             calls[name] = call
     kept = {name: method for name, method in methods.items() if name in calls}
@@ -307,7 +309,12 @@ def measure(
         conditions=conditions(subject) | {"compile": mode, "repeats": repeats, "warmup": warmup},
         ceilings=measure_ceilings(subject.device, dtypes),
         stock=base,
-        fast=Row(fast, times[fast], work=base.work, memory=peak_memory(calls[fast], subject.device))
+        fast=replace(
+            base,
+            name=fast,
+            latency=times[fast],
+            memory=peak_memory(calls[fast], subject.device),
+        )
         if fast in times
         else None,
         rows=[replace(row, parts=parts[name], predicted=predicted[name]) for name, row in rows.items()],
@@ -416,6 +423,7 @@ def conditions(subject: Subject) -> dict[str, Any]:
     """Return what a measurement depends on."""
     policy, device, noise = subject.policy, subject.device, open_action(subject)[2]
     on_gpu, host = device.type == "cuda", qsteer.adapters.host_of(policy)
+    name = torch.cuda.get_device_name(device) if on_gpu else platform.processor() or platform.machine()
     return {
         "policy": type(policy).__name__,
         "parameters": sum(parameter.numel() for parameter in policy.parameters()),
@@ -424,7 +432,9 @@ def conditions(subject: Subject) -> dict[str, Any]:
         "noise": list(noise.shape),
         "executed": host.read(policy, host.executed),
         "critic": str(getattr(subject.critic, "config", type(subject.critic).__name__)),
-        "device": torch.cuda.get_device_name(device) if on_gpu else platform.processor() or "cpu",
+        "device": torch.cuda.get_device_name(device)
+        if on_gpu
+        else platform.processor() or platform.machine(),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "cuda": torch.version.cuda if on_gpu else None,

@@ -135,6 +135,7 @@ _WHOLE: _Columns = {
     "p50": (9, lambda m: _number(m["p50_ms"])),
     "p95": (9, lambda m: _number(m["p95_ms"])),
     "p99": (9, lambda m: _number(m["p99_ms"])),
+    "wall p50": (10, lambda m: _number(m["wall_p50_ms"])),
     "/ stock (95 %)": (24, lambda m: _interval(m["ratio"]["stock"])),
     "/ fast (95 %)": (24, lambda m: _interval(m["ratio"]["fast"])),
     "/ roofline": (11, lambda m: _number(m["ratio"]["roofline"], 1)),
@@ -142,7 +143,8 @@ _WHOLE: _Columns = {
     "p50 / it": (9, _over),
     "MB": (8, lambda m: _number(None if (b := m["peak_memory_bytes"]) is None else b / 1e6, 0)),
 }
-"""Predicted: what the counted passes take by themselves. MB: on the device, beyond what stands."""
+"""Wall: by the host's clock; the others are the device's, where it has events. Predicted: what the counted
+passes take by themselves. MB: on the device, beyond what stands."""
 
 _WORK: _Columns = {
     "policy fwd": (12, _both("policy", "forward")),
