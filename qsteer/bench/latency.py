@@ -209,7 +209,7 @@ def open_action(subject: Subject) -> tuple[Field, Value, Tensor]:
 
 
 def twin(policy: nn.Module) -> Any:
-    """Return a frozen copy of a policy on the same memory, to be steered for good: the other stays as it is."""
+    """Return a frozen copy of a policy on the same memory, to be steered for good; the other is untouched."""
     shared: dict[int, Any] = {id(tensor): tensor for tensor in policy.buffers()}
     for parameter in policy.parameters():
         shared[id(parameter)] = nn.Parameter(parameter.detach(), requires_grad=False)
@@ -432,9 +432,7 @@ def conditions(subject: Subject) -> dict[str, Any]:
         "noise": list(noise.shape),
         "executed": host.read(policy, host.executed),
         "critic": str(getattr(subject.critic, "config", type(subject.critic).__name__)),
-        "device": torch.cuda.get_device_name(device)
-        if on_gpu
-        else platform.processor() or platform.machine(),
+        "device": name,
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "cuda": torch.version.cuda if on_gpu else None,
