@@ -1,6 +1,6 @@
 # `make help` lists the targets. Each does its own set-up: all it needs is Python, pip, make and git.
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-all lint format package
+.PHONY: help setup demo test test-all bench lint format package
 
 # The environment is .venv, whatever the caller's shell has activated.
 unexport PYTHONPATH
@@ -28,6 +28,9 @@ test: $(READY) ## run the tests; ARGS="..." goes to pytest
 
 test-all: $(READY) ## run the slow tests too
 	@$(BIN)/python -m pytest -m "" $(ARGS)
+
+bench: $(READY) ## time rules, samplers and critics, without shape checks; ARGS="..." goes to pytest-benchmark
+	@$(BIN)/python -m pytest tests/benchmarks -o addopts= --benchmark-columns=min,median,iqr,rounds $(ARGS)
 
 lint: $(READY) ## check style, format and types
 	@$(BIN)/ruff check

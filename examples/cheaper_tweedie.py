@@ -20,13 +20,13 @@ from math import isnan
 from pathlib import Path
 from typing import Any
 
-import tiny_hosts
 import torch
 from torch import Tensor
 
 import qsteer
+from qsteer.bench import hosts as tiny_hosts
+from qsteer.bench.counting import count
 from qsteer.envs import ogbench
-from qsteer.evaluation.cost import count
 from qsteer.evaluation.gradients import agreement
 from qsteer.evaluation.rollouts import write_json
 from qsteer.recipes import CHECKPOINTS, CUBE_SINGLE

@@ -15,10 +15,10 @@ import json
 from pathlib import Path
 from typing import Any
 
-import tiny_hosts
 import torch
 from wrap_pretrained import load_policy
 
+from qsteer.bench import hosts as tiny_hosts
 from qsteer.maps import MetaFlowMap, MetaMapConfig
 from qsteer.training import (
     HostTeacher,

@@ -87,7 +87,7 @@ def main() -> None:
 def load(name: str | None, device: str) -> tuple[Any, Any, Any]:
     """Return the policy and lerobot's processors for it; without a name, small and random ones."""
     if name is None:
-        import tiny_hosts
+        from qsteer.bench import hosts as tiny_hosts
 
         policy = tiny_hosts.pi05(shape=tiny_hosts.LIBERO)
         return policy.to(device), *tiny_hosts.processors(policy)

@@ -9,13 +9,13 @@ observations after its preprocessor, actions before its postprocessor.
 
 import argparse
 
-import tiny_hosts
 import torch
 from lerobot.configs import PreTrainedConfig
 from lerobot.policies.factory import get_policy_class
 from lerobot.policies.pretrained import PreTrainedPolicy
 
 import qsteer
+from qsteer.bench import hosts as tiny_hosts
 
 
 def load_policy(name: str | None) -> PreTrainedPolicy:

@@ -14,7 +14,7 @@ from qsteer.clock import MIRRORED
 from qsteer.types import Field, Sampler, Value
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
-import tiny_hosts
+from qsteer.bench import hosts as tiny_hosts
 
 torch.set_num_threads(1)
 

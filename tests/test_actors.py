@@ -4,12 +4,12 @@ from collections.abc import Iterator
 
 import hosts
 import pytest
-import tiny_hosts
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 import qsteer
+from qsteer.bench import hosts as tiny_hosts
 from qsteer.critics import FEATURES, Critic, CriticConfig, LiveCritic, pooled
 from qsteer.inject import unsteer
 from qsteer.trace import Trace

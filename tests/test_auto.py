@@ -30,8 +30,8 @@ from fields import (
 )
 
 import qsteer
+from qsteer.bench.counting import count
 from qsteer.evaluation.arms import parse
-from qsteer.evaluation.cost import count
 from qsteer.maps import GlassPosterior
 from qsteer.rules import improvements
 

@@ -30,9 +30,9 @@ from fields import (
 )
 
 import qsteer
+from qsteer.bench.counting import count
 from qsteer.clock import MIRRORED
 from qsteer.evaluation.arms import parse
-from qsteer.evaluation.cost import count
 from qsteer.evaluation.gradients import agreement
 from qsteer.maps import EulerMap
 

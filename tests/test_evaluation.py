@@ -15,8 +15,6 @@ from PIL import Image
 from scipy.stats import binom, binomtest
 from torch import Tensor
 
-import qsteer
-from qsteer.evaluation.cost import Latency, Passes, count, latencies, latency
 from qsteer.evaluation.plots import plot_distillation, plot_success, plot_trace
 from qsteer.evaluation.rollouts import (
     ChunkedAction,
@@ -368,81 +366,6 @@ class TestStatistics:
             paired_bootstrap(np.zeros(3), np.zeros(4))
         with pytest.raises(ValueError, match="samples"):
             paired_bootstrap([1], [0], samples=0)
-
-
-class TestCost:
-    field = staticmethod(qsteer.field(lambda x, t: torch.tanh(x.flip(1)) - x))
-    value = staticmethod(qsteer.value(lambda a: -(a**2).flatten(1).sum(1)))
-
-    @pytest.mark.parametrize(
-        ("rule", "sampler", "field", "value"),
-        [
-            (None, qsteer.Euler(), (10, 0), (0, 0)),
-            (None, qsteer.Euler(4), (4, 0), (0, 0)),
-            (qsteer.Tweedie(), qsteer.Euler(), (10, 9), (9, 9)),
-            (qsteer.Tweedie(alpha=0.0), qsteer.Euler(), (10, 0), (0, 0)),
-            (qsteer.QGF(), qsteer.Euler(), (10, 0), (10, 10)),
-            (qsteer.NoisyGradient(), qsteer.Euler(), (10, 0), (9, 9)),
-            (qsteer.RandomDirection(), qsteer.Euler(), (10, 0), (0, 0)),
-            (qsteer.ThroughTime(), qsteer.Euler(), (1 + 45, 45), (9, 9)),
-            (None, qsteer.TrustRegion(), (10, 0), (1, 1)),
-            (qsteer.Tweedie(), qsteer.KeepBest(), (20, 9), (11, 9)),
-        ],
-    )
-    def test_passes_of_each_rule(self, rule: Any, sampler: Any, field: tuple, value: tuple) -> None:
-        cost = count(self.field, self.value, torch.ones(2, H, A), rule, sampler)
-        assert (cost.field.forwards, cost.field.backwards) == field
-        assert (cost.value.forwards, cost.value.backwards) == value
-        assert (cost.field.forward_rows, cost.field.backward_rows) == (2 * field[0], 2 * field[1])
-        assert (cost.value.forward_rows, cost.value.backward_rows) == (2 * value[0], 2 * value[1])
-
-    def test_candidates_are_rows_of_one_pass(self) -> None:
-        cost = count(self.field, self.value, torch.ones(1, H, A), None, qsteer.BestOfN(8))
-        assert (cost.field.forwards, cost.field.forward_rows) == (10, 80)
-        assert (cost.value.forwards, cost.value.forward_rows) == (1, 8)
-        assert str(cost) == "policy 10 forward 0 backward, critic 1 forward 0 backward"
-
-    def test_only_gradients_through_the_network_count(self) -> None:
-        """A network may return its input; gradients that reach the input by another way are not its own."""
-        passes, x = Passes(), torch.ones(1, H, A, requires_grad=True)
-        passed = passes.seen(x)
-        (x**2).sum().backward()
-        assert (passes.forwards, passes.backwards) == (1, 0)
-        passed.sum().backward()
-        assert (passes.forwards, passes.backwards) == (1, 1)
-
-    def test_counting_changes_nothing(self) -> None:
-        """The host's own grid and the critic's mask are seen through the counters."""
-        seen: list[float] = []
-        clock = qsteer.Clock(noise=1.0, action=0.0, sign=-1, steps=4)
-        field = qsteer.field(lambda x, t: seen.append(float(t[0])) or -x, clock=clock)
-        mask = torch.tensor([[1.0, 0.0]] * H)
-        asked: list[Tensor] = []
-        value = qsteer.value(lambda a: asked.append(a.detach()) or a.flatten(1).sum(1), mask=mask)
-        noise = torch.ones(1, H, A)
-        qsteer.sample(field, value, noise, rule=qsteer.Tweedie(alpha=0.5))
-        plain, times, actions = list(asked), list(seen), asked.clear() or seen.clear()
-        count(field, value, noise, qsteer.Tweedie(alpha=0.5))
-        assert actions is None and times == seen
-        assert all(torch.equal(a, b) for a, b in zip(plain, asked, strict=True))
-        assert not torch.equal(plain[-1][..., 0], plain[-1][..., 1])  # the mask does something
-
-    def test_latencies_take_turns(self) -> None:
-        order: list[str] = []
-        times = latencies(
-            {"a": lambda: order.append("a"), "b": lambda: order.append("b")}, repeats=3, warmup=2
-        )
-        assert order == ["a", "b"] * 5
-        assert {len(t.times) for t in times.values()} == {3}
-        assert times["a"].low <= times["a"].median <= times["a"].high
-
-    def test_ratio_pairs_the_rounds(self) -> None:
-        drift = np.array([1.0, 10.0, 2.0])
-        assert Latency(3 * drift).ratio(Latency(drift)) == pytest.approx(3)
-        with pytest.raises(ValueError, match="got 2 and 1"):
-            Latency(np.ones(2)).ratio(Latency(np.ones(1)))
-        with pytest.raises(ValueError, match="repeats"):
-            latency(lambda: None, repeats=0)
 
 
 class TestPlots:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import qsteer
 from qsteer.adapters import host_of
-from qsteer.evaluation.cost import Passes, count, counted_maps
+from qsteer.bench.counting import Passes, count, counted_maps
 from qsteer.inject import Host, steer, unsteer
 from qsteer.maps import (
     EulerMap,

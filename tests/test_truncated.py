@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 import qsteer
 from qsteer.adapters import Host, PlainPolicy
-from qsteer.evaluation.cost import count
+from qsteer.bench.counting import count
 from qsteer.flow import denoise
 from qsteer.inject import HostField, cut, steer, unsteer
 

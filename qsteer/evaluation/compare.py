@@ -7,9 +7,10 @@ from typing import Any
 
 import torch
 
+from qsteer.bench.counting import count
+from qsteer.bench.timing import latencies
 from qsteer.critics.critic import Critic
 from qsteer.evaluation.arms import Arm
-from qsteer.evaluation.cost import count, latencies
 from qsteer.evaluation.rollouts import EVALUATION_SEED, MakeEnv, Rollouts, Simulators
 from qsteer.evaluation.statistics import paired_bootstrap, wilson_interval
 from qsteer.trace import Trace

@@ -13,6 +13,7 @@ from qsteer.evaluation.statistics import wilson_interval
 
 INK, MUTED, RULE = "#1f2328", "#656d76", "#d8dee4"
 BASE, STEERED, CONTROL = "#e8833a", "#2f6fdb", "#a0a7b0"
+PARTS = ("#a0a7b0", "#2f6fdb", "#8fb4f2", "#e8833a", "#5aa469", "#d8dee4")
 STYLE = {
     "font.family": ["DejaVu Sans"],
     "font.size": 10,
@@ -227,6 +228,60 @@ def plot_adaptation(metrics: str | Path, path: str | Path) -> Path:
         for ax in axes:
             ax.set_xlabel("gradient steps", loc="left")
             ax.locator_params(nbins=4)
+        return save(fig, path)
+
+
+def plot_latency(report: Mapping[str, Any], path: str | Path) -> Path:
+    """Draw what an action costs: p50 and p95 of each method, its roofline, and where its time goes.
+
+    Args:
+        report: of the latency benchmark, as its JSON file has it.
+        path: of the picture; its suffix says the format.
+
+    Raises:
+        ValueError: there is no method but the stock host.
+        ModuleNotFoundError: matplotlib is not installed.
+    """
+    methods = report["methods"]
+    timed = [method for method in methods if method["parts"]]
+    if not timed:
+        raise ValueError("methods: expected at least one beside the stock host, got none; name arms")
+    plt = pyplot()
+    with plt.rc_context(STYLE):
+        height = 0.34 * len(methods) + 1.2
+        fig, (whole, parts) = plt.subplots(1, 2, figsize=(10.4, height), layout="constrained")
+        for y, method in enumerate(methods):
+            colour = STEERED if method["parts"] else BASE
+            whole.barh(y, method["p50_ms"], height=0.62, color=colour, alpha=0.3, linewidth=0)
+            whole.plot([method["p50_ms"], method["p95_ms"]], [y, y], color=colour, linewidth=2)
+            whole.plot([method["roofline_ms"]] * 2, [y - 0.31, y + 0.31], color=INK, linewidth=1.2)
+            whole.annotate(
+                f"{method['p50_ms']:.3g}  ×{method['ratio']['stock'][0]:.2f}",
+                (method["p95_ms"], y),
+                (6, 0),
+                textcoords="offset points",
+                va="center_baseline",
+                fontsize=8.5,
+            )
+        whole.axvline(methods[0]["p50_ms"], color=BASE, linewidth=1, linestyle=(0, (2, 3)), zorder=0)
+        whole.set(xlim=(0, 1.3 * max(method["p95_ms"] for method in methods)))
+        names = [name for name in timed[0]["parts"] if name != "whole"]
+        for y, method in enumerate(timed):
+            spent = [method["parts"][name]["p50_ms"] for name in names]
+            starts = np.cumsum([0.0, *spent[:-1]])
+            for i, name in enumerate(names):
+                label = name if y == 0 else None
+                parts.barh(y, spent[i], left=starts[i], height=0.62, color=PARTS[i], linewidth=0, label=label)
+        parts.legend(frameon=False, fontsize=8.5, loc="upper right")
+        for ax, shown, title in (
+            (whole, methods, "ms per action: p50, line to p95, × stock; tick: roofline"),
+            (parts, timed, "parts, ms (p50, not compiled, measured apart)"),
+        ):
+            ax.set_ylim(len(shown) - 0.4, -0.6)
+            ax.set_yticks(range(len(shown)), [method["name"] for method in shown], color=INK)
+            ax.tick_params(axis="y", length=0)
+            ax.spines["left"].set_visible(False)
+            ax.set_title(title, loc="left", fontsize=10, fontweight="bold")
         return save(fig, path)
 
 

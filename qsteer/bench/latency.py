@@ -1,0 +1,441 @@
+"""The latency benchmark: what each way of steering a policy costs, and beside which three denominators.
+
+The *stock* host is the policy's own code, not steered, in the same precision. The *fast* path is qsteer's own
+unsteered loop, captured as a CUDA graph (on a CPU: on static buffers). The *roofline* is what the same work
+would take at the device's measured best. An overhead that looks small beside a slow host is not a small one.
+
+What is timed is the whole action, by :func:`~qsteer.bench.timing.latencies`: every method in every round.
+Parts, counts, work and memory come from runs of their own, of the same method without compilation.
+"""
+
+import inspect
+import platform
+from collections.abc import Callable, Mapping
+from copy import deepcopy
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+import qsteer
+from qsteer.bench.counting import Cost, PassesByRows, Saved, counted_maps, counting, saved_tensors
+from qsteer.bench.hosts import STATE, batch, make
+from qsteer.bench.parts import Marks, Timed, TimedCritic, measure_parts
+from qsteer.bench.roofline import Ceilings, Work, counted_work, measure_ceilings
+from qsteer.bench.timing import Clock, Latency, latencies, peak_memory
+from qsteer.clock import clock_of
+from qsteer.flow import features_of
+from qsteer.maps import FlowMap, GlassPosterior, MapConfig, MetaFlowMap, MetaMapConfig
+from qsteer.types import Bindable, Field, Rule, Sampler, Value
+
+type Method = tuple[Rule | None, Sampler]
+type Mode = Literal["static", "graph"]
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What is measured: a frozen policy, a critic on its device, and one batch of observations.
+
+    Attributes:
+        policy: any policy that :func:`qsteer.steer` takes, with parameters, of which
+            ``predict_action_chunk(batch)`` makes a chunk; it is never changed.
+        critic: what it is steered by.
+        batch: tensors by name, on the policy's device.
+    """
+
+    policy: Any
+    critic: Any
+    batch: dict[str, Tensor]
+
+    @property
+    def device(self) -> torch.device:
+        """Where the policy is."""
+        return next(self.policy.parameters()).device
+
+    def action(self) -> Tensor:
+        """Return what the policy itself does."""
+        return self.policy.predict_action_chunk(self.batch)
+
+
+@dataclass(frozen=True)
+class Row:
+    """What was found of one method.
+
+    Attributes:
+        name: of the method.
+        latency: of the whole action.
+        parts: times of the parts of an action, and of their sum, the ``whole``, measured apart.
+        cost: passes, counted.
+        work: FLOPs, bytes and operators, counted.
+        saved: tensors that autograd kept.
+        predicted: ms that the counted passes take by themselves; None: there are maps, which were not timed.
+        memory: bytes on the device beyond what stands there; None on a CPU.
+    """
+
+    name: str
+    latency: Latency
+    parts: dict[str, Latency] = field(default_factory=dict)
+    cost: Cost = field(default_factory=Cost)
+    work: Work = field(default_factory=Work)
+    saved: Saved = field(default_factory=Saved)
+    predicted: float | None = None
+    memory: int | None = None
+
+
+@dataclass(frozen=True)
+class Report:
+    """What was found of all methods.
+
+    Attributes:
+        conditions: what it was measured on and how.
+        ceilings: the device's measured best.
+        stock: the policy's own code, not steered.
+        fast: our own unsteered path; None: see ``left_out``.
+        rows: the methods.
+        left_out: why a method, or the fast path, could not be measured, by name.
+    """
+
+    conditions: dict[str, Any]
+    ceilings: Ceilings
+    stock: Row
+    fast: Row | None
+    rows: list[Row]
+    left_out: dict[str, str]
+
+
+def subject(
+    host: str,
+    size: str = "small",
+    *,
+    cameras: int = 2,
+    chunk: int = 10,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype | None = None,
+    views: bool = False,
+    rows: int = 1,
+    seed: int = 0,
+) -> Subject:
+    """Return a random policy with a random critic and random observations.
+
+    Args:
+        host: see :func:`qsteer.bench.hosts.make`, also for ``size``, ``cameras``, ``chunk``, ``device``,
+            ``dtype`` and the errors.
+        size: of the policy.
+        cameras: number of images.
+        chunk: actions of a chunk.
+        device: of all.
+        dtype: of the policy; the critic is float32.
+        views: whether the critic sees the images too: QPILOTS' critic for LIBERO, 10 members of widths
+            (128, 128, 128); else the demonstration's, 4 members of widths (256, 256, 256) on the state.
+        rows: observations at once.
+        seed: of weights and observations.
+
+    Raises:
+        ValueError: the MLP has no images to see.
+    """
+    policy: Any = make(host, size, cameras=cameras, chunk=chunk, device=device, dtype=dtype, seed=seed)
+    observations = batch(policy, rows, seed)
+    images = tuple(name for name in observations if "image" in name)
+    if views and not images:
+        raise ValueError(f"views: expected a policy with cameras, got {host}; take pi05, or views=False")
+    shape: dict[str, Any] = {"hidden": (128,) * 3, "members": 10, "views": images} if views else {}
+    spec = qsteer.adapters.host_of(policy)
+    config = qsteer.CriticConfig(
+        obs_dim=observations[STATE].shape[-1],
+        action_dim=spec.read(policy, spec.action_shape)[-1],
+        horizon=spec.read(policy, spec.executed),
+        **shape,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        critic = qsteer.Critic(config)
+    return Subject(policy, critic.to(device).requires_grad_(False), observations)
+
+
+def methods(subject: Subject) -> dict[str, Method]:
+    """Return the methods of QPILOTS' table of latencies, and more; learnt maps are untrained ones."""
+    meta, flow = maps(subject)
+    glass = GlassPosterior(steps=4)
+    euler = qsteer.Euler()
+    return {
+        "unsteered": (None, euler),
+        "Tweedie": (qsteer.Tweedie(), euler),
+        "QGF": (qsteer.QGF(), euler),
+        "Posterior(map), N=4": (qsteer.Posterior(meta, samples=4), euler),
+        "Posterior(GLASS), N=4": (qsteer.Posterior(glass, samples=4), euler),
+        "BestOfN(5)": (None, qsteer.BestOfN(5)),
+        "BestOfN(20)": (None, qsteer.BestOfN(20)),
+        "BeamSearch(4, 4, 1)": (None, qsteer.BeamSearch(4, 4, 1)),
+        "BeamSearch, flow map": (None, qsteer.BeamSearch(4, 4, 1, flow_map=flow)),
+    }
+
+
+def maps(subject: Subject) -> tuple[MetaFlowMap, FlowMap]:
+    """Return untrained maps for a policy: MLPs, or transformers of width 256 and depth 4 on its tokens."""
+    opened, _, noise = open_action(subject)
+    features = features_of(opened)
+    options: dict[str, Any] = {"horizon": noise.shape[1], "action_dim": noise.shape[2]}
+    if isinstance(features, Tensor):
+        options |= {"features": features.shape[-1]}
+    else:
+        tokens = features[0]
+        options |= {"features": tokens.shape[-1], "network": "transformer", "width": 256, "depth": 4}
+    with torch.random.fork_rng(devices=[]):
+        made = MetaFlowMap(MetaMapConfig(**options)), FlowMap(MapConfig(**options))
+    for network in made:
+        network.to(subject.device).requires_grad_(False)
+    return made
+
+
+@dataclass(frozen=True)
+class _Opened(Sampler):
+    """Keeps what a sampler is given."""
+
+    seen: list[tuple[Field, Value, Tensor]]
+
+    def __call__(self, field: Field, value: Any, noise: Tensor) -> Tensor:
+        self.seen.append((field, value, noise))
+        return noise
+
+
+def open_action(subject: Subject) -> tuple[Field, Value, Tensor]:
+    """Return field, value and noise of an action before its first step."""
+    seen: list[tuple[Field, Value, Tensor]] = []
+    with qsteer.steer(subject.policy, subject.critic, _Opened(seen)):
+        subject.action()
+    return seen[0]
+
+
+def twin(policy: nn.Module) -> Any:
+    """Return a frozen copy of a policy on the same memory, to be steered for good; the other is untouched."""
+    shared: dict[int, Any] = {id(tensor): tensor for tensor in policy.buffers()}
+    for parameter in policy.parameters():
+        shared[id(parameter)] = nn.Parameter(parameter.detach(), requires_grad=False)
+    return deepcopy(policy, shared)
+
+
+def steered(
+    subject: Subject, method: Method, *, critic: Bindable | None = None, mode: Mode | None = None
+) -> Callable[[], Tensor]:
+    """Return the call that makes an action under a method, on a copy of the policy on the same weights.
+
+    Args:
+        subject: what is steered.
+        method: rule and sampler.
+        critic: another critic than the subject's.
+        mode: how it is compiled, see :func:`qsteer.steer`; None: not at all.
+
+    Raises:
+        NotImplementedError: this version of qsteer cannot compile.
+    """
+    rule, sampler = method
+    policy, steer = twin(subject.policy), _compiling(mode)
+    steer(policy, subject.critic if critic is None else critic, rule, sampler=sampler)
+    return partial(policy.predict_action_chunk, subject.batch)
+
+
+def _compiling(mode: Mode | None) -> Callable[..., Any]:
+    """Return ``qsteer.steer`` with its compilation chosen: the only place that knows how."""
+    if mode is None:
+        return qsteer.steer
+    if "compile" not in inspect.signature(qsteer.steer).parameters:
+        raise NotImplementedError(f"this version of qsteer.steer has no compile={mode!r}")
+    compiling: Callable[..., Any] = qsteer.steer
+    return partial(compiling, compile=mode)
+
+
+def fast_mode(device: torch.device) -> Mode:
+    """Return how the fast unsteered path is compiled on a device."""
+    return "graph" if device.type == "cuda" else "static"
+
+
+def measure(
+    subject: Subject,
+    methods: Mapping[str, Method],
+    *,
+    mode: Mode | None = None,
+    repeats: int = 50,
+    warmup: int = 5,
+    clock: Clock | None = None,
+    seed: int = 0,
+) -> Report:
+    """Measure what steering costs.
+
+    Torch's threads, precision and allocator are used as they are found, and reported.
+
+    Args:
+        subject: the policy, its critic and the observations.
+        methods: rule and sampler by name.
+        mode: how the methods are compiled, ``"static"`` or ``"graph"``; None: not at all. One that cannot be
+            is left out with the reason.
+        repeats: timed rounds; a p99 takes 100 or more.
+        warmup: rounds before them.
+        clock: see :func:`~qsteer.bench.timing.latencies`.
+        seed: of the order in the rounds.
+
+    Raises:
+        ValueError: the policy's own action is not finite, or a number is out of its range.
+    """
+    if not torch.isfinite(subject.action()).all():
+        raise ValueError("policy: expected finite actions, got others: nothing measured on them counts")
+    calls: dict[str, Callable[[], object]] = {"stock": subject.action}
+    left_out: dict[str, str] = {}
+    fast = f"unsteered, {fast_mode(subject.device)}"
+    for name, method, how in (
+        (fast, (None, qsteer.Euler()), fast_mode(subject.device)),
+        *((name, method, mode) for name, method in methods.items()),
+    ):
+        try:
+            call = steered(subject, method, mode=how)
+            call()  # a capture that is refused is refused here
+        except (NotImplementedError, RuntimeError, TypeError, ValueError) as error:
+            if how is None:
+                raise
+            left_out[name] = (str(error) or repr(error)).splitlines()[0]
+        else:
+            calls[name] = call
+    kept = {name: method for name, method in methods.items() if name in calls}
+    rounds: dict[str, Any] = {"repeats": repeats, "warmup": warmup}
+    times = latencies(calls, **rounds, clock=clock, seed=seed)
+    rows = {name: _row(subject, name, method, times[name], calls[name]) for name, method in kept.items()}
+    parts = {name: parts_of(subject, method, **rounds, clock=clock) for name, method in kept.items()}
+    predicted = predict(subject, rows, times["stock"], **rounds, clock=clock)
+    base = _row(subject, "stock", (None, qsteer.Euler()), times["stock"], subject.action)
+    work = [base.work, *(row.work for row in rows.values())]
+    dtypes = sorted({dtype for done in work for dtype in done.dtypes}, key=str)
+    return Report(
+        conditions=conditions(subject) | {"compile": mode, "repeats": repeats, "warmup": warmup},
+        ceilings=measure_ceilings(subject.device, dtypes),
+        stock=base,
+        fast=replace(
+            base,
+            name=fast,
+            latency=times[fast],
+            memory=peak_memory(calls[fast], subject.device),
+        )
+        if fast in times
+        else None,
+        rows=[replace(row, parts=parts[name], predicted=predicted[name]) for name, row in rows.items()],
+        left_out=left_out,
+    )
+
+
+def _row(subject: Subject, name: str, method: Method, times: Latency, call: Callable[[], object]) -> Row:
+    """Count what a method evaluates, without compilation."""
+    cost = Cost(PassesByRows(), PassesByRows(), PassesByRows())
+    counted = steered(subject, (None, counting(cost, *method)))
+    with counted_maps(cost.map):
+        counted()
+    plain = subject.action if name == "stock" else steered(subject, method)
+    with counted_work() as work:
+        plain()
+    with saved_tensors() as saved:
+        plain()
+    return Row(name, times, {}, cost, work, saved, None, peak_memory(call, subject.device))
+
+
+def parts_of(
+    subject: Subject, method: Method, *, repeats: int = 20, warmup: int = 3, clock: Clock | None = None
+) -> dict[str, Latency]:
+    """Time the parts of an action under a method, without compilation.
+
+    Returns:
+        See :func:`~qsteer.bench.parts.measure_parts`.
+    """
+
+    def action(marks: Marks) -> Callable[[], object]:
+        timed = Timed.of(*method, marks)
+        return steered(subject, (None, timed), critic=TimedCritic(subject.critic, marks))
+
+    given = {} if clock is None else {"clock": clock}
+    return measure_parts(action, device=subject.device, repeats=repeats, warmup=warmup, **given)
+
+
+def predict(
+    subject: Subject,
+    rows: Mapping[str, Row],
+    stock: Latency,
+    *,
+    repeats: int = 20,
+    warmup: int = 3,
+    clock: Clock | None = None,
+) -> dict[str, float | None]:
+    """Return the ms which each method should take if it did no more than the passes it counts.
+
+    Each kind of pass is timed by itself, on as many rows as it was counted with: a forward of the policy or
+    the critic without a graph, one with a graph and its backward, and the critic's encoder. A method's time
+    is then the stock host's, less its own forwards, and its passes. What is measured beyond that is hidden
+    cost: the rule's arithmetic, autograd, the interpreter.
+    """
+    opened, value, noise = open_action(subject)
+    count_of = {name: _passes(row.cost, len(noise)) for name, row in rows.items()}
+    steps = sum(1 for _ in clock_of(opened).grid())
+    unsteered = {("policy", 1, False): steps}
+    kinds = sorted({kind for passes in count_of.values() for kind in passes} | set(unsteered))
+    calls: dict[str, Callable[[], object]] = {
+        str(kind): _pass(opened if kind[0] == "policy" else value, noise, *kind) for kind in kinds
+    }
+    calls["bind"] = partial(subject.critic.bind, subject.batch)
+    spent = {
+        name: unit.median
+        for name, unit in latencies(calls, repeats=repeats, warmup=warmup, clock=clock).items()
+    }
+
+    def total(passes: Mapping[tuple[str, int, bool], int]) -> float:
+        return sum(n * spent[str(kind)] for kind, n in passes.items())
+
+    start = stock.median - total(unsteered) + spent["bind"]
+    return {
+        name: None if row.cost.map.forwards else start + total(count_of[name]) for name, row in rows.items()
+    }
+
+
+def _passes(cost: Cost, batch: int) -> dict[tuple[str, int, bool], int]:
+    """Return how many passes of which network, on how many rows per observation, with a backward or not."""
+    found = {}
+    for name, passes in (("policy", cost.field), ("critic", cost.value)):
+        if isinstance(passes, PassesByRows):
+            for rows, n in passes.forwards_of.items():
+                backwards = passes.backwards_of[rows]
+                found[name, rows // batch, True], found[name, rows // batch, False] = backwards, n - backwards
+    return {kind: n for kind, n in found.items() if n}
+
+
+def _pass(network: Any, noise: Tensor, kind: str, rows: int, backward: bool) -> Callable[[], object]:
+    """Return a call of one pass on ``rows`` rows per observation."""
+    network = network.repeat(rows) if rows > 1 else network
+    x = noise.repeat_interleave(rows, 0)
+    t = clock_of(network).times(0.5, x)
+
+    def call() -> None:
+        with torch.set_grad_enabled(backward):
+            entered = x.detach().requires_grad_(backward)
+            out = network(entered, t) if kind == "policy" else network(entered)
+            if backward:
+                torch.autograd.grad(out.sum(), entered)
+
+    return call
+
+
+def conditions(subject: Subject) -> dict[str, Any]:
+    """Return what a measurement depends on."""
+    policy, device, noise = subject.policy, subject.device, open_action(subject)[2]
+    on_gpu, host = device.type == "cuda", qsteer.adapters.host_of(policy)
+    name = torch.cuda.get_device_name(device) if on_gpu else platform.processor() or platform.machine()
+    return {
+        "policy": type(policy).__name__,
+        "parameters": sum(parameter.numel() for parameter in policy.parameters()),
+        "precisions": sorted({str(p.dtype).removeprefix("torch.") for p in policy.parameters()}),
+        "images": [list(image.shape) for name, image in subject.batch.items() if "image" in name],
+        "noise": list(noise.shape),
+        "executed": host.read(policy, host.executed),
+        "critic": str(getattr(subject.critic, "config", type(subject.critic).__name__)),
+        "device": name,
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "cuda": torch.version.cuda if on_gpu else None,
+        "float32_matmul_precision": torch.get_float32_matmul_precision(),
+        "python": platform.python_version(),
+    }
