@@ -1,7 +1,7 @@
 """Compare online runs: a picture of success against environment steps, and where the time went.
 
     python examples/plot_online.py runs/cube-single/online/*-sarsa \
-        --controls benchmarks/online/cube-single-seed*.json --plot docs/online.png --out online.json
+        --controls benchmarks/online/cube-single-tweedie=0.2-seed?.json --plot docs/online.png
 
 ``--controls``: reports of `qsteer evaluate`; the pooled success of their arms that do not learn (base, random
 direction) is drawn as a level.
@@ -12,7 +12,6 @@ import json
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -76,7 +75,7 @@ def where_the_time_goes(paths: Iterable[Path], until: int | None) -> dict[str, f
     return {name: round(float(np.median(lines[name])), 3) for name in kept}
 
 
-def time_table(times: Mapping[str, Mapping[str, Any]]) -> str:
+def time_table(times: Mapping[str, Mapping[str, float]]) -> str:
     """Return the times of all runs as a Markdown table."""
     columns = list(next(iter(times.values())))
     rows = [["run", *(name.removeprefix("time/") for name in columns)], ["---"] * (len(columns) + 1)]

@@ -1,6 +1,7 @@
 """Statistics over training seeds and tasks; learning curves read, aligned, summed up and drawn."""
 
 import json
+import runpy
 from collections.abc import Mapping
 from itertools import product
 from pathlib import Path
@@ -226,3 +227,37 @@ class TestPlot:
             plot_curves(groups, tmp_path / "c.png", base="bsae")
         with pytest.raises(ValueError, match="'evaluation/return'"):
             plot_curves(groups, tmp_path / "c.png", key="evaluation/return")
+
+
+def test_online_runs_are_compared(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name, top in (("ours", 0.8), ("theirs", 0.4)):
+        for seed in range(2):
+            where = tmp_path / name / f"seed{seed}"
+            where.mkdir(parents=True)
+            run(where / "metrics.jsonl", {0: 0.0, 10: top, 20: 1.0})
+            shares = {"time/act": 0.25, "time/learn": 0.7, "time/wait": 0.04, "time/store": 0.01}
+            speed = {"env_steps/s": 20.0, "updates/s": 5.0} | shares
+            warmup = {"env_steps/s": 90.0, "updates/s": 0.0} | dict.fromkeys(shares, 0.0)
+            lines = [{"env_steps": 5} | warmup, {"env_steps": 10} | speed, {"env_steps": 20} | warmup]
+            write(where / "speed.jsonl", lines)
+    report = tmp_path / "report.json"
+    arms = (("base", "base", [True, False]), ("tweedie", "steered", [True, True]))
+    report.write_text(
+        json.dumps({"arms": [{"spec": s, "kind": kind, "successes": hits} for s, kind, hits in arms]})
+    )
+    out, picture = tmp_path / "out.json", tmp_path / "out.png"
+    script = Path(__file__).parent.parent / "examples" / "plot_online.py"
+    command = [str(script), str(tmp_path / "ours"), str(tmp_path / "theirs"), "--until", "10"]
+    command += ["--controls", str(report), "--plot", str(picture), "--out", str(out)]
+    monkeypatch.setattr("sys.argv", command)
+    main = runpy.run_path(str(script))["main"]
+    assert runpy.run_path(str(script))["levels"]([report]) == {"base": 0.5}
+    main()
+    printed = capsys.readouterr().out
+    assert "| ours | 2 | 10 | 80 [80, 80] |" in printed
+    assert "| theirs | 20.0 | 5.0 | 25% | 70% | 4% | 1% |" in printed, "the warm-up does not count"
+    assert picture.stat().st_size > 5_000
+    curves_ = json.loads(out.read_text())["curves"]
+    assert curves_["theirs"] == 2 * [{"env_steps": [0.0, 10.0], "success": [0.0, 0.4]}]

@@ -16,14 +16,7 @@ from scipy.stats import binom, binomtest
 from torch import Tensor
 
 from qsteer.evaluation.plots import plot_distillation, plot_success, plot_trace
-from qsteer.evaluation.rollouts import (
-    ChunkedAction,
-    Rollouts,
-    Simulators,
-    noise_generator,
-    rollout,
-    tensors,
-)
+from qsteer.evaluation.rollouts import ChunkedAction, Rollouts, Simulators, noise_generator, rollout, tensors
 from qsteer.evaluation.statistics import paired_bootstrap, wilson_interval
 from qsteer.evaluation.video import RenderError, _Film, find_gl_backend, side_by_side
 

@@ -27,16 +27,7 @@ from qsteer.training.actors import Actor, Decision
 from qsteer.training.critic import ACTING, LEARNERS, Act, CriticTraining
 from qsteer.training.data import Chunks, Transitions, joined
 from qsteer.training.health import Health
-from qsteer.training.loop import (
-    METRICS,
-    SPEED,
-    append,
-    descend,
-    processes,
-    resume,
-    save,
-    truncate,
-)
+from qsteer.training.loop import METRICS, SPEED, append, descend, processes, resume, save, truncate
 from qsteer.training.replay import Layout, Mixed, Replay
 from qsteer.types import Observation, Rule, Sampler
 
