@@ -64,6 +64,9 @@ def _parser() -> argparse.ArgumentParser:
     policy = command(
         "train-policy", _train_policy, "Clone the data's behaviour: the policy that is then frozen."
     )
+    policy.add_argument(
+        "--residual-layers", type=int, help="of the recipe's width, in place of its plain hidden layers"
+    )
     critic = command("train-critic", _train_critic, "Train the critic that steers.")
     critic.add_argument(
         "--target", default="iql", choices=["sarsa", "monte_carlo", "iql"], help="what it regresses on"
@@ -250,6 +253,9 @@ def _train_policy(args: argparse.Namespace) -> None:
 
     recipe = RECIPES[args.task]
     training = replace(recipe.policy, **_given(args, "seed", "steps"))
+    if args.residual_layers is not None:
+        hidden = tuple(training.hidden[:1]) * (1 + args.residual_layers)
+        training = replace(training, hidden=hidden, residual=True)
     out = args.out or run_directory(args.task, args.seed) / "policy"
     train, _ = load(recipe.task, args.data or recipe.data_path)
     train_policy(Episodes.from_ogbench(train), out, training, device=args.device)

@@ -8,13 +8,12 @@ What is timed is the whole action, by :func:`~qsteer.bench.timing.latencies`: ev
 Parts, counts, work and memory come from runs of their own, of the same method without compilation.
 """
 
-import inspect
 import platform
 from collections.abc import Callable, Mapping
 from copy import deepcopy
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -26,12 +25,12 @@ from qsteer.bench.parts import Marks, Timed, TimedCritic, measure_parts
 from qsteer.bench.roofline import Ceilings, Work, counted_work, measure_ceilings
 from qsteer.bench.timing import Clock, Latency, latencies, peak_memory
 from qsteer.clock import clock_of
+from qsteer.compiled import Mode
 from qsteer.flow import features_of
 from qsteer.maps import FlowMap, GlassPosterior, MapConfig, MetaFlowMap, MetaMapConfig
 from qsteer.types import Bindable, Field, Rule, Sampler, Value
 
 type Method = tuple[Rule | None, Sampler]
-type Mode = Literal["static", "graph"]
 
 
 @dataclass(frozen=True)
@@ -228,22 +227,12 @@ def steered(
         mode: how it is compiled, see :func:`qsteer.steer`; None: not at all.
 
     Raises:
-        NotImplementedError: this version of qsteer cannot compile.
+        TypeError, ValueError: the policy cannot be compiled so, see :func:`qsteer.steer`.
     """
     rule, sampler = method
-    policy, steer = twin(subject.policy), _compiling(mode)
-    steer(policy, subject.critic if critic is None else critic, rule, sampler=sampler)
+    policy, critic = twin(subject.policy), subject.critic if critic is None else critic
+    qsteer.steer(policy, critic, rule, sampler=sampler, compile=mode)
     return partial(policy.predict_action_chunk, subject.batch)
-
-
-def _compiling(mode: Mode | None) -> Callable[..., Any]:
-    """Return ``qsteer.steer`` with its compilation chosen: the only place that knows how."""
-    if mode is None:
-        return qsteer.steer
-    if "compile" not in inspect.signature(qsteer.steer).parameters:
-        raise NotImplementedError(f"this version of qsteer.steer has no compile={mode!r}")
-    compiling: Callable[..., Any] = qsteer.steer
-    return partial(compiling, compile=mode)
 
 
 def fast_mode(device: torch.device) -> Mode:
@@ -290,7 +279,7 @@ def measure(
         try:
             call = steered(subject, method, mode=how)
             call()  # a capture that is refused is refused here
-        except (NotImplementedError, RuntimeError, TypeError, ValueError) as error:
+        except (RuntimeError, TypeError, ValueError) as error:
             if how is None:
                 raise
             left_out[name] = (str(error) or repr(error)).splitlines()[0]

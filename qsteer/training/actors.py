@@ -113,7 +113,7 @@ class StateActor:
     def _velocity(self, x: Tensor, t: Tensor, z: Tensor) -> Tensor:
         n = len(self.policies)
         parts = zip(self.policies, x.chunk(n), t.chunk(n), z.chunk(n), strict=True)
-        return torch.cat([policy.velocity(*part) for policy, *part in parts])
+        return torch.cat([policy.velocity(xs, ts, zs) for policy, xs, ts, zs in parts])
 
     def unstacked(self) -> list["StateActor"]:
         """Return each seed's actor by itself, under the weights that act now."""

@@ -20,12 +20,14 @@ class PolicyTraining(Training):
     Attributes:
         horizon: actions per chunk.
         hidden: widths of the hidden layers.
+        residual: see :class:`~qsteer.training.policy.FlowPolicyConfig`.
     """
 
     steps: int = 30_000
     gradient_clip: float | None = None
     horizon: int = 5
     hidden: Sequence[int] = (256, 256, 256)
+    residual: bool = False
 
 
 class FlowMatching(Learner):
@@ -70,7 +72,11 @@ def train_policy(
     """
     out, training = Path(out), training or PolicyTraining()
     config = FlowPolicyConfig(
-        episodes.observations.shape[1], episodes.actions.shape[1], training.horizon, training.hidden
+        episodes.observations.shape[1],
+        episodes.actions.shape[1],
+        training.horizon,
+        training.hidden,
+        residual=training.residual,
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(training.seed)

@@ -2,7 +2,8 @@
 
 import contextlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass, replace
+from functools import partial
 from itertools import pairwise
 from typing import Any
 
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from qsteer.critics.networks import Normalizer
-from qsteer.flow import field
+from qsteer.flow import FunctionField, normal
 from qsteer.types import Field
 
 
@@ -27,6 +28,7 @@ class FlowPolicyConfig:
         horizon: actions per chunk.
         hidden: widths of the hidden layers.
         harmonics: the network sees ``sin(k pi t), cos(k pi t)`` for k = 1 .. harmonics.
+        residual: hidden layers after the first add to what they read; they are of one width.
     """
 
     obs_dim: int
@@ -34,6 +36,7 @@ class FlowPolicyConfig:
     horizon: int
     hidden: Sequence[int] = (256, 256, 256)
     harmonics: int = 8
+    residual: bool = False
 
     def __post_init__(self) -> None:
         """Check the values; widths read from JSON become a tuple."""
@@ -43,6 +46,30 @@ class FlowPolicyConfig:
                 raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")
         if not self.hidden or min(self.hidden) < 1:
             raise ValueError(f"hidden: expected at least one positive width, got {self.hidden}")
+        if self.residual and len(set(self.hidden)) > 1:
+            raise ValueError(f"hidden: expected one width for residual layers, got {self.hidden}")
+
+
+@dataclass(frozen=True)
+class PolicyField(FunctionField):
+    """The field of a :class:`FlowPolicy`, which knows its layers."""
+
+    _: KW_ONLY
+    policy: "FlowPolicy"
+
+    def truncated(self, layers: int) -> Field:
+        """Return the same velocity with a gradient through its last layers, see :class:`qsteer.Tweedie`.
+
+        Raises:
+            ValueError: the layers are not residual, or fewer.
+        """
+        config = self.policy.config
+        added = len(config.hidden) - 1 if config.residual else 0
+        if not 1 <= layers <= added:
+            raise ValueError(
+                f"layers: expected 1 to {added}, which this policy adds to its residual stream, got {layers}"
+            )
+        return replace(self, fn=partial(self.policy.velocity, layers=layers))
 
 
 class FlowPolicy(
@@ -95,15 +122,22 @@ class FlowPolicy(
         return F.linear(self.normalizer(obs), weight, self.first.bias)
 
     def velocity(
-        self, x: Float[Tensor, "B H A"], t: Float[Tensor, "B"], z: Float[Tensor, "B D"]
+        self,
+        x: Float[Tensor, "B H A"],
+        t: Float[Tensor, "B"],
+        z: Float[Tensor, "B D"],
+        layers: int | None = None,
     ) -> Float[Tensor, "B H A"]:
-        """Return the velocity for encoded observations ``z``."""
+        """Return the velocity for encoded observations ``z``, with a gradient through its last ``layers``."""
         angles = t[:, None] * self.frequencies
         features = torch.cat([x.flatten(1), angles.sin(), angles.cos()], dim=1)
         h = z + F.linear(features, self.first.weight[:, self.config.obs_dim :])
-        for layer in self.rest:
-            h = layer(F.gelu(h))
-        return h.view_as(x)
+        *hidden, last = self.rest
+        constant = 0 if layers is None else len(hidden) - layers
+        for i, layer in enumerate(hidden):
+            branch = layer(F.gelu(h.detach() if i < constant else h))
+            h = h + branch if self.config.residual else branch
+        return last(F.gelu(h)).view_as(x)
 
     def forward(
         self, obs: Float[Tensor, "B O"], x: Float[Tensor, "B H A"], t: Float[Tensor, "B"]
@@ -114,4 +148,4 @@ class FlowPolicy(
     def field(self, obs: Float[Tensor, "B O"]) -> Field:
         """Return the :class:`~qsteer.types.Field` for ``obs``, encoded once and without a graph."""
         with torch.no_grad():
-            return field(self.velocity, context=self.encode(obs))
+            return PolicyField(self.velocity, normal(self.encode(obs)), policy=self)
