@@ -23,16 +23,16 @@ def test_from_nothing_to_a_comparison(tmp_path, capsys):
     """The README's commands, in small: data, policy, critic, comparison."""
     task, data = ["--task", "pointmaze-medium"], ["--data", str(tmp_path / "maze.npz")]
     main(["generate", *task, *data, "--transitions", "600", "--workers", "1"])
-    for kind in "policy", "critic":
-        main([f"train-{kind}", *task, *data, "--steps", "30", "--out", str(tmp_path / kind)])
+    for kind, shape in ("policy", ["--residual-layers", "2"]), ("critic", []):
+        main([f"train-{kind}", *task, *data, *shape, "--steps", "30", "--out", str(tmp_path / kind)])
     evaluate = ["evaluate", *task, "--policy", str(tmp_path / "policy"), "--critic", str(tmp_path / "critic")]
     options = ["--episodes", "2", "--num-envs", "2", "--out", str(tmp_path / "report.json")]
     options += ["--eval-info", str(tmp_path / "episodes")]
-    main([*evaluate, "--arms", "base", "tweedie=0.3", "best-of-3", *options])
+    main([*evaluate, "--arms", "base", "tweedie-last1=0.3", "best-of-3", *options])
 
     report = json.loads((tmp_path / "report.json").read_text())
     base, tweedie, best = report["arms"]
-    assert [arm["name"] for arm in report["arms"]] == ["base", "tweedie", "best-of-3"]
+    assert [arm["name"] for arm in report["arms"]] == ["base", "tweedie-last1", "best-of-3"]
     assert all(
         arm["episodes"] == 2 and 0 <= arm["low"] <= arm["success"] <= arm["high"] <= 1
         for arm in report["arms"]
@@ -40,7 +40,7 @@ def test_from_nothing_to_a_comparison(tmp_path, capsys):
     assert base["policy_passes"]["forwards"] == 10 and base["critic_passes"]["forwards"] == 0
     assert (tweedie["policy_passes"]["forwards"], tweedie["policy_passes"]["backwards"]) == (10, 9)
     assert best["policy_passes"]["forwards"] == 10 and best["policy_passes"]["forward_rows"] == 30
-    episodes = json.loads((tmp_path / "episodes" / "tweedie=0.3.json").read_text())
+    episodes = json.loads((tmp_path / "episodes" / "tweedie-last1=0.3.json").read_text())
     assert len(episodes["per_episode"]) == 2
     assert episodes["aggregated"]["pc_success"] == 100 * tweedie["success"]
-    assert "tweedie=0.3" in capsys.readouterr().out
+    assert "tweedie-last1=0.3" in capsys.readouterr().out

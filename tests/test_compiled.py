@@ -149,7 +149,7 @@ def test_its_features_are_the_hosts(policy: nn.Module) -> None:
 
 def test_in_bfloat16_it_is_as_close_to_float32_as_the_host() -> None:
     """Rounding is not ours to remove, but not ours to add either."""
-    policy = hosts.tiny_hosts.pi05(64, 6, shape={**hosts.tiny_hosts.TOY, "dtype": "bfloat16"})
+    policy = hosts.tiny_hosts.pi05(64, 6, dtype=torch.bfloat16)
     own, prepared = fields(policy.requires_grad_(False))
     exact = deepcopy(policy)
     exact.model.paligemma_with_expert.float()
