@@ -13,6 +13,7 @@ from collections import OrderedDict
 from collections.abc import Hashable, Iterator
 from contextlib import contextmanager
 from dataclasses import fields, is_dataclass, replace
+from functools import cached_property
 from typing import Any, Literal, get_args
 
 import torch
@@ -44,20 +45,30 @@ class Compiled:
 
     Args:
         mode: ``graph``: replay a CUDA graph; ``static``: run the same code on the same buffers eagerly.
+        device: where the policy is; for a graph, on CUDA.
 
     Raises:
         ValueError: an unknown mode.
     """
 
-    def __init__(self, mode: Mode) -> None:
+    def __init__(self, mode: Mode, device: torch.device | None = None) -> None:
         if mode not in get_args(Mode):
             raise ValueError(f"compile: expected one of {', '.join(get_args(Mode))} or None, got {mode!r}")
-        self.mode, self._turn = mode, threading.Lock()
+        self.mode, self.device, self._turn = mode, device, threading.Lock()
         self._runs: OrderedDict[Hashable, Run] = OrderedDict()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Compiled":
         """Return one that has captured nothing: what was captured runs on this one's networks."""
-        return Compiled(self.mode)
+        return Compiled(self.mode, self.device)
+
+    @property
+    def streams(self) -> tuple[torch.cuda.Stream, torch.cuda.Stream]:
+        """The stream in use, and one for what may be computed beside the policy's prefix."""
+        return torch.cuda.current_stream(self.device), self._beside
+
+    @cached_property
+    def _beside(self) -> torch.cuda.Stream:
+        return torch.cuda.Stream(self.device)
 
     def __call__(
         self,
@@ -140,7 +151,7 @@ class Replay(Run):
     ) -> None:
         super().__init__(inputs, rule, sampler, steps)
         self.device = self.buffers[0].device
-        with unmoved(rule, self.device):
+        with torch.cuda.device(self.device), unmoved(rule, self.device):
             beside, current = torch.cuda.Stream(self.device), torch.cuda.current_stream(self.device)
             beside.wait_stream(current)
             with torch.cuda.stream(beside):

@@ -20,7 +20,7 @@ from dataclasses import field as attribute
 from functools import cached_property
 from operator import attrgetter
 from types import EllipsisType, MethodType
-from typing import Any
+from typing import Any, cast
 
 import torch
 from jaxtyping import Float
@@ -364,12 +364,29 @@ class Handle:
         critic = self.critic
         with acting(critic), outside_inference_mode():
             args, kwargs, batch = normal((args, kwargs, batch))
-            field, noise = self._field(args, kwargs)
-            value = self._value(critic, batch, field, noise)
+            field, value, noise = self._encoded(critic, batch, args, kwargs)
             if self._compiled is None or self._prepared is None:
                 return sample(field, value, noise, rule=self.rule, sampler=self.sampler, trace=self.trace)
             prepared = self._prepared(field)
             return self._compiled(prepared, value, noise, self.rule, self.sampler, self.trace, field)
+
+    def _encoded(
+        self, critic: Bindable, batch: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[HostField, Executed, Float[Tensor, "B H A"]]:
+        """Encode the observation for policy and critic; before a graph, each on a stream of its own."""
+        seen = seen_by(critic, self.policy, self.host)
+        if self._compiled is None or self._compiled.mode != "graph" or sees_features(critic):
+            field, noise = self._field(args, kwargs)
+            value = self._bind(critic, batch, field)
+        else:
+            # What the second stream allocates is free for it again only after the first has used it.
+            first, second = self._compiled.streams
+            second.wait_stream(first)
+            with torch.cuda.stream(second):
+                value = self._bind(critic, batch)
+            field, noise = self._field(args, kwargs)
+            first.wait_stream(second)
+        return field, Executed.of(value, noise, *seen), noise
 
     def _field(
         self, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -395,15 +412,12 @@ class Handle:
         clock = replace(self.host.clock, steps=steps)
         return HostField(self.host, step, context, clock, self.policy), noise
 
-    def _value(
-        self, critic: Bindable, batch: Any, field: HostField, noise: Float[Tensor, "B H A"]
-    ) -> Executed:
-        """Bind the critic to the observation."""
-        steps, dim = seen_by(critic, self.policy, self.host)
+    def _bind(self, critic: Bindable, batch: Any, field: HostField | None = None) -> Value:
+        """Bind the critic to the observation, and to what the field knows of it."""
         obs = batch if self.critic_inputs is None else self.critic_inputs(batch)
-        config: Any = getattr(critic, "config", None)
-        if getattr(config, "features", 0):
-            inputs = obs if isinstance(obs, Mapping) else {config.observation_key: obs}
+        if field is not None and sees_features(critic):
+            key = cast(Any, critic).config.observation_key
+            inputs = obs if isinstance(obs, Mapping) else {key: obs}
             obs = {**inputs, FEATURES: pooled(field.features)}
         try:
             value = critic.bind(obs)
@@ -418,7 +432,7 @@ class Handle:
                 f"critic.bind: expected a Value, got {type(value).__name__}; return an object with __call__, "
                 "repeat and members, such as qsteer.value(fn, context=obs)"
             )
-        return Executed.of(value, noise, steps, dim)
+        return value
 
     def _check_live(self) -> None:
         if not self._replaced:
@@ -456,7 +470,8 @@ def steer(
         critic_inputs: ``batch -> obs``, when the critic needs something else than the host's batch.
         trace: record each guided step in ``handle.trace``, not only fallbacks.
         compile: ``"graph"`` (CUDA) replays the whole action behind the prefix, critic and gradients included,
-            as one CUDA graph; ``"static"`` runs the same code eagerly on any device: keys and values are not
+            as one CUDA graph (the critic encodes its observation meanwhile, on a second stream, unless it sees
+            the policy's features); ``"static"`` runs the same code eagerly on any device: keys and values are not
             copied at each step, what depends on the time alone is tabulated, candidates share one prefix.
             The policy's weights must not change meanwhile; the critic's may, in place. A new kind of action
             (shapes, rule, sampler, critic) is captured and checked when it first comes. None: the host's own
@@ -533,17 +548,18 @@ def checked_compile(mode: Mode | None, policy: Any, host: Host) -> Compiled | No
     """Return the fast path of this mode, None for None."""
     if mode is None:
         return None
-    compiled = Compiled(mode)
+    devices = {parameter.device for parameter in parameters_of(policy)}
+    compiled = Compiled(mode, next(iter(devices), None))
     if host.prepare is None:
         raise TypeError(
             "compile: expected a policy whose step can be prepared (PI0Policy, PI05Policy, PlainPolicy), got "
             f"{type(policy).__name__}; leave compile out, or give its Host a prepare"
         )
-    devices = {parameter.device.type for parameter in parameters_of(policy)}
-    if mode == "graph" and devices != {"cuda"}:
-        got = ", ".join(sorted(devices)) or "no parameters"
+    if mode == "graph" and [device.type for device in devices] != ["cuda"]:
+        got = ", ".join(sorted(map(str, devices))) or "no parameters"
         raise ValueError(
-            f"compile: expected a policy on CUDA for 'graph', got {got}; use compile='static' or none"
+            f"compile: expected a policy on one CUDA device for 'graph', got {got}; use compile='static' or "
+            "none"
         )
     return compiled
 
@@ -593,6 +609,11 @@ def check_critic(critic: Any, policy: Any, host: Host) -> None:
             f"critic: expected it on the policy's device, {mine[0].device}, got {its[0].device}; move either"
         )
     seen_by(critic, policy, host)
+
+
+def sees_features(critic: Any) -> bool:
+    """Return whether the critic sees what the policy makes of its observations."""
+    return bool(getattr(getattr(critic, "config", None), "features", 0))
 
 
 def seen_by(critic: Bindable, policy: Any, host: Host) -> tuple[int, int]:

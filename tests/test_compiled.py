@@ -5,7 +5,7 @@ from contextlib import contextmanager, nullcontext
 from copy import deepcopy
 from dataclasses import fields as fields_of
 from dataclasses import replace
-from typing import Any
+from typing import Any, ClassVar
 
 import hosts
 import numpy as np
@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import qsteer
 from qsteer.adapters import PlainPolicy
 from qsteer.adapters.pi import PiExpert, PiField
-from qsteer.compiled import KEPT, Replay, rebuilt, signature, tensors_in
+from qsteer.compiled import KEPT, Compiled, Replay, rebuilt, signature, tensors_in
 from qsteer.course import Course, known
 from qsteer.critics import Critic, CriticConfig, LiveCritic
 from qsteer.inject import HostField, steer, unsteer
@@ -416,7 +416,7 @@ def test_a_prepared_step_that_is_not_the_hosts_is_refused(
 def test_what_cannot_be_is_refused() -> None:
     policy = hosts.shared("pi05")
     with pytest.raises(
-        ValueError, match="expected a policy on CUDA for 'graph', got cpu; use compile='static'"
+        ValueError, match="expected a policy on one CUDA device for 'graph', got cpu; use compile='static'"
     ):
         steer(policy, hosts.Target(), compile="graph")
     with as_installed(), pytest.raises(ValueError, match="expected one of static, graph or None, got 'max'"):
@@ -435,6 +435,7 @@ class Recorder:
     """Stands in for torch.cuda: what is captured is computed again by each replay."""
 
     captured: Replay | None = None
+    seen: ClassVar[list[str]] = []
 
     class CUDAGraph:
         def __init__(self) -> None:
@@ -457,7 +458,7 @@ class Recorder:
             pass
 
         def wait_stream(self, _: object) -> None:
-            pass
+            Recorder.seen.append("wait")
 
     @staticmethod
     @contextmanager
@@ -474,8 +475,10 @@ def recorded(monkeypatch: pytest.MonkeyPatch) -> None:
         ("current_stream", Recorder.Stream),
         ("stream", Recorder.nothing),
         ("graph", Recorder.nothing),
+        ("device", Recorder.nothing),
     ):
         monkeypatch.setattr(torch.cuda, name, stand_in)
+    monkeypatch.setattr(Compiled, "streams", (Recorder.Stream(), Recorder.Stream()))
     check = Replay.check
 
     def known_by_the_graph(self: Replay) -> None:
@@ -517,6 +520,37 @@ def test_a_graph_that_does_something_else_is_refused(recorded: None, monkeypatch
         with pytest.raises(RuntimeError, match=r"expected the graph's action to be .* got"):
             policy.predict_action_chunk(hosts.observe(policy))
         assert not runs(handle)
+
+
+def test_the_critic_encodes_its_observation_beside_the_prefix(
+    recorded: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    policy, seen = hosts.shared("pi05"), Recorder.seen
+    embed, bind = policy.model.embed_prefix, hosts.Target.bind
+
+    def prefix(*args: Any) -> Any:
+        seen.append("prefix")
+        return embed(*args)
+
+    def encode(self: Any, obs: Any) -> Any:
+        seen.append("critic")
+        return bind(self, obs)
+
+    monkeypatch.setattr(policy.model, "embed_prefix", prefix)
+    monkeypatch.setattr(hosts.Target, "bind", encode)
+    actions = []
+    for mode, expected in (
+        ("static", ["prefix", "critic"]),
+        ("graph", ["wait", "critic", "prefix", "wait"]),
+    ):
+        with steer(policy, hosts.Target(), qsteer.QGF(), compile="static") as handle:
+            handle._compiled.mode = mode
+            policy.predict_action_chunk(hosts.observe(policy))  # with what a capture waits for
+            seen.clear()
+            torch.manual_seed(3)
+            actions.append(policy.predict_action_chunk(hosts.observe(policy)))
+        assert seen == expected
+    assert torch.equal(*actions)
 
 
 @pytest.mark.gpu
