@@ -470,10 +470,10 @@ def steer(
         critic_inputs: ``batch -> obs``, when the critic needs something else than the host's batch.
         trace: record each guided step in ``handle.trace``, not only fallbacks.
         compile: ``"graph"`` (CUDA) replays the whole action behind the prefix, critic and gradients included,
-            as one CUDA graph, and lets the critic encode its observation beside the prefix on a second stream
-            (unless it sees the policy's features); ``"static"`` runs the same code eagerly on any device: keys
-            and values are not copied at each step, what depends on the time alone is tabulated, candidates
-            share one prefix.
+            as one CUDA graph, and the critic encodes its observation beside the prefix on a second stream
+            (unless it sees the policy's features); ``"static"`` runs the same code eagerly on any device:
+            keys and values are not copied at each step, what depends on the time alone is tabulated,
+            candidates share one prefix.
             The policy's weights must not change meanwhile; the critic's may, in place. A new kind of action
             (shapes, rule, sampler, critic) is captured and checked when it first comes. None: the host's own
             step, bit for bit.
