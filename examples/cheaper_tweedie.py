@@ -1,12 +1,13 @@
 r"""How far cheaper gradients are from Tweedie's, and what they cost: cosine and norm at each guided step.
 
-    python examples/cheaper_tweedie.py --out benchmarks/cheaper_tweedie.json   # about a minute on two cores
+    python examples/cheaper_tweedie.py --out benchmarks/cheaper/agreement.json   # about a minute on two cores
 
 Two policies, each along the chains that Tweedie steers, medians over observations: the demonstration's small
 MLP with its critic, in states of cube-single which the frozen policy visits (extra ogbench), and a random
 pi0.5 of lerobot's code with a random critic (extra lerobot). Only the first has learnt a distribution of
-actions, whose Jacobian would be symmetric; only the second has layers. QGF, which puts the identity in the
-Jacobian's place, is the mark to beat. What the methods are worth is their success:
+actions, whose Jacobian would be symmetric; only the second has layers, unless --policy is one of
+`qsteer train-policy --residual-layers`. QGF, which puts the identity in the Jacobian's place, is the mark to
+beat. What the methods are worth is their success:
 
     qsteer evaluate --arms base tweedie=0.2 tweedie-every2=0.2 tweedie-from0.5=0.2 forward-tweedie=0.2 \
       forward-tweedie-stale=0.2 qgf-matched=0.2 --policy POLICY --critic CRITIC
@@ -42,19 +43,24 @@ RULES: dict[str, Any] = {
 }
 
 
+def truncated(depth: int) -> dict[str, Any]:
+    """Return Tweedie through the last 1, 2 and 4 of some layers."""
+    return {f"Tweedie, last {n} of {depth} layers": qsteer.Tweedie(layers=n) for n in (1, 2, 4) if n < depth}
+
+
 def compare(field: Field, value: Value, noise: Tensor, rules: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Print and return each rule's gradient beside Tweedie's, and the policy's passes for one action."""
     rows = []
     for name, found in agreement(field, value, noise, rules).items():
         passes = count(field, value, noise, rules[name]).field
         cosine, ratio = (
-            [None if isnan(m) else m for m in part.nanmedian(dim=1).values.tolist()]
+            [None if isnan(m) else round(m, 4) for m in part.nanmedian(dim=1).values.tolist()]
             for part in (found.cosine, found.ratio)
         )
         rows.append(
             {
                 "rule": name,
-                "t": found.t.tolist(),
+                "t": [round(t, 4) for t in found.t.tolist()],
                 "cosine": cosine,
                 "norm_ratio": ratio,
                 "forwards": passes.forwards,
@@ -112,23 +118,28 @@ def main() -> None:
     )
     parser.add_argument("--episodes", type=int, default=8, help="of cube-single, whose states are used")
     parser.add_argument("--observations", type=int, default=8, help="of the random pi0.5")
+    parser.add_argument(
+        "--policy", type=Path, default=CHECKPOINTS / "cube-single" / "policy", help="of cube-single"
+    )
+    parser.add_argument(
+        "--critic", type=Path, default=CHECKPOINTS / "cube-single" / "critic", help="of cube-single"
+    )
     parser.add_argument("--out", type=Path, help="JSON to write")
     args = parser.parse_args()
     torch.manual_seed(0)
 
-    source = CHECKPOINTS / "cube-single"
-    policy = FlowPolicy.from_pretrained(source / "policy").requires_grad_(False)
-    critic = qsteer.Critic.from_pretrained(source / "critic").requires_grad_(False)
+    policy = FlowPolicy.from_pretrained(args.policy).requires_grad_(False)
+    critic = qsteer.Critic.from_pretrained(args.critic).requires_grad_(False)
     states = visited(policy, CUBE_SINGLE.task, args.episodes)
     print(f"cube-single's policy and critic, {len(states)} states: cosine to Tweedie's gradient; passes")
     noise = torch.randn(len(states), policy.config.horizon, policy.config.action_dim)
-    small = compare(policy.field(states), critic.bind(states), noise, RULES)
+    depth = len(policy.config.hidden) - 1 if policy.config.residual else 0
+    small = compare(policy.field(states), critic.bind(states), noise, RULES | truncated(depth))
 
     large = tiny_hosts.pi05(width=128, depth=8)
     config = qsteer.CriticConfig(obs_dim=4, action_dim=3, horizon=large.config.n_action_steps)
-    layers = {f"Tweedie, last {n} of 8 layers": qsteer.Tweedie(layers=n) for n in (1, 2, 4)}
     print("\na random pi0.5 and a random critic: cosine to Tweedie's gradient; passes")
-    comparing = Compare(RULES | layers)
+    comparing = Compare(RULES | truncated(8))
     with qsteer.steer(large, qsteer.Critic(config), comparing):
         large.predict_action_chunk(tiny_hosts.batch(large, args.observations))
     if args.out:
