@@ -18,7 +18,7 @@ from typing import Any, Literal, get_args
 
 import torch
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
 
 from qsteer.clock import clock_of
 from qsteer.course import Course
@@ -33,8 +33,16 @@ TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-4, torch.bfloat16: 8e-2, tor
 """Largest relative difference from the host's velocity or its gradient, and of a graph's action.
 
 In bfloat16 the host's own gradient is 3 % off what its weights give in float32 (18 layers of width 512)."""
+TENSOR_FLOAT = 5e-3
+"""The same in float32 on CUDA, where products may be of ten bits: 1e-3 off at 8 layers of width 512."""
 REHEARSALS = 3
 """Runs before a capture: libraries choose kernels and allocate in them."""
+_capturing = threading.Lock()
+"""CUDA captures one graph at a time."""
+
+
+class MismatchError(RuntimeError):
+    """The fast path does not do what the host does."""
 
 
 class Compiled:
@@ -56,6 +64,7 @@ class Compiled:
             raise ValueError(f"compile: expected one of {', '.join(get_args(Mode))} or None, got {mode!r}")
         self.mode, self.device, self._turn = mode, device, threading.Lock()
         self._runs: OrderedDict[Hashable, Run] = OrderedDict()
+        self._beside: dict[Any, torch.cuda.Stream] = {}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Compiled":
         """Return one that has captured nothing: what was captured runs on this one's networks."""
@@ -63,12 +72,11 @@ class Compiled:
 
     @property
     def streams(self) -> tuple[torch.cuda.Stream, torch.cuda.Stream]:
-        """The stream in use, and one for what may be computed beside the policy's prefix."""
-        return torch.cuda.current_stream(self.device), self._beside
-
-    @cached_property
-    def _beside(self) -> torch.cuda.Stream:
-        return torch.cuda.Stream(self.device)
+        """The stream in use, and its own for what may be computed beside the policy's prefix."""
+        current = torch.cuda.current_stream(self.device)
+        if current not in self._beside:
+            self._beside[current] = torch.cuda.Stream(self.device)
+        return current, self._beside[current]
 
     def __call__(
         self,
@@ -85,20 +93,42 @@ class Compiled:
         ``field`` was prepared from ``host_field``, and is compared with it when a kind of action is new.
 
         Raises:
-            RuntimeError: the two fields differ, or a graph does not do what was captured.
+            MismatchError: the two fields differ, or a graph does not do what was captured.
         """
         tensors: list[Tensor] = []
         inputs = field, value, noise
-        kind = signature(inputs, tensors), signature((rule, sampler), []), trace.steps
-        with self._turn:
+        kind = signature(inputs, tensors), id(rule), id(sampler), trace.steps, autocast(noise.device)
+        with self._turn, self._in_order(noise.device):
             if kind not in self._runs:
                 check_field(field, host_field, noise)
-                make = Replay if self.mode == "graph" else Run
-                self._runs[kind] = make(inputs, rule, sampler, trace.steps)
-                if len(self._runs) > KEPT:
-                    self._runs.popitem(last=False)
+                self._runs[kind] = self._new(inputs, rule, sampler, trace.steps)
             self._runs.move_to_end(kind)
             return self._runs[kind](tensors, trace)
+
+    def _new(
+        self, inputs: tuple[Field, Value, Tensor], rule: Rule | None, sampler: Sampler, steps: bool
+    ) -> "Run":
+        """Return a run that takes the place, and the stream, of the one unused for longest."""
+        oldest = self._runs.popitem(last=False)[1] if len(self._runs) == KEPT else None
+        if self.mode == "static":
+            return Run(inputs, rule, sampler, steps)
+        stream = oldest.stream if isinstance(oldest, Replay) else torch.cuda.Stream(self.device)
+        del oldest
+        return Replay(inputs, rule, sampler, steps, stream)
+
+    @contextmanager
+    def _in_order(self, device: torch.device) -> Iterator[None]:
+        """Keep an action on another stream from the buffers until the device has done this one."""
+        stream = torch.cuda.current_stream(device) if device.type == "cuda" else None
+        if stream is not None:
+            stream.wait_event(self._done)
+        yield
+        if stream is not None:
+            stream.record_event(self._done)
+
+    @cached_property
+    def _done(self) -> torch.cuda.Event:
+        return torch.cuda.Event()
 
 
 class Run:
@@ -115,8 +145,10 @@ class Run:
         self, inputs: tuple[Field, Value, Tensor], rule: Rule | None, sampler: Sampler, steps: bool
     ) -> None:
         self.buffers = [tensor.clone() for tensor in tensors_in(inputs)]
-        self.inputs, self.rule, self.sampler, self.steps = inputs, rule, sampler, steps
-        self.course = Course()
+        self.inputs = rebuilt(inputs, iter(self.buffers))
+        self.rule, self.sampler, self.steps = rule, sampler, steps
+        self.device, self.course = inputs[-1].device, Course()
+        self.autocast = autocast(self.device)
 
     def __call__(self, tensors: list[Tensor], trace: Trace) -> Float[Tensor, "B H A"]:
         """Return the action for these tensors in the buffers."""
@@ -131,8 +163,10 @@ class Run:
 
     def act(self) -> tuple[Float[Tensor, "B H A"], collecting]:
         """Compute the action of what is in the buffers, and what is reported of it."""
-        field, value, noise = rebuilt(self.inputs, iter(self.buffers))
-        with self.course.follow(), collecting(self.steps) as found:
+        field, value, noise = rebuilt(self.inputs, iter(self.buffers))  # which have cached nothing
+        enabled, dtype = self.autocast
+        cast = torch.autocast(self.device.type, dtype, enabled, cache_enabled=False)
+        with cast, self.course.follow(), collecting(self.steps) as found:
             return steered_action(field, value, noise, self.rule, self.sampler), found
 
 
@@ -140,29 +174,40 @@ class Replay(Run):
     """A :class:`Run` that is captured as a CUDA graph when it is made, and checked.
 
     Networks are part of the graph by address: a :class:`~qsteer.critics.LiveCritic` that learns in place is
-    seen. Noise that rule or sampler draw comes from the device's generator, as without a graph.
+    seen. Noise that rule or sampler draw comes from the device's generator, as without a graph. Other threads
+    may compute while it is captured, but not draw from that generator. After a CUDA error in the capture
+    torch is in no state to go on.
+
+    Args:
+        inputs, rule, sampler, steps: of the run.
+        stream: where it is rehearsed and captured; no other graph that lives has been captured on it, for
+            cuBLAS keeps a workspace for each stream, and graphs remember its address.
 
     Raises:
-        RuntimeError: the graph's action differs from the eager one on inputs it has not seen.
+        MismatchError: the graph's action differs from the eager one on inputs it has not seen.
     """
 
     def __init__(
-        self, inputs: tuple[Field, Value, Tensor], rule: Rule | None, sampler: Sampler, steps: bool
+        self,
+        inputs: tuple[Field, Value, Tensor],
+        rule: Rule | None,
+        sampler: Sampler,
+        steps: bool,
+        stream: torch.cuda.Stream,
     ) -> None:
         super().__init__(inputs, rule, sampler, steps)
-        self.device = self.buffers[0].device
-        with torch.cuda.device(self.device), unmoved(rule, self.device):
-            beside, current = torch.cuda.Stream(self.device), torch.cuda.current_stream(self.device)
-            beside.wait_stream(current)
-            with torch.cuda.stream(beside):
+        self.stream, self.graph = stream, torch.cuda.CUDAGraph()
+        current = torch.cuda.current_stream(self.device)
+        with _capturing, torch.cuda.device(self.device), unmoved(rule, self.device):
+            stream.wait_stream(current)
+            with torch.cuda.stream(stream):
                 for _ in range(REHEARSALS):
                     self.act()
-            current.wait_stream(beside)
-            self.graph = torch.cuda.CUDAGraph()
-            for generator in generators(rule):
-                self.graph.register_generator_state(generator)
-            with torch.cuda.graph(self.graph):
-                self.action, self.found = self.act()
+                for generator in generators(rule, self.device):
+                    self.graph.register_generator_state(generator)
+                with torch.cuda.graph(self.graph, stream=stream, capture_error_mode="thread_local"):
+                    self.action, self.found = self.act()
+            current.wait_stream(stream)
             self.check()
 
     def __call__(self, tensors: list[Tensor], trace: Trace) -> Float[Tensor, "B H A"]:
@@ -186,12 +231,14 @@ def signature(tree: Any, tensors: list[Tensor]) -> Hashable:
     """Append all tensors of a tree to ``tensors``; return everything else about it.
 
     A tree is made of tuples, lists, dicts and frozen dataclasses. Anything else is told apart by equality, or
-    by identity if it has no hash.
+    by identity if it has no hash; a network also by where its weights are, for a graph knows no other place.
     """
     match tree:
         case Tensor():
             tensors.append(tree)
             return tree.shape, tree.dtype, tree.device
+        case nn.Module():
+            return tree, *(weight.data_ptr() for weight in (*tree.parameters(), *tree.buffers()))
         case dict():
             return tuple((key, signature(part, tensors)) for key, part in tree.items())
         case tuple() | list():
@@ -243,10 +290,14 @@ def check_field(field: Field, host_field: Field, noise: Float[Tensor, "B H A"]) 
 
 def check_alike(name: str, got: Tensor, expected: Tensor, inputs: list[Tensor]) -> None:
     """Raise unless two tensors agree to what the least precise of the inputs allows."""
-    tolerance = max(TOLERANCE.get(tensor.dtype, 0.0) for tensor in inputs)
+    enabled, coarse = autocast(got.device)
+    dtypes = {tensor.dtype for tensor in inputs} | ({coarse} if enabled else set())
+    tolerance = max(TOLERANCE.get(dtype, 0.0) for dtype in dtypes)
+    if got.is_cuda and torch.float32 in dtypes:
+        tolerance = max(tolerance, TENSOR_FLOAT)
     off = float((got - expected).norm() / (expected.norm() + 1e-12))
     if not off <= tolerance:
-        raise RuntimeError(
+        raise MismatchError(
             f"compile: expected {name} to be the host's within {tolerance} (relative norm), got {off:.2g}; "
             "leave compile out, and report it"
         )
@@ -257,19 +308,24 @@ def unlike(x: Tensor) -> Tensor:
     return x * (1 + 0.01 * torch.randn_like(x)) if x.is_floating_point() else x
 
 
-def generators(rule: Any) -> list[torch.Generator]:
-    """Return the random generators that a rule, or the rule within it, has of its own."""
-    own = list(getattr(rule, "_generators", {}).values())
-    return own if (inner := getattr(rule, "rule", None)) is None else own + generators(inner)
+def generators(rule: Any, device: torch.device) -> list[torch.Generator]:
+    """Return the random generators on a device that a rule, or the rule within it, has of its own."""
+    own = [g for g in getattr(rule, "_generators", {}).values() if g.device == device]
+    return own if (inner := getattr(rule, "rule", None)) is None else own + generators(inner, device)
+
+
+def autocast(device: torch.device) -> tuple[bool, torch.dtype]:
+    """Return whether autocast is on for a device, and to which dtype."""
+    return torch.is_autocast_enabled(device.type), torch.get_autocast_dtype(device.type)
 
 
 @contextmanager
 def unmoved(rule: Rule | None, device: torch.device) -> Iterator[None]:
     """Leave all random generators as they were before the block."""
-    before = {generator: generator.get_state() for generator in generators(rule)}
+    before = {generator: generator.get_state() for generator in generators(rule, device)}
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         yield
-    for generator in generators(rule):
+    for generator in generators(rule, device):
         if generator in before:
             generator.set_state(before[generator])
         else:

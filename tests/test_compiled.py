@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import qsteer
 from qsteer.adapters import PlainPolicy
 from qsteer.adapters.pi import PiExpert, PiField
-from qsteer.compiled import KEPT, Compiled, Replay, rebuilt, signature, tensors_in
+from qsteer.compiled import KEPT, Replay, rebuilt, signature, tensors_in
 from qsteer.course import Course, known
 from qsteer.critics import Critic, CriticConfig, LiveCritic
 from qsteer.inject import HostField, steer, unsteer
@@ -317,6 +317,49 @@ def test_few_kinds_are_kept(policy: nn.Module) -> None:
         assert [run.rule for run in runs(handle)[-2:]] == [qsteer.Tweedie(), qsteer.QGF()]
 
 
+def test_weights_elsewhere_or_another_rule_are_another_kind(policy: nn.Module) -> None:
+    """A graph reads addresses; rules may hold what no comparison sees."""
+    steering, batch = critic(policy), hosts.observe(policy)
+    with steer(policy, steering, qsteer.Tweedie(), compile="static") as handle:
+        policy.predict_action_chunk(batch)
+        steering.load_state_dict(critic(policy, seed=5).state_dict())
+        policy.predict_action_chunk(batch)
+        assert len(runs(handle)) == 1
+        steering.load_state_dict(critic(policy, seed=6).state_dict(), assign=True)
+        policy.predict_action_chunk(batch)
+        assert len(runs(handle)) == 2
+        handle.swap(rule=qsteer.Tweedie())
+        policy.predict_action_chunk(batch)
+        assert len(runs(handle)) == 3
+
+
+def test_autocast_is_that_of_the_eager_path(policy: nn.Module) -> None:
+    actions = {}
+    for mode in (None, "static"):
+        with steer(policy, critic(policy), qsteer.Tweedie(), compile=mode) as handle:
+            for enabled in (False, True):
+                torch.manual_seed(3)
+                with torch.autocast("cpu", torch.bfloat16, enabled):
+                    actions[mode, enabled] = policy.predict_action_chunk(hosts.observe(policy, 2)).float()
+            if mode is not None:
+                assert len(runs(handle)) == 2
+    torch.testing.assert_close(actions["static", False], actions[None, False], rtol=1e-4, atol=1e-4)
+    cast, rounded = ((actions[mode, True] - actions[None, False]).norm() for mode in ("static", None))
+    assert 0 < cast < 2 * rounded
+
+
+def test_streams_of_graphs_that_are_gone_are_used_again(recorded: None) -> None:
+    policy = hosts.shared("pi05")
+    with steer(policy, hosts.Target(), qsteer.Tweedie(), compile="static") as handle:
+        handle._compiled.mode = "graph"
+        streams = []
+        for rows in range(1, 2 * KEPT):
+            policy.predict_action_chunk(hosts.observe(policy, rows))
+            streams.append(runs(handle)[-1].stream)
+        assert len(runs(handle)) == len(set(streams)) == KEPT
+        assert streams[KEPT:] == streams[: KEPT - 1]
+
+
 def test_a_tree_is_taken_apart_and_put_together() -> None:
     a, b, network = torch.zeros(2), torch.ones(3), nn.Linear(1, 1)
     value = qsteer.value(network, {"x": [a, (b, 4, None)]})
@@ -454,6 +497,8 @@ class Recorder:
                         getattr(kept, part.name).copy_(getattr(fresh, part.name))
 
     class Stream:
+        __class__ = torch.cuda.Stream  # to type checks at run time
+
         def __init__(self, *_: object) -> None:
             pass
 
@@ -462,7 +507,7 @@ class Recorder:
 
     @staticmethod
     @contextmanager
-    def nothing(*_: object) -> Iterator[None]:
+    def nothing(*_: object, **__: object) -> Iterator[None]:
         yield
 
 
@@ -478,7 +523,6 @@ def recorded(monkeypatch: pytest.MonkeyPatch) -> None:
         ("device", Recorder.nothing),
     ):
         monkeypatch.setattr(torch.cuda, name, stand_in)
-    monkeypatch.setattr(Compiled, "streams", (Recorder.Stream(), Recorder.Stream()))
     check = Replay.check
 
     def known_by_the_graph(self: Replay) -> None:
@@ -588,6 +632,6 @@ def test_on_a_gpu_memory_is_flat_and_kinds_are_bounded() -> None:
             batch = {key: value.cuda() for key, value in hosts.observe(policy, rows).items()}
             policy.predict_action_chunk(batch)
             torch.cuda.synchronize()
-            sizes.append(torch.cuda.memory_allocated())
+            sizes.append(torch.cuda.memory_reserved())  # that of the graphs' pools too
         assert len(runs(handle)) == KEPT
     assert max(sizes[20:]) <= 1.05 * max(sizes[:20])

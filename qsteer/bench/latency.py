@@ -23,9 +23,9 @@ from qsteer.bench.counting import Cost, PassesByRows, Saved, counted_maps, count
 from qsteer.bench.hosts import STATE, batch, make
 from qsteer.bench.parts import Marks, Timed, TimedCritic, measure_parts
 from qsteer.bench.roofline import Ceilings, Work, counted_work, measure_ceilings
-from qsteer.bench.timing import Clock, Latency, latencies, peak_memory
+from qsteer.bench.timing import Clock, Latency, latencies, peak_memory, reserved_memory
 from qsteer.clock import clock_of
-from qsteer.compiled import Mode
+from qsteer.compiled import MismatchError, Mode
 from qsteer.flow import features_of
 from qsteer.maps import FlowMap, GlassPosterior, MapConfig, MetaFlowMap, MetaMapConfig
 from qsteer.types import Bindable, Field, Rule, Sampler, Value
@@ -70,7 +70,7 @@ class Row:
         work: FLOPs, bytes and operators, counted.
         saved: tensors that autograd kept.
         predicted: ms that the counted passes take by themselves; None: there are maps, which were not timed.
-        memory: bytes on the device beyond what stands there; None on a CPU.
+        memory: bytes on the device beyond the policy's and the critic's own; None on a CPU.
     """
 
     name: str
@@ -265,53 +265,67 @@ def measure(
         seed: of the order in the rounds.
 
     Raises:
-        ValueError: the policy's own action is not finite, or a number is out of its range.
+        ValueError: the policy's own action is not finite, its device is not the current one, or a number is
+            out of its range.
     """
+    device = subject.device
+    if device.type == "cuda" and device.index != torch.cuda.current_device():
+        raise ValueError(
+            f"policy: expected the current device, {torch.cuda.current_device()}, got {device}: times are "
+            "taken on the former; call torch.cuda.set_device first"
+        )
     if not torch.isfinite(subject.action()).all():
         raise ValueError("policy: expected finite actions, got others: nothing measured on them counts")
     calls: dict[str, Callable[[], object]] = {"stock": subject.action}
     left_out: dict[str, str] = {}
-    fast = f"unsteered, {fast_mode(subject.device)}"
+    held: dict[str, int] = {}
+    fast = f"unsteered, {fast_mode(device)}"
     for name, method, how in (
-        (fast, (None, qsteer.Euler()), fast_mode(subject.device)),
+        (fast, (None, qsteer.Euler()), fast_mode(device)),
         *((name, method, mode) for name, method in methods.items()),
     ):
+        stood = reserved_memory(device)
         try:
             call = steered(subject, method, mode=how)
             call()  # a capture that is refused is refused here
-        except (RuntimeError, TypeError, ValueError) as error:
+        except (MismatchError, TypeError, ValueError) as error:
             if how is None:
                 raise
             left_out[name] = (str(error) or repr(error)).splitlines()[0]
         else:
-            calls[name] = call
+            calls[name], held[name] = call, reserved_memory(device) - stood
     kept = {name: method for name, method in methods.items() if name in calls}
     rounds: dict[str, Any] = {"repeats": repeats, "warmup": warmup}
     times = latencies(calls, **rounds, clock=clock, seed=seed)
-    rows = {name: _row(subject, name, method, times[name], calls[name]) for name, method in kept.items()}
+    rows = {name: _row(subject, name, method, times[name]) for name, method in kept.items()}
+    memory = {name: peak_memory(calls[name], device, held.get(name, 0)) for name in calls}
     parts = {name: parts_of(subject, method, **rounds, clock=clock) for name, method in kept.items()}
     predicted = predict(subject, rows, times["stock"], **rounds, clock=clock)
-    base = _row(subject, "stock", (None, qsteer.Euler()), times["stock"], subject.action)
+    base = _row(subject, "stock", (None, qsteer.Euler()), times["stock"])
+    base = replace(base, memory=memory["stock"])
     work = [base.work, *(row.work for row in rows.values())]
     dtypes = sorted({dtype for done in work for dtype in done.dtypes}, key=str)
     return Report(
         conditions=conditions(subject) | {"compile": mode, "repeats": repeats, "warmup": warmup},
-        ceilings=measure_ceilings(subject.device, dtypes),
+        ceilings=measure_ceilings(device, dtypes),
         stock=base,
         fast=replace(
             base,
             name=fast,
             latency=times[fast],
-            memory=peak_memory(calls[fast], subject.device),
+            memory=memory[fast],
         )
         if fast in times
         else None,
-        rows=[replace(row, parts=parts[name], predicted=predicted[name]) for name, row in rows.items()],
+        rows=[
+            replace(row, parts=parts[name], predicted=predicted[name], memory=memory[name])
+            for name, row in rows.items()
+        ],
         left_out=left_out,
     )
 
 
-def _row(subject: Subject, name: str, method: Method, times: Latency, call: Callable[[], object]) -> Row:
+def _row(subject: Subject, name: str, method: Method, times: Latency) -> Row:
     """Count what a method evaluates, without compilation."""
     cost = Cost(PassesByRows(), PassesByRows(), PassesByRows())
     counted = steered(subject, (None, counting(cost, *method)))
@@ -322,7 +336,7 @@ def _row(subject: Subject, name: str, method: Method, times: Latency, call: Call
         plain()
     with saved_tensors() as saved:
         plain()
-    return Row(name, times, {}, cost, work, saved, None, peak_memory(call, subject.device))
+    return Row(name, times, {}, cost, work, saved)
 
 
 def parts_of(

@@ -184,10 +184,10 @@ def _now(clock: Clock) -> float:
     return clock()
 
 
-def peak_memory(call: Callable[[], object], device: torch.device) -> int | None:
+def peak_memory(call: Callable[[], object], device: torch.device, held: int = 0) -> int | None:
     """Return the bytes which a call takes on a CUDA device beyond what stands there; None elsewhere.
 
-    torch counts what it hands out on CUDA alone; what a captured graph holds for good stands there already.
+    A replayed graph takes nothing then: what it works in stands there since the capture, and is ``held``.
     """
     if device.type != "cuda":
         return None
@@ -196,4 +196,13 @@ def peak_memory(call: Callable[[], object], device: torch.device) -> int | None:
     stands = torch.cuda.memory_allocated(device)
     call()
     torch.cuda.synchronize(device)
-    return torch.cuda.max_memory_allocated(device) - stands
+    return held + torch.cuda.max_memory_allocated(device) - stands
+
+
+def reserved_memory(device: torch.device) -> int:
+    """Return the bytes which torch keeps on a CUDA device, for graphs too; 0 elsewhere."""
+    if device.type != "cuda":
+        return 0
+    torch.cuda.synchronize(device)
+    torch.cuda.empty_cache()
+    return torch.cuda.memory_reserved(device)
