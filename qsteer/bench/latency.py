@@ -157,10 +157,16 @@ def methods(subject: Subject) -> dict[str, Method]:
     """Return the methods of QPILOTS' table of latencies, and more; learnt maps are untrained ones."""
     meta, flow = maps(subject)
     glass = GlassPosterior(steps=4)
-    euler = qsteer.Euler()
+    euler, host = qsteer.Euler(), qsteer.adapters.host_of(subject.policy)
+    depth = 0 if host.layers is None else len(host.read(subject.policy, host.layers))
+    half = {"Tweedie, half the layers": (qsteer.Tweedie(layers=depth // 2), euler)} if depth > 1 else {}
     return {
         "unsteered": (None, euler),
         "Tweedie": (qsteer.Tweedie(), euler),
+        "Tweedie, every 2nd step": (qsteer.Tweedie(every=2), euler),
+        **half,
+        "ForwardTweedie": (qsteer.ForwardTweedie(), euler),
+        "ForwardTweedie, stale": (qsteer.ForwardTweedie(stale=True), euler),
         "QGF": (qsteer.QGF(), euler),
         "Posterior(map), N=4": (qsteer.Posterior(meta, samples=4), euler),
         "Posterior(GLASS), N=4": (qsteer.Posterior(glass, samples=4), euler),
