@@ -18,7 +18,18 @@ import qsteer
 from qsteer.bench import hosts, timing
 from qsteer.bench import latency as benchmark
 from qsteer.bench.counting import Passes, PassesByRows, WatchedField, count, counting, saved_tensors
-from qsteer.bench.latency import Subject, measure, methods, open_action, parts_of, predict, steered, subject
+from qsteer.bench.latency import (
+    Subject,
+    counted,
+    measure,
+    methods,
+    open_action,
+    parts_of,
+    predict,
+    single_passes,
+    steered,
+    subject,
+)
 from qsteer.bench.parts import PARTS, Marks, Timed, TimedCritic, measure_parts
 from qsteer.bench.report import as_json, table
 from qsteer.bench.roofline import Ceilings, Product, Work, counted_work, measure_ceilings
@@ -474,13 +485,13 @@ class TestBenchmark:
         value = open_action(found)[1]
         assert value(torch.zeros(1, 6, 5)).shape == (1,)
 
-    def test_prediction_is_stock_and_the_counted_passes(self, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_prediction_is_stock_and_the_counted_passes(self) -> None:
         found = subject("mlp", "tiny", chunk=4)
-        chosen = {"Tweedie": (qsteer.Tweedie(), qsteer.Euler()), "best": (None, qsteer.BestOfN(3))}
-        rows = {
-            name: benchmark._row(found, name, method, Latency(np.ones(2)), lambda: None)
-            for name, method in chosen.items()
-        }
+        euler = qsteer.Euler()
+        stock, tweedie, best = (
+            counted(found, method)[0]
+            for method in ((None, euler), (qsteer.Tweedie(), euler), (None, qsteer.BestOfN(3)))
+        )
         unit = {
             "('policy', 1, False)": 1.0,
             "('policy', 1, True)": 5.0,
@@ -489,17 +500,13 @@ class TestBenchmark:
             "('critic', 3, False)": 11.0,
             "bind": 13.0,
         }
-
-        def known(calls: Any, **_: Any) -> dict[str, Latency]:
-            assert calls.keys() == unit.keys()
-            for call in calls.values():
-                call()
-            return {name: Latency(np.array([unit[name]])) for name in calls}
-
-        monkeypatch.setattr(benchmark, "latencies", known)
-        predicted = predict(found, rows, Latency(np.array([100.0])))
-        assert predicted["Tweedie"] == 100 - 10 + 13 + (1 + 9 * 5) + 9 * 7
-        assert predicted["best"] == 100 - 10 + 13 + 10 * 2 + 11
+        calls = single_passes(found, [stock, tweedie, best])
+        assert calls.keys() == unit.keys()
+        for call in calls.values():
+            call()
+        times = {name: Latency(np.array([ms])) for name, ms in (unit | {"stock": 100.0}).items()}
+        assert predict(tweedie, stock, times) == 100 - 10 + 13 + (1 + 9 * 5) + 9 * 7
+        assert predict(best, stock, times) == 100 - 10 + 13 + 10 * 2 + 11
 
     def test_the_whole_report(self, tmp_path: Path) -> None:
         threads = torch.get_num_threads()

@@ -9,9 +9,9 @@ Parts, counts, work and memory come from runs of their own, of the same method w
 """
 
 import platform
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from copy import deepcopy
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -301,48 +301,43 @@ def measure(
         else:
             calls[name], held[name] = call, reserved_memory(device) - stood
     kept = {name: method for name, method in methods.items() if name in calls}
-    rounds: dict[str, Any] = {"repeats": repeats, "warmup": warmup}
-    times = latencies(calls, **rounds, clock=clock, seed=seed)
-    rows = {name: _row(subject, name, method, times[name]) for name, method in kept.items()}
+    counts = {name: counted(subject, method) for name, method in kept.items()}
+    counts["stock"] = counted(subject, (None, qsteer.Euler()), subject.action)
+    passes = single_passes(subject, [cost for cost, _, _ in counts.values()])
+    rounds: dict[str, Any] = {"repeats": repeats, "warmup": warmup, "clock": clock}
+    times = latencies(calls | passes, **rounds, seed=seed)
+    parts = {name: parts_of(subject, method, **rounds) for name, method in kept.items()}
     memory = {name: peak_memory(calls[name], device, held.get(name, 0)) for name in calls}
-    parts = {name: parts_of(subject, method, **rounds, clock=clock) for name, method in kept.items()}
-    predicted = predict(subject, rows, times["stock"], **rounds, clock=clock)
-    base = _row(subject, "stock", (None, qsteer.Euler()), times["stock"])
-    base = replace(base, memory=memory["stock"])
-    work = [base.work, *(row.work for row in rows.values())]
-    dtypes = sorted({dtype for done in work for dtype in done.dtypes}, key=str)
+    dtypes = sorted({dtype for _, work, _ in counts.values() for dtype in work.dtypes}, key=str)
+
+    def row(name: str, like: str) -> Row:
+        expected = predict(counts[like][0], counts["stock"][0], times) if like != "stock" else None
+        return Row(name, times[name], parts.get(like, {}), *counts[like], expected, memory[name])
+
     return Report(
         conditions=conditions(subject) | {"compile": mode, "repeats": repeats, "warmup": warmup},
         ceilings=measure_ceilings(device, dtypes),
-        stock=base,
-        fast=replace(
-            base,
-            name=fast,
-            latency=times[fast],
-            memory=memory[fast],
-        )
-        if fast in times
-        else None,
-        rows=[
-            replace(row, parts=parts[name], predicted=predicted[name], memory=memory[name])
-            for name, row in rows.items()
-        ],
+        stock=row("stock", "stock"),
+        fast=row(fast, "stock") if fast in times else None,
+        rows=[row(name, name) for name in kept],
         left_out=left_out,
     )
 
 
-def _row(subject: Subject, name: str, method: Method, times: Latency) -> Row:
-    """Count what a method evaluates, without compilation."""
+def counted(
+    subject: Subject, method: Method, action: Callable[[], object] | None = None
+) -> tuple[Cost, Work, Saved]:
+    """Count what a method evaluates, without compilation; ``action``: another call that does the same."""
     cost = Cost(PassesByRows(), PassesByRows(), PassesByRows())
-    counted = steered(subject, (None, counting(cost, *method)))
+    watched = steered(subject, (None, counting(cost, *method)))
     with counted_maps(cost.map):
-        counted()
-    plain = subject.action if name == "stock" else steered(subject, method)
+        watched()
+    plain = action or steered(subject, method)
     with counted_work() as work:
         plain()
     with saved_tensors() as saved:
         plain()
-    return Row(name, times, {}, cost, work, saved)
+    return cost, work, saved
 
 
 def parts_of(
@@ -362,43 +357,34 @@ def parts_of(
     return measure_parts(action, device=subject.device, repeats=repeats, warmup=warmup, **given)
 
 
-def predict(
-    subject: Subject,
-    rows: Mapping[str, Row],
-    stock: Latency,
-    *,
-    repeats: int = 20,
-    warmup: int = 3,
-    clock: Clock | None = None,
-) -> dict[str, float | None]:
-    """Return the ms which each method should take if it did no more than the passes it counts.
+def single_passes(subject: Subject, costs: Iterable[Cost]) -> dict[str, Callable[[], object]]:
+    """Return each kind of pass that is counted in ``costs`` as a call of its own, by the names of predict.
 
-    Each kind of pass is timed by itself, on as many rows as it was counted with: a forward of the policy or
-    the critic without a graph, one with a graph and its backward, and the critic's encoder. A method's time
-    is then the stock host's, less its own forwards, and its passes. What is measured beyond that is hidden
-    cost: the rule's arithmetic, autograd, the interpreter.
+    A forward of the policy or the critic without a graph, one with a graph and its backward, on as many rows
+    as they were counted with; and the critic's encoder.
     """
     opened, value, noise = open_action(subject)
-    count_of = {name: _passes(row.cost, len(noise)) for name, row in rows.items()}
-    steps = sum(1 for _ in clock_of(opened).grid())
-    unsteered = {("policy", 1, False): steps}
-    kinds = sorted({kind for passes in count_of.values() for kind in passes} | set(unsteered))
-    calls: dict[str, Callable[[], object]] = {
-        str(kind): _pass(opened if kind[0] == "policy" else value, noise, *kind) for kind in kinds
-    }
-    calls["bind"] = partial(subject.critic.bind, subject.batch)
-    spent = {
-        name: unit.median
-        for name, unit in latencies(calls, repeats=repeats, warmup=warmup, clock=clock).items()
-    }
+    kinds = sorted({kind for cost in costs for kind in _passes(cost, len(noise))})
+    calls = {str(kind): _pass(opened if kind[0] == "policy" else value, noise, *kind) for kind in kinds}
+    return calls | {"bind": partial(subject.critic.bind, subject.batch)}
+
+
+def predict(cost: Cost, stock: Cost, times: Mapping[str, Latency]) -> float | None:
+    """Return the ms which a method should take if it did no more than the passes it counts.
+
+    That is the stock host's time, less its own forwards, and the method's passes, each as it takes by itself
+    in the same rounds (:func:`single_passes`). What is measured beyond that is hidden cost: the rule's
+    arithmetic, autograd, the interpreter. None: there are learnt maps, whose passes are not timed.
+    """
+    if cost.map.forwards:
+        return None
+    batch = stock.field.forward_rows // stock.field.forwards
 
     def total(passes: Mapping[tuple[str, int, bool], int]) -> float:
-        return sum(n * spent[str(kind)] for kind, n in passes.items())
+        return sum(n * times[str(kind)].median for kind, n in passes.items())
 
-    start = stock.median - total(unsteered) + spent["bind"]
-    return {
-        name: None if row.cost.map.forwards else start + total(count_of[name]) for name, row in rows.items()
-    }
+    start = times["stock"].median - total(_passes(stock, batch)) + times["bind"].median
+    return start + total(_passes(cost, batch))
 
 
 def _passes(cost: Cost, batch: int) -> dict[tuple[str, int, bool], int]:
