@@ -65,7 +65,7 @@ class PiExpert:
         self.model = policy.model
         self.gemma = self.model.paligemma_with_expert.gemma_expert.model
         self.dtype = self.gemma.layers[0].self_attn.q_proj.weight.dtype
-        self.blocks = [block(layer) for layer in self.gemma.layers]
+        self.blocks = [joined(layer) for layer in self.gemma.layers]
         self._moments: dict[float, Moment] = {}
 
     def __call__(self, field: HostField) -> "PiField":
@@ -292,7 +292,7 @@ def turned(x: Float[Tensor, "R S h d"], cos: Tensor, sin: Tensor) -> Float[Tenso
 
 
 @outside_inference_mode()
-def block(layer: Any) -> Block:
+def joined(layer: Any) -> Block:
     """Put a layer's projections of the same tokens side by side."""
     attention, mlp = layer.self_attn, layer.mlp
     q = attention.q_proj.weight * attention.scaling

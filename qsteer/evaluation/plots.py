@@ -251,12 +251,12 @@ def plot_latency(report: Mapping[str, Any], path: str | Path) -> Path:
         height = 0.34 * len(methods) + 1.2
         fig, (whole, parts) = plt.subplots(1, 2, figsize=(10.4, height), layout="constrained")
         for y, method in enumerate(methods):
-            colour = STEERED if method["parts"] else BASE
+            colour, digits = STEERED if method["parts"] else BASE, 0 if method["p50_ms"] >= 100 else 1
             whole.barh(y, method["p50_ms"], height=0.62, color=colour, alpha=0.3, linewidth=0)
             whole.plot([method["p50_ms"], method["p95_ms"]], [y, y], color=colour, linewidth=2)
             whole.plot([method["roofline_ms"]] * 2, [y - 0.31, y + 0.31], color=INK, linewidth=1.2)
             whole.annotate(
-                f"{method['p50_ms']:.3g}  ×{method['ratio']['stock'][0]:.2f}",
+                f"{method['p50_ms']:.{digits}f}  ×{method['ratio']['stock'][0]:.2f}",
                 (method["p95_ms"], y),
                 (6, 0),
                 textcoords="offset points",
@@ -275,7 +275,7 @@ def plot_latency(report: Mapping[str, Any], path: str | Path) -> Path:
         parts.legend(frameon=False, fontsize=8.5, loc="upper right")
         for ax, shown, title in (
             (whole, methods, "ms per action: p50, line to p95, × stock; tick: roofline"),
-            (parts, timed, "parts, ms (p50, not compiled, measured apart)"),
+            (parts, timed, "its parts, not compiled, ms: p50"),
         ):
             ax.set_ylim(len(shown) - 0.4, -0.6)
             ax.set_yticks(range(len(shown)), [method["name"] for method in shown], color=INK)
