@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 import qsteer
-from qsteer.bench import hosts as tiny_hosts
+from qsteer.bench import hosts as random_hosts
 from qsteer.bench.counting import count
 from qsteer.envs import ogbench
 from qsteer.evaluation.gradients import agreement
@@ -136,12 +136,12 @@ def main() -> None:
     depth = len(policy.config.hidden) - 1 if policy.config.residual else 0
     small = compare(policy.field(states), critic.bind(states), noise, RULES | truncated(depth))
 
-    large = tiny_hosts.pi05(width=128, depth=8)
+    large = random_hosts.pi05(width=128, depth=8)
     config = qsteer.CriticConfig(obs_dim=4, action_dim=3, horizon=large.config.n_action_steps)
     print("\na random pi0.5 and a random critic: cosine to Tweedie's gradient; passes")
     comparing = Compare(RULES | truncated(8))
     with qsteer.steer(large, qsteer.Critic(config), comparing):
-        large.predict_action_chunk(tiny_hosts.batch(large, args.observations))
+        large.predict_action_chunk(random_hosts.batch(large, args.observations))
     if args.out:
         write_json({"states": len(states), "cube-single": small, "random pi05": comparing.rows}, args.out)
 

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from wrap_pretrained import load_policy
 
-from qsteer.bench import hosts as tiny_hosts
+from qsteer.bench import hosts as random_hosts
 from qsteer.maps import MetaFlowMap, MetaMapConfig
 from qsteer.training import (
     HostTeacher,
@@ -31,7 +31,7 @@ from qsteer.training import (
 )
 from qsteer.training.loop import METRICS, SPEED, processes
 
-TINY = {"tiny-pi05": tiny_hosts.pi05, "tiny-smolvla": tiny_hosts.smolvla}
+TINY = {"tiny-pi05": random_hosts.pi05, "tiny-smolvla": random_hosts.smolvla}
 SIZES = {
     "steps": (40_000, 200),
     "batch_size": (256, 16),
@@ -46,7 +46,7 @@ def synthetic(policy: Any, directory: Path, seed: int, files: int = 4, rows: int
     """Record random observations and chunks, as a user would record those of a robot."""
     batches = []
     for i in range(files):
-        batch = tiny_hosts.batch(policy, rows, seed=seed + i)
+        batch = random_hosts.batch(policy, rows, seed=seed + i)
         shape = (rows, policy.config.chunk_size, *policy.config.action_feature.shape)
         batch["action"] = torch.randn(shape, generator=torch.Generator().manual_seed(seed + i))
         batches.append(batch)

@@ -87,10 +87,10 @@ def main() -> None:
 def load(name: str | None, device: str) -> tuple[Any, Any, Any]:
     """Return the policy and lerobot's processors for it; without a name, small and random ones."""
     if name is None:
-        from qsteer.bench import hosts as tiny_hosts
+        from qsteer.bench import hosts as random_hosts
 
-        policy = tiny_hosts.pi05(shape=tiny_hosts.LIBERO)
-        return policy.to(device), *tiny_hosts.processors(policy)
+        policy = random_hosts.pi05(shape=random_hosts.LIBERO)
+        return policy.to(device), *random_hosts.processors(policy)
     from lerobot.configs.policies import PreTrainedConfig
     from lerobot.policies.factory import get_policy_class, make_pre_post_processors
 

@@ -15,13 +15,13 @@ from lerobot.policies.factory import get_policy_class
 from lerobot.policies.pretrained import PreTrainedPolicy
 
 import qsteer
-from qsteer.bench import hosts as tiny_hosts
+from qsteer.bench import hosts as random_hosts
 
 
 def load_policy(name: str | None) -> PreTrainedPolicy:
     """Load a lerobot checkpoint by name or directory; without one, make a tiny random pi0.5."""
     if name is None:
-        return tiny_hosts.pi05()
+        return random_hosts.pi05()
     return get_policy_class(PreTrainedConfig.from_pretrained(name).type).from_pretrained(name)
 
 
@@ -54,7 +54,7 @@ def main(argv: list[str] | None = None) -> None:
 
     # What a robot would see, after the policy's preprocessor. Here: noise of the right shapes.
     policy = load_policy(arguments.policy)
-    batch = tiny_hosts.batch(policy)
+    batch = random_hosts.batch(policy)
 
     def act() -> torch.Tensor:
         torch.manual_seed(0)  # the same noise each time, so that only the steering differs

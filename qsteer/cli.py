@@ -450,11 +450,12 @@ def _bench_latency(args: argparse.Namespace) -> None:
         views=args.views,
         rows=args.rows,
     )
-    chosen = methods(measured)
     if args.arms:
         meta, flow = maps(measured)
         arms = [parse(spec, Maps(meta, flow, flow)) for spec in args.arms]
         chosen = {arm.spec: (arm.rule, arm.sampler) for arm in arms}
+    else:
+        chosen = methods(measured)
     clock = time.process_time if args.cpu_time else None
     found = measure(
         measured, chosen, mode=args.compile, repeats=args.repeats, warmup=args.warmup, clock=clock

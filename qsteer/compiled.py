@@ -12,6 +12,7 @@ import threading
 from collections import OrderedDict
 from collections.abc import Hashable, Iterator
 from contextlib import contextmanager
+from copy import copy
 from dataclasses import fields, is_dataclass, replace
 from functools import cached_property
 from typing import Any, Literal, get_args
@@ -261,12 +262,15 @@ def rebuilt(tree: Any, tensors: Iterator[Tensor]) -> Any:
         case Tensor():
             return next(tensors)
         case dict():
-            return {key: rebuilt(part, tensors) for key, part in tree.items()}
+            other = copy(tree)  # of its own type
+            other.update([(key, rebuilt(part, tensors)) for key, part in tree.items()])
+            return other
         case tuple() | list():
-            return type(tree)(rebuilt(part, tensors) for part in tree)
+            parts = [rebuilt(part, tensors) for part in tree]
+            return tree._make(parts) if hasattr(tree, "_make") else type(tree)(parts)  # a named tuple
     if is_dataclass(tree) and not isinstance(tree, type):
-        parts = {f.name: rebuilt(getattr(tree, f.name), tensors) for f in fields(tree) if f.init}
-        return replace(tree, **parts)
+        changed = {f.name: rebuilt(getattr(tree, f.name), tensors) for f in fields(tree) if f.init}
+        return replace(tree, **changed)
     return tree
 
 

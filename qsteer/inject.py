@@ -15,7 +15,7 @@ import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, is_dataclass, replace
 from dataclasses import field as attribute
 from functools import cached_property
 from operator import attrgetter
@@ -427,6 +427,12 @@ class Handle:
                 f"the critic was given {keys}; translate the host's batch with steer(critic_inputs=...)"
             )
             raise
+        if self._compiled is not None and not is_dataclass(value):
+            raise TypeError(
+                "critic.bind: expected a frozen dataclass, whose tensors are all that depends on the "
+                f"observation, for the fast path, got {type(value).__name__}; return "
+                "qsteer.value(fn, context=obs), or leave compile out"
+            )
         if not isinstance(value, Value):
             raise TypeError(
                 f"critic.bind: expected a Value, got {type(value).__name__}; return an object with __call__, "
@@ -475,16 +481,20 @@ def steer(
             keys and values are not copied at each step, what depends on the time alone is tabulated,
             candidates share one prefix.
             The policy's weights must not change meanwhile; the critic's may, in place. A new kind of action
-            (shapes, rule, sampler, critic) is captured and checked when it first comes. None: the host's own
+            (shapes, rule, sampler, critic) is captured and checked when it first comes. All that depends on
+            the observation must be in tensors of the value that ``critic.bind`` returns, a frozen dataclass
+            such as ``qsteer.value(fn, context=obs)``, with the same ``fn`` each time. None: the host's own
             step, bit for bit.
 
     Returns:
         The handle that changes the method or takes it away; also a context manager.
 
     Raises:
-        TypeError: an argument is of the wrong kind, or nobody knows where the policy keeps its loop.
+        TypeError: an argument is of the wrong kind, nobody knows where the policy keeps its loop, or its step
+            cannot be prepared for ``compile``.
         ValueError: the critic is on another device, or sees more than the policy executes; ``compile`` is
             unknown, or "graph" without CUDA.
+        qsteer.compiled.MismatchError: (the first action of a kind) the fast path is not what the host does.
         RuntimeError: the policy is steered already, or has real-time chunking enabled.
 
     Example:

@@ -336,9 +336,9 @@ class Tweedie(Guidance):
     def __post_init__(self) -> None:
         """Check the arguments."""
         super().__post_init__()
-        if self.layers is not None and self.layers < 1:
+        if self.layers is not None and (not isinstance(self.layers, int) or self.layers < 1):
             raise ValueError(
-                f"Tweedie: expected at least 1 layer to go back through, got {self.layers}; None goes "
+                f"Tweedie: expected at least 1 layer to go back through, got {self.layers!r}; None goes "
                 "through all, and QGF through none"
             )
 

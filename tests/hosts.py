@@ -10,12 +10,11 @@ from torch import Tensor, nn
 
 import qsteer
 from qsteer.adapters import PlainPolicy, host_of
+from qsteer.bench import hosts as random_hosts
 from qsteer.clock import MIRRORED
 from qsteer.types import Field, Sampler, Value
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
-from qsteer.bench import hosts as tiny_hosts
-
 torch.set_num_threads(1)
 
 LEROBOT = ("pi0", "pi05", "smolvla")
@@ -47,7 +46,7 @@ class Plain(PlainPolicy):
 
 def build(name: str, seed: int = 0) -> nn.Module:
     """A new host; other seeds, other weights."""
-    return Plain(seed) if name == "plain" else getattr(tiny_hosts, name)(seed=seed)
+    return Plain(seed) if name == "plain" else getattr(random_hosts, name)(seed=seed)
 
 
 @cache
@@ -60,7 +59,7 @@ def observe(policy: nn.Module, rows: int = 1, seed: int = 0) -> dict[str, Tensor
     """A random batch."""
     if isinstance(policy, PlainPolicy):
         return {"observation.state": torch.randn(rows, 4, generator=torch.Generator().manual_seed(seed))}
-    return tiny_hosts.batch(policy, rows, seed)
+    return random_hosts.batch(policy, rows, seed)
 
 
 def draw(policy: nn.Module, rows: int = 1, seed: int = 0) -> Tensor:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import qsteer
-from qsteer.bench import hosts as tiny_hosts
+from qsteer.bench import hosts as random_hosts
 from qsteer.critics import FEATURES, Critic, CriticConfig, LiveCritic, pooled
 from qsteer.inject import unsteer
 from qsteer.trace import Trace
@@ -35,7 +35,7 @@ def observe(rows: int = 2, seed: int = 0) -> dict[str, Tensor]:
 
 
 def prepared(policy: nn.Module, obs: dict[str, Tensor]) -> dict[str, Tensor]:
-    pre, _ = tiny_hosts.processors(policy)
+    pre, _ = random_hosts.processors(policy)
     return pre(obs | {VIEW: obs[VIEW] / 255, "task": [INSTRUCTION] * len(obs[VIEW])})
 
 
@@ -49,7 +49,7 @@ def make_critic(views: bool = False, features: int = 0, horizon: int = 4, seed: 
 
 
 def make_actor(policy: nn.Module, critic: Critic | LiveCritic) -> HostActor:
-    return HostActor(policy, critic, *tiny_hosts.processors(policy), INSTRUCTION)
+    return HostActor(policy, critic, *random_hosts.processors(policy), INSTRUCTION)
 
 
 def feature_size(policy: nn.Module) -> int:
@@ -187,10 +187,10 @@ def test_a_stack_of_critics_is_refused_before_the_policy_is_touched():
 
 @pytest.mark.parametrize("name", hosts.LEROBOT)
 def test_the_tiny_policies_for_libero_act_on_its_observations(name: str):
-    policy = getattr(tiny_hosts, name)(shape=tiny_hosts.LIBERO)
+    policy = getattr(random_hosts, name)(shape=random_hosts.LIBERO)
     views = "observation.images.image", "observation.images.image2"
     config = CriticConfig(8, 7, 10, (8,), views=views, view_size=16, strides=(2, 2), channels=4, latent=8)
-    actor = HostActor(policy, Critic(config), *tiny_hosts.processors(policy), INSTRUCTION)
+    actor = HostActor(policy, Critic(config), *random_hosts.processors(policy), INSTRUCTION)
     image = torch.zeros(1, 3, 256, 256, dtype=torch.uint8)
     obs = dict.fromkeys(views, image) | {"observation.state": torch.zeros(1, 8)}
     noise = torch.randn(1, *actor.noise_shape, generator=torch.Generator().manual_seed(0))

@@ -519,3 +519,8 @@ def test_arms_have_names_for_all_of_them():
 def test_arms_that_cannot_be_are_refused(spec):
     with as_installed(), pytest.raises(ValueError, match=r"arm: expected 'base'.*-everyN, -fromT, -toT"):
         parse(spec)
+
+
+def test_agreement_without_a_guided_step_is_refused():
+    with pytest.raises(ValueError, match="at least one of the chain's steps"):
+        agreement(BASE, VALUE, noise(1, 2, 2), {}, truth=qsteer.Tweedie(start=0.95))

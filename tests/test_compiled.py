@@ -1,11 +1,12 @@
 """The fast path: the host's own function, on buffers that stay, on a course that asks the device nothing."""
 
+from collections import OrderedDict
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from copy import deepcopy
 from dataclasses import fields as fields_of
 from dataclasses import replace
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import hosts
 import numpy as np
@@ -149,7 +150,7 @@ def test_its_features_are_the_hosts(policy: nn.Module) -> None:
 
 def test_in_bfloat16_it_is_as_close_to_float32_as_the_host() -> None:
     """Rounding is not ours to remove, but not ours to add either."""
-    policy = hosts.tiny_hosts.pi05(64, 6, dtype=torch.bfloat16)
+    policy = hosts.random_hosts.pi05(64, 6, dtype=torch.bfloat16)
     own, prepared = fields(policy.requires_grad_(False))
     exact = deepcopy(policy)
     exact.model.paligemma_with_expert.float()
@@ -360,6 +361,11 @@ def test_streams_of_graphs_that_are_gone_are_used_again(recorded: None) -> None:
         assert streams[KEPT:] == streams[: KEPT - 1]
 
 
+class Named(NamedTuple):
+    x: Tensor
+    rest: dict[str, Tensor]
+
+
 def test_a_tree_is_taken_apart_and_put_together() -> None:
     a, b, network = torch.zeros(2), torch.ones(3), nn.Linear(1, 1)
     value = qsteer.value(network, {"x": [a, (b, 4, None)]})
@@ -368,6 +374,9 @@ def test_a_tree_is_taken_apart_and_put_together() -> None:
     assert other.fn is network
     assert other.context["x"][0] is b
     assert other.context["x"][1] == (a, 4, None)
+    named = Named(a, OrderedDict(y=b))
+    assert rebuilt(named, iter([b, a])) == Named(b, OrderedDict(y=a))
+    assert type(rebuilt(named, iter([b, a])).rest) is OrderedDict
     assert signature(value, []) == signature(qsteer.value(network, {"x": [a + 1, (b + 1, 4, None)]}), [])
     for different in (
         qsteer.value(network, {"x": [a, (b, 5, None)]}),
@@ -454,6 +463,22 @@ def test_a_prepared_step_that_is_not_the_hosts_is_refused(
             pytest.raises(RuntimeError, match=f"expected {what} to be .* leave compile out"),
         ):
             policy.predict_action_chunk(hosts.observe(policy))
+
+
+def test_a_value_that_hides_the_observation_is_refused() -> None:
+    """A graph would steer every action by the first one's."""
+
+    class Hiding(hosts.Target):
+        def bind(self, obs: Any) -> Any:
+            self.members = self.repeat = self.__call__ = lambda a: a.flatten(1).sum(1)
+            return self
+
+    policy = hosts.shared("pi05")
+    with (
+        steer(policy, Hiding(), qsteer.Tweedie(), compile="static"),
+        pytest.raises(TypeError, match=r"expected a frozen dataclass, .* got Hiding"),
+    ):
+        policy.predict_action_chunk(hosts.observe(policy))
 
 
 def test_what_cannot_be_is_refused() -> None:

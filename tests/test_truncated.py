@@ -368,8 +368,8 @@ def test_fields_without_layers_say_so():
             chunk(plain)
 
 
-@pytest.mark.parametrize("layers", [0, -1])
-def test_no_layers_at_all_are_refused(layers: int):
+@pytest.mark.parametrize("layers", [0, -1, 2.5])
+def test_no_layers_at_all_are_refused(layers: float):
     with (
         as_installed(),
         pytest.raises(ValueError, match=rf"at least 1 layer.*got {layers}; None goes through all"),

@@ -69,7 +69,8 @@ class Row:
         cost: passes, counted.
         work: FLOPs, bytes and operators, counted.
         saved: tensors that autograd kept.
-        predicted: ms that the counted passes take by themselves; None: there are maps, which were not timed.
+        predicted: ms that the counted passes take by themselves; None: it has maps or was compiled, and such
+            passes were not timed.
         memory: bytes on the device beyond the policy's and the critic's own; None on a CPU.
     """
 
@@ -303,7 +304,7 @@ def measure(
     kept = {name: method for name, method in methods.items() if name in calls}
     counts = {name: counted(subject, method) for name, method in kept.items()}
     counts["stock"] = counted(subject, (None, qsteer.Euler()), subject.action)
-    passes = single_passes(subject, [cost for cost, _, _ in counts.values()])
+    passes = {} if mode else single_passes(subject, [cost for cost, _, _ in counts.values()])
     rounds: dict[str, Any] = {"repeats": repeats, "warmup": warmup, "clock": clock}
     times = latencies(calls | passes, **rounds, seed=seed)
     parts = {name: parts_of(subject, method, **rounds) for name, method in kept.items()}
@@ -311,7 +312,7 @@ def measure(
     dtypes = sorted({dtype for _, work, _ in counts.values() for dtype in work.dtypes}, key=str)
 
     def row(name: str, like: str) -> Row:
-        expected = predict(counts[like][0], counts["stock"][0], times) if like != "stock" else None
+        expected = predict(counts[like][0], counts["stock"][0], times) if passes and like != "stock" else None
         return Row(name, times[name], parts.get(like, {}), *counts[like], expected, memory[name])
 
     return Report(
@@ -381,9 +382,9 @@ def predict(cost: Cost, stock: Cost, times: Mapping[str, Latency]) -> float | No
     batch = stock.field.forward_rows // stock.field.forwards
 
     def total(passes: Mapping[tuple[str, int, bool], int]) -> float:
-        return sum(n * times[str(kind)].median for kind, n in passes.items())
+        return sum(n * times[str(kind)].p50 for kind, n in passes.items())
 
-    start = times["stock"].median - total(_passes(stock, batch)) + times["bind"].median
+    start = times["stock"].p50 - total(_passes(stock, batch)) + times["bind"].p50
     return start + total(_passes(cost, batch))
 
 

@@ -38,24 +38,9 @@ class Latency:
         return float(np.quantile(self.times, q))
 
     @property
-    def median(self) -> float:
-        """The median."""
-        return self.quantile(0.5)
-
-    @property
-    def low(self) -> float:
-        """The 10 % quantile."""
-        return self.quantile(0.1)
-
-    @property
-    def high(self) -> float:
-        """The 90 % quantile."""
-        return self.quantile(0.9)
-
-    @property
     def p50(self) -> float:
         """The median."""
-        return self.median
+        return self.quantile(0.5)
 
     @property
     def p95(self) -> float:
@@ -101,14 +86,6 @@ class Latency:
                 "measure both together: latencies({...})"
             )
         return self.times / other.times
-
-    def __str__(self) -> str:
-        return f"{self.median:.1f} ms ({self.low:.1f} to {self.high:.1f})"
-
-
-def latency(call: Callable[[], object], *, repeats: int = 20, warmup: int = 3) -> Latency:
-    """Time one call; see :func:`latencies`."""
-    return latencies({"call": call}, repeats=repeats, warmup=warmup)["call"]
 
 
 def latencies(

@@ -86,7 +86,7 @@ def _rows(
                 "high": high,
                 "episodes": len(run.success),
                 "difference": list(difference),
-                "ms_per_action": times[arm.spec].median,
+                "ms_per_action": times[arm.spec].p50,
                 "time_ratio": times[arm.spec].ratio(times[arms[0].spec]),
                 "policy_passes": asdict(cost.field),
                 "critic_passes": asdict(cost.value),

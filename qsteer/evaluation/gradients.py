@@ -56,6 +56,9 @@ def agreement(
 
     Returns:
         For each name the agreement at the steps which ``truth`` guides, in float64 on the CPU.
+
+    Raises:
+        ValueError: it guides none.
     """
     asked = {name: rule.on(field) for name, rule in {**rules, "": truth}.items()}
     steered, x = begin(truth(field, value), steps), noise
@@ -69,6 +72,11 @@ def agreement(
                     {n: direction(rule, field, value, x, t, clock.steps) for n, rule in asked.items()}
                 )
             x = x + dt * steered(x, t)
+    if not found:
+        raise ValueError(
+            f"truth: expected a rule that guides at least one of the chain's steps, got {truth}; widen its "
+            "window"
+        )
     result = {}
     for name in rules:
         pairs = [(step[name], step[""]) for step in found]
