@@ -272,7 +272,13 @@ def plot_latency(report: Mapping[str, Any], path: str | Path) -> Path:
             for i, name in enumerate(names):
                 label = name if y == 0 else None
                 parts.barh(y, spent[i], left=starts[i], height=0.62, color=PARTS[i], linewidth=0, label=label)
-        parts.legend(frameon=False, fontsize=8.5, loc="upper right")
+        fig.legend(
+            *parts.get_legend_handles_labels(),
+            loc="outside lower right",
+            ncols=6,
+            frameon=False,
+            fontsize=8.5,
+        )
         for ax, shown, title in (
             (whole, methods, "ms per action: p50, line to p95, × stock; tick: roofline"),
             (parts, timed, "its parts, not compiled, ms: p50"),
