@@ -10,12 +10,12 @@ Without a graph (``"static"``) the same code runs eagerly, on any device: the re
 
 import threading
 from collections import OrderedDict
-from collections.abc import Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
-from copy import copy
+from copy import copy, deepcopy
 from dataclasses import fields, is_dataclass, replace
 from functools import cached_property
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float
@@ -54,22 +54,20 @@ class Compiled:
 
     Args:
         mode: ``graph``: replay a CUDA graph; ``static``: run the same code on the same buffers eagerly.
+        prepare: returns the same field with what does not change between steps computed once.
         device: where the policy is; for a graph, on CUDA.
-
-    Raises:
-        ValueError: an unknown mode.
     """
 
-    def __init__(self, mode: Mode, device: torch.device | None = None) -> None:
-        if mode not in get_args(Mode):
-            raise ValueError(f"compile: expected one of {', '.join(get_args(Mode))} or None, got {mode!r}")
-        self.mode, self.device, self._turn = mode, device, threading.Lock()
+    def __init__(
+        self, mode: Mode, prepare: Callable[[Any], Field], device: torch.device | None = None
+    ) -> None:
+        self.mode, self.prepare, self.device, self._turn = mode, prepare, device, threading.Lock()
         self._runs: OrderedDict[Hashable, Run] = OrderedDict()
         self._beside: dict[Any, torch.cuda.Stream] = {}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Compiled":
         """Return one that has captured nothing: what was captured runs on this one's networks."""
-        return Compiled(self.mode, self.device)
+        return Compiled(self.mode, deepcopy(self.prepare, memo), self.device)
 
     @property
     def streams(self) -> tuple[torch.cuda.Stream, torch.cuda.Stream]:
@@ -87,21 +85,21 @@ class Compiled:
         rule: Rule | None,
         sampler: Sampler,
         trace: Trace,
-        host_field: Field,
     ) -> Float[Tensor, "B H A"]:
         """Sample actions; arguments as of :func:`qsteer.sample`.
 
-        ``field`` was prepared from ``host_field``, and is compared with it when a kind of action is new.
+        The prepared field is compared with ``field`` when a kind of action is new.
 
         Raises:
             MismatchError: the two fields differ, or a graph does not do what was captured.
         """
         tensors: list[Tensor] = []
-        inputs = field, value, noise
+        prepared = self.prepare(field)
+        inputs = prepared, value, noise
         kind = signature(inputs, tensors), id(rule), id(sampler), trace.steps, autocast(noise.device)
         with self._turn, self._in_order(noise.device):
             if kind not in self._runs:
-                check_field(field, host_field, noise)
+                check_field(prepared, field, noise)
                 self._runs[kind] = self._new(inputs, rule, sampler, trace.steps)
             self._runs.move_to_end(kind)
             return self._runs[kind](tensors, trace)

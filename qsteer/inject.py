@@ -20,7 +20,7 @@ from dataclasses import field as attribute
 from functools import cached_property
 from operator import attrgetter
 from types import EllipsisType, MethodType
-from typing import Any, cast
+from typing import Any, cast, get_args
 
 import torch
 from jaxtyping import Float
@@ -280,7 +280,6 @@ class Handle:
     ) -> None:
         self.policy, self.host, self.critic, self.rule, self.sampler = policy, host, critic, rule, sampler
         self.critic_inputs, self.trace, self._compiled = critic_inputs, trace, compiled
-        self._prepared = None if compiled is None or host.prepare is None else host.prepare(policy)
         self._frozen = [parameter for parameter in parameters_of(policy) if parameter.requires_grad]
         self._replaced: list[tuple[Any, str, Any]] = []
         for path, method in ((host.entry, self._entry), (host.step, self._step), (host.batch, self._batch)):
@@ -365,10 +364,9 @@ class Handle:
         with acting(critic), outside_inference_mode():
             args, kwargs, batch = normal((args, kwargs, batch))
             field, value, noise = self._encoded(critic, batch, args, kwargs)
-            if self._compiled is None or self._prepared is None:
+            if self._compiled is None:
                 return sample(field, value, noise, rule=self.rule, sampler=self.sampler, trace=self.trace)
-            prepared = self._prepared(field)
-            return self._compiled(prepared, value, noise, self.rule, self.sampler, self.trace, field)
+            return self._compiled(field, value, noise, self.rule, self.sampler, self.trace)
 
     def _encoded(
         self, critic: Bindable, batch: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -559,20 +557,21 @@ def checked_compile(mode: Mode | None, policy: Any, host: Host) -> Compiled | No
     """Return the fast path of this mode, None for None."""
     if mode is None:
         return None
-    devices = {parameter.device for parameter in parameters_of(policy)}
-    compiled = Compiled(mode, next(iter(devices), None))
+    if mode not in get_args(Mode):
+        raise ValueError(f"compile: expected one of {', '.join(get_args(Mode))} or None, got {mode!r}")
     if host.prepare is None:
         raise TypeError(
             "compile: expected a policy whose step can be prepared (PI0Policy, PI05Policy, PlainPolicy), got "
             f"{type(policy).__name__}; leave compile out, or give its Host a prepare"
         )
+    devices = {parameter.device for parameter in parameters_of(policy)}
     if mode == "graph" and [device.type for device in devices] != ["cuda"]:
         got = ", ".join(sorted(map(str, devices))) or "no parameters"
         raise ValueError(
             f"compile: expected a policy on one CUDA device for 'graph', got {got}; use compile='static' or "
             "none"
         )
-    return compiled
+    return Compiled(mode, host.prepare(policy), next(iter(devices), None))
 
 
 def check_untouched(policy: Any, host: Host) -> None:

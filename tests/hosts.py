@@ -68,6 +68,11 @@ def draw(policy: nn.Module, rows: int = 1, seed: int = 0) -> Tensor:
     return torch.randn(rows, *shape, generator=torch.Generator().manual_seed(seed))
 
 
+def chunk(policy: nn.Module, rows: int = 2, seed: int = 0) -> Tensor:
+    """An action of the policy's own entry, for observations and noise of a seed."""
+    return policy.predict_action_chunk(observe(policy, rows, seed), noise=draw(policy, rows, seed))
+
+
 def loop(policy: nn.Module) -> nn.Module:
     """What has the entry and the step."""
     host = host_of(policy)

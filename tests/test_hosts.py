@@ -2,7 +2,6 @@
 
 import gc
 import weakref
-from collections.abc import Iterator
 from dataclasses import replace
 from threading import Barrier, Thread
 from typing import Any
@@ -11,13 +10,14 @@ import hosts
 import pytest
 import torch
 from fields import as_installed
+from hosts import chunk
 from torch import Tensor, nn
 
 import qsteer
 from qsteer.adapters import HOSTS, Host, PlainPolicy, host_of
 from qsteer.clock import MIRRORED, PAPER
 from qsteer.critics import Critic, CriticConfig
-from qsteer.inject import steer, unsteer
+from qsteer.inject import steer
 
 STRONG = qsteer.Tweedie(alpha=0.3, clip=None)
 
@@ -25,20 +25,6 @@ STRONG = qsteer.Tweedie(alpha=0.3, clip=None)
 @pytest.fixture(params=hosts.HOSTS)
 def name(request: pytest.FixtureRequest) -> str:
     return request.param
-
-
-@pytest.fixture
-def policy(name: str) -> Iterator[nn.Module]:
-    policy = hosts.shared(name)
-    hosts.set_steps(policy, 10)
-    yield policy
-    unsteer(policy)
-
-
-def chunk(policy: nn.Module, rows: int = 2, seed: int = 0) -> Tensor:
-    return policy.predict_action_chunk(
-        hosts.observe(policy, rows, seed), noise=hosts.draw(policy, rows, seed)
-    )
 
 
 # The tiny hosts are worth testing on

@@ -4,12 +4,12 @@ import copy
 import gc
 import resource
 import sys
-from collections.abc import Iterator
 from types import MethodType
 
 import hosts
 import pytest
 import torch
+from hosts import chunk
 from torch import Tensor, nn
 
 import qsteer
@@ -23,20 +23,6 @@ STRONG = qsteer.Tweedie(alpha=0.3, clip=None)
 @pytest.fixture(params=hosts.HOSTS)
 def name(request: pytest.FixtureRequest) -> str:
     return request.param
-
-
-@pytest.fixture
-def policy(name: str) -> Iterator[nn.Module]:
-    policy = hosts.shared(name)
-    hosts.set_steps(policy, 10)
-    yield policy
-    unsteer(policy)
-
-
-def chunk(policy: nn.Module, rows: int = 2, seed: int = 0) -> Tensor:
-    return policy.predict_action_chunk(
-        hosts.observe(policy, rows, seed), noise=hosts.draw(policy, rows, seed)
-    )
 
 
 def attributes(policy: nn.Module) -> dict[tuple[int, str], int]:

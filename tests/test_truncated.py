@@ -11,13 +11,14 @@ import hosts
 import pytest
 import torch
 from fields import as_installed
+from hosts import chunk
 from torch import Tensor, nn
 
 import qsteer
 from qsteer.adapters import Host, PlainPolicy
 from qsteer.bench.counting import count
 from qsteer.flow import denoise
-from qsteer.inject import HostField, cut, steer, unsteer
+from qsteer.inject import HostField, cut, steer
 from qsteer.training.policy import FlowPolicy, FlowPolicyConfig
 
 STRONG = qsteer.Tweedie(alpha=0.3, clip=None)
@@ -28,20 +29,6 @@ DEPTH = {"pi0": 2, "pi05": 2, "smolvla": 4}
 @pytest.fixture(params=hosts.LEROBOT)
 def name(request: pytest.FixtureRequest) -> str:
     return request.param
-
-
-@pytest.fixture
-def policy(name: str) -> Iterator[nn.Module]:
-    policy = hosts.shared(name)
-    hosts.set_steps(policy, 10)
-    yield policy
-    unsteer(policy)
-
-
-def chunk(policy: nn.Module, rows: int = 2, seed: int = 0) -> Tensor:
-    return policy.predict_action_chunk(
-        hosts.observe(policy, rows, seed), noise=hosts.draw(policy, rows, seed)
-    )
 
 
 @contextmanager

@@ -144,7 +144,7 @@ _WHOLE: _Columns = {
     "MB": (8, lambda m: _number(None if (b := m["peak_memory_bytes"]) is None else b / 1e6, 0)),
 }
 """Wall: by the host's clock; the others are the device's, where it has events. Predicted: what the counted
-passes take by themselves. MB: on the device, beyond what stands."""
+passes take by themselves. MB: on the device, beyond policy and critic."""
 
 _WORK: _Columns = {
     "policy fwd": (12, _both("policy", "forward")),
