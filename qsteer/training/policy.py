@@ -67,8 +67,8 @@ class PolicyField(FunctionField):
         added = len(config.hidden) - 1 if config.residual else 0
         if not 1 <= layers <= added:
             raise ValueError(
-                f"layers: expected 1 to {added}, which this policy adds to its residual stream, got {layers}; "
-                "train one with more (PolicyTraining(residual=True)), or leave Tweedie's layers out"
+                f"layers: expected 1 to {added}, which this policy adds to its residual stream, got {layers}"
+                "; train one with more (PolicyTraining(residual=True)), or leave Tweedie's layers out"
             )
         return replace(self, fn=partial(self.policy.velocity, layers=layers))
 
