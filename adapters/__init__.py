@@ -8,7 +8,7 @@ from typing import Any
 
 from qsteer.adapters.lerobot import HOSTS
 from qsteer.adapters.plain import PlainPolicy
-from qsteer.inject import Host
+from qsteer.hosts import Host
 
 __all__ = ["HOSTS", "Host", "PlainPolicy", "host_of"]
 

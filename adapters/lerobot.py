@@ -9,7 +9,7 @@ from torch.utils import _pytree as pytree
 
 from qsteer.adapters.pi import PiExpert, prefix_features
 from qsteer.clock import MIRRORED
-from qsteer.inject import Host
+from qsteer.hosts import Host
 
 
 def repeat_context(context: Any, k: int) -> Any:

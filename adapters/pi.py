@@ -21,7 +21,7 @@ from torch.nn import functional as F
 
 from qsteer.clock import Clock
 from qsteer.course import known
-from qsteer.inject import HostField
+from qsteer.hosts import HostField
 from qsteer.sampling import outside_inference_mode
 
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from qsteer.clock import PAPER, Clock
-from qsteer.inject import Host, HostField
+from qsteer.hosts import Host, HostField
 
 
 def as_it_is(field: HostField) -> HostField:

@@ -25,13 +25,13 @@ import torch
 from torch import Tensor
 
 import qsteer
-from qsteer.bench import hosts as random_hosts
 from qsteer.bench.counting import count
 from qsteer.envs import ogbench
+from qsteer.envs.rollouts import write_json
 from qsteer.evaluation.gradients import agreement
-from qsteer.evaluation.rollouts import write_json
-from qsteer.recipes import CHECKPOINTS, CUBE_SINGLE
-from qsteer.training import FlowPolicy
+from qsteer.experiments.tasks import CHECKPOINTS, CUBE_SINGLE
+from qsteer.policies import FlowPolicy
+from qsteer.testing import hosts as random_hosts
 from qsteer.types import Field, Rule, Sampler, Value
 
 RULES: dict[str, Any] = {

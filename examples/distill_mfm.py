@@ -18,8 +18,8 @@ from typing import Any
 import torch
 from wrap_pretrained import load_policy
 
-from qsteer.bench import hosts as random_hosts
 from qsteer.maps import MetaFlowMap, MetaMapConfig
+from qsteer.testing import hosts as random_hosts
 from qsteer.training import (
     HostTeacher,
     MetaTraining,

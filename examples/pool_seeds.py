@@ -16,7 +16,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from qsteer.evaluation.statistics import paired_bootstrap, wilson_interval
+from qsteer.statistics import paired_bootstrap, wilson_interval
 
 
 def main() -> None:

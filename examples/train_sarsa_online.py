@@ -20,9 +20,9 @@ import torch
 import qsteer
 from qsteer.critics import CriticConfig, LiveCritic
 from qsteer.envs import libero
-from qsteer.training.actors import HostActor
+from qsteer.online.actors import HostActor
+from qsteer.online.loop import OnlineTraining, train_online
 from qsteer.training.critic import CriticTraining
-from qsteer.training.online import OnlineTraining, train_online
 
 VIEWS = tuple(libero.VIEWS)
 
@@ -87,7 +87,7 @@ def main() -> None:
 def load(name: str | None, device: str) -> tuple[Any, Any, Any]:
     """Return the policy and lerobot's processors for it; without a name, small and random ones."""
     if name is None:
-        from qsteer.bench import hosts as random_hosts
+        from qsteer.testing import hosts as random_hosts
 
         policy = random_hosts.pi05(shape=random_hosts.LIBERO)
         return policy.to(device), *random_hosts.processors(policy)

@@ -15,7 +15,7 @@ from lerobot.policies.factory import get_policy_class
 from lerobot.policies.pretrained import PreTrainedPolicy
 
 import qsteer
-from qsteer.bench import hosts as random_hosts
+from qsteer.testing import hosts as random_hosts
 
 
 def load_policy(name: str | None) -> PreTrainedPolicy:

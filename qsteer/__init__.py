@@ -3,7 +3,6 @@
 from qsteer.clock import Clock
 from qsteer.critics import Critic, CriticConfig, LiveCritic
 from qsteer.flow import field, value
-from qsteer.inject import Handle, steer, unsteer
 from qsteer.rules import (
     QGF,
     Auto,
@@ -19,6 +18,7 @@ from qsteer.rules import (
 )
 from qsteer.samplers import BeamSearch, BestOfN, Euler, KeepBest, RandomOfN, TrustRegion
 from qsteer.sampling import sample
+from qsteer.steering.handle import Handle, steer, unsteer
 from qsteer.trace import Trace
 from qsteer.types import Field, Rule, Sampler, Value
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from qsteer.recipes import RECIPES, run_directory
+from qsteer.experiments.tasks import RECIPES, run_directory
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -176,7 +176,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def _add_bench(commands: Any) -> None:
     """Add ``bench latency``, whose policies are random: it needs no task and no checkpoint."""
-    from qsteer.bench.hosts import HOSTS, SIZES
+    from qsteer.testing.hosts import HOSTS, SIZES
 
     text = "Measure what steering costs."
     bench = commands.add_parser("bench", help=text, description=text)
@@ -218,7 +218,7 @@ def _given(args: argparse.Namespace, *names: str) -> dict[str, Any]:
 
 
 def _demo(args: argparse.Namespace) -> None:
-    from qsteer.demo import demo
+    from qsteer.experiments.demo import demo
 
     demo(
         args.task,
@@ -248,8 +248,9 @@ def _generate(args: argparse.Namespace) -> None:
 
 
 def _train_policy(args: argparse.Namespace) -> None:
+    from qsteer.data import Episodes
     from qsteer.envs.ogbench import load
-    from qsteer.training import Episodes, train_policy
+    from qsteer.training import train_policy
 
     recipe = RECIPES[args.task]
     training = replace(recipe.policy, **_given(args, "seed", "steps"))
@@ -263,8 +264,9 @@ def _train_policy(args: argparse.Namespace) -> None:
 
 
 def _train_critic(args: argparse.Namespace) -> None:
+    from qsteer.data import Episodes
     from qsteer.envs.ogbench import load
-    from qsteer.training import Episodes, train_critic
+    from qsteer.training import train_critic
 
     recipe = RECIPES[args.task]
     training = replace(recipe.critic, **_given(args, "seed", "steps", "target", "members", "rho"))
@@ -275,9 +277,10 @@ def _train_critic(args: argparse.Namespace) -> None:
 
 
 def _distil(args: argparse.Namespace) -> None:
+    from qsteer.data import Chunks, Episodes
     from qsteer.envs.ogbench import load
     from qsteer.maps import FlowMap, MapConfig, MetaFlowMap, MetaMapConfig
-    from qsteer.training import Chunks, Episodes, FlowPolicy
+    from qsteer.policies import FlowPolicy
     from qsteer.training.loop import processes
     from qsteer.training.maps import distil, distil_flow_map
     from qsteer.training.teachers import StateTeacher
@@ -312,11 +315,12 @@ def _distil(args: argparse.Namespace) -> None:
 
 def _adapt(args: argparse.Namespace) -> None:
     from qsteer.critics import Critic
+    from qsteer.data import Episodes
     from qsteer.envs import ogbench
     from qsteer.evaluation.plots import plot_adaptation
     from qsteer.maps import FlowMap
-    from qsteer.training import Episodes, FlowPolicy
-    from qsteer.training.fmq import adapt
+    from qsteer.online.fmq import adapt
+    from qsteer.policies import FlowPolicy
     from qsteer.training.loop import METRICS
 
     recipe, run = RECIPES[args.task], run_directory(args.task, args.seed)
@@ -342,12 +346,13 @@ def _adapt(args: argparse.Namespace) -> None:
 
 def _train_online(args: argparse.Namespace) -> None:
     from qsteer.critics import LiveCritic
+    from qsteer.data import Chunks, Episodes
     from qsteer.envs import ogbench
     from qsteer.evaluation.arms import parse
-    from qsteer.training import Chunks, Episodes, FlowPolicy
-    from qsteer.training.actors import StateActor
+    from qsteer.online.actors import StateActor
+    from qsteer.online.loop import train_online
+    from qsteer.policies import FlowPolicy
     from qsteer.training.critic import ACTING, LEARNERS, fresh_critic
-    from qsteer.training.online import train_online
 
     recipe, arm = RECIPES[args.task], parse(args.arm)
     given = _given(args, "env_steps", "num_envs", "updates_per_step", "warmup")
@@ -381,7 +386,7 @@ def _train_online(args: argparse.Namespace) -> None:
 
 
 def _protocol(args: argparse.Namespace) -> None:
-    from qsteer import protocol
+    from qsteer.experiments import protocol
 
     if args.report:
         print(protocol.table(args.report))
@@ -398,10 +403,10 @@ def _protocol(args: argparse.Namespace) -> None:
 def _evaluate(args: argparse.Namespace) -> None:
     from qsteer.critics import Critic
     from qsteer.envs import ogbench
+    from qsteer.envs.rollouts import EVALUATION_SEED, TUNING_SEED, write_json
     from qsteer.evaluation.arms import Maps, parse
     from qsteer.evaluation.compare import compare, table
-    from qsteer.evaluation.rollouts import EVALUATION_SEED, TUNING_SEED, write_json
-    from qsteer.training import FlowPolicy
+    from qsteer.policies import FlowPolicy
 
     recipe = RECIPES[args.task]
     policy, critic = FlowPolicy.from_pretrained(args.policy), Critic.from_pretrained(args.critic)
@@ -434,9 +439,9 @@ def _evaluate(args: argparse.Namespace) -> None:
 def _bench_latency(args: argparse.Namespace) -> None:
     from qsteer.bench.latency import maps, measure, methods, subject
     from qsteer.bench.report import as_json, table
+    from qsteer.envs.rollouts import write_json
     from qsteer.evaluation.arms import Maps, parse
     from qsteer.evaluation.plots import plot_latency
-    from qsteer.evaluation.rollouts import write_json
 
     if args.threads is not None:
         torch.set_num_threads(args.threads)

@@ -20,14 +20,14 @@ from torch import Tensor, nn
 
 import qsteer
 from qsteer.bench.counting import Cost, PassesByRows, Saved, counted_maps, counting, saved_tensors
-from qsteer.bench.hosts import STATE, batch, make
 from qsteer.bench.parts import Marks, Timed, TimedCritic, measure_parts
 from qsteer.bench.roofline import Ceilings, Work, counted_work, measure_ceilings
 from qsteer.bench.timing import Clock, Latency, latencies, peak_memory, reserved_memory
 from qsteer.clock import clock_of
-from qsteer.compiled import MismatchError, Mode
 from qsteer.flow import features_of
 from qsteer.maps import FlowMap, GlassPosterior, MapConfig, MetaFlowMap, MetaMapConfig
+from qsteer.steering.compiled import MismatchError, Mode
+from qsteer.testing.hosts import STATE, batch, make
 from qsteer.types import Bindable, Field, Rule, Sampler, Value
 
 type Method = tuple[Rule | None, Sampler]
@@ -120,7 +120,7 @@ def subject(
     """Return a random policy with a random critic and random observations.
 
     Args:
-        host: see :func:`qsteer.bench.hosts.make`, also for ``size``, ``cameras``, ``chunk``, ``device``,
+        host: see :func:`qsteer.testing.hosts.make`, also for ``size``, ``cameras``, ``chunk``, ``device``,
             ``dtype`` and the errors.
         size: of the policy.
         cameras: number of images.

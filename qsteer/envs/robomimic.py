@@ -26,8 +26,8 @@ from typing import Any, SupportsFloat
 import numpy as np
 import torch
 
+from qsteer.data.episodes import Episodes
 from qsteer.envs.simulators import choose_graphics, numpy_seed
-from qsteer.training.data import Episodes
 
 try:
     import gymnasium

@@ -12,6 +12,7 @@ from qsteer.critics import Critic, LiveCritic
 from qsteer.maps.flow_maps import FlowMap
 from qsteer.maps.glass import GlassPosterior
 from qsteer.maps.meta import MetaFlowMap
+from qsteer.policies import FlowPolicy
 from qsteer.rules import (
     QGF,
     ForwardTweedie,
@@ -26,7 +27,6 @@ from qsteer.rules import (
 from qsteer.samplers import BeamSearch, BestOfN, Euler, KeepBest, RandomOfN, TrustRegion
 from qsteer.sampling import acting, sample
 from qsteer.trace import Trace
-from qsteer.training.policy import FlowPolicy
 from qsteer.types import Rule, Sampler
 
 

@@ -10,11 +10,11 @@ import torch
 from qsteer.bench.counting import count
 from qsteer.bench.timing import latencies
 from qsteer.critics.critic import Critic
+from qsteer.envs.rollouts import EVALUATION_SEED, MakeEnv, Rollouts, Simulators
 from qsteer.evaluation.arms import Arm
-from qsteer.evaluation.rollouts import EVALUATION_SEED, MakeEnv, Rollouts, Simulators
-from qsteer.evaluation.statistics import paired_bootstrap, wilson_interval
+from qsteer.policies import FlowPolicy
+from qsteer.statistics import paired_bootstrap, wilson_interval
 from qsteer.trace import Trace
-from qsteer.training.policy import FlowPolicy
 
 
 def compare(
@@ -33,7 +33,7 @@ def compare(
     """Roll every arm out and report success, difference from the first arm, and cost per action.
 
     Args:
-        make_env: see :class:`qsteer.evaluation.rollouts.Simulators`.
+        make_env: see :class:`qsteer.envs.rollouts.Simulators`.
         policy: the frozen policy.
         critic: the critic that steers it.
         arms: the arms; the first is what the others are compared with.

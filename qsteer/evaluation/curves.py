@@ -9,7 +9,7 @@ import numpy as np
 from jaxtyping import Float
 
 from qsteer.evaluation.plots import BASE, CONTROL, MUTED, STEERED, STYLE, pyplot, save
-from qsteer.evaluation.statistics import Band, seed_bootstrap, time_weighted_ema
+from qsteer.statistics import Band, seed_bootstrap, time_weighted_ema
 
 SUCCESS = "evaluation/success"
 COLOURS = (STEERED, "#2a9d6f", "#8e5bd0", "#c9427f", "#8a6d1f", "#1a9bb5")
@@ -122,7 +122,7 @@ def summary(
     Args:
         groups: each method's ``metrics.jsonl``, one a seed.
         key: the metric.
-        smoothing: ``alpha`` of :func:`~qsteer.evaluation.statistics.time_weighted_ema`, applied to each run;
+        smoothing: ``alpha`` of :func:`~qsteer.statistics.time_weighted_ema`, applied to each run;
             QPILOTS reports LIBERO with 0.99.
         until: last environment step that counts; None: all.
 
@@ -149,8 +149,8 @@ def final_scores(
 ) -> Float[np.ndarray, "S T"]:
     """Return where each run of one method ends on each task.
 
-    It is what :func:`~qsteer.evaluation.statistics.interquartile_mean` and
-    :func:`~qsteer.evaluation.statistics.stratified_bootstrap` take.
+    It is what :func:`~qsteer.statistics.interquartile_mean` and
+    :func:`~qsteer.statistics.stratified_bootstrap` take.
 
     Args:
         tasks: each task's ``metrics.jsonl``, one a seed.
@@ -201,7 +201,7 @@ def plot_curves(
 ) -> Path:
     """Draw a metric against environment steps: each method's mean over seeds, a 95 % band, the seeds thin.
 
-    The band is that of :func:`~qsteer.evaluation.statistics.seed_bootstrap`. The legend follows the order in
+    The band is that of :func:`~qsteer.statistics.seed_bootstrap`. The legend follows the order in
     which the curves end.
 
     Args:

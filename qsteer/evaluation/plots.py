@@ -9,7 +9,7 @@ import numpy as np
 from jaxtyping import Float
 from numpy.typing import ArrayLike
 
-from qsteer.evaluation.statistics import wilson_interval
+from qsteer.statistics import wilson_interval
 
 INK, MUTED, RULE = "#1f2328", "#656d76", "#d8dee4"
 BASE, STEERED, CONTROL = "#e8833a", "#2f6fdb", "#a0a7b0"
@@ -195,7 +195,7 @@ def plot_adaptation(metrics: str | Path, path: str | Path) -> Path:
     """Draw how far FMQ took a flow map from the offline one, within which radius, and to what use.
 
     Args:
-        metrics: the ``metrics.jsonl`` of :func:`qsteer.training.fmq.adapt`.
+        metrics: the ``metrics.jsonl`` of :func:`qsteer.online.fmq.adapt`.
         path: of the picture; its suffix says the format.
 
     Raises:

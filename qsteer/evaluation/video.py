@@ -21,7 +21,7 @@ import numpy as np
 from gymnasium.vector.utils import CloudpickleWrapper
 from jaxtyping import UInt8
 
-from qsteer.evaluation.rollouts import ChunkedAction, Rollouts
+from qsteer.envs.rollouts import ChunkedAction, Rollouts
 
 try:
     from PIL import Image, ImageDraw, ImageFont

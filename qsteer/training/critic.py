@@ -22,8 +22,8 @@ from qsteer.critics.targets import (
     sarsa_target,
     td_target,
 )
+from qsteer.data.episodes import Chunks, Episodes, Need, Source, Transitions
 from qsteer.maps.flow_maps import FlowMap, MapConfig
-from qsteer.training.data import Chunks, Episodes, Need, Source, Transitions
 from qsteer.training.loop import Learner, Training, fit
 from qsteer.types import Observation
 

@@ -1,152 +1,90 @@
-"""A small chunked flow policy for state observations: the base policy of the examples and experiments."""
+"""Behaviour cloning by flow matching: the frozen policy that everything else steers."""
 
-import contextlib
 from collections.abc import Sequence
-from dataclasses import KW_ONLY, dataclass, replace
-from functools import partial
-from itertools import pairwise
-from typing import Any
+from dataclasses import asdict, dataclass
+from pathlib import Path
 
 import torch
-from huggingface_hub import PyTorchModelHubMixin
-from jaxtyping import Float
-from torch import Tensor, nn
-from torch.nn import functional as F
+from torch import Tensor
 
-from qsteer.critics.networks import Normalizer
-from qsteer.flow import FunctionField, normal
-from qsteer.types import Field
+from qsteer.data.episodes import Chunks, Episodes
+from qsteer.flow import interpolate
+from qsteer.policies import FlowPolicy, FlowPolicyConfig
+from qsteer.training.loop import Learner, Training, fit
 
 
-@dataclass(frozen=True)
-class FlowPolicyConfig:
-    """Shape of a :class:`FlowPolicy`.
+@dataclass(frozen=True, kw_only=True)
+class PolicyTraining(Training):
+    """How to train a :class:`~qsteer.policies.FlowPolicy`.
 
     Attributes:
-        obs_dim: size of the observation vector.
-        action_dim: size of one action; actions lie in [-1, 1].
         horizon: actions per chunk.
         hidden: widths of the hidden layers.
-        harmonics: the network sees ``sin(k pi t), cos(k pi t)`` for k = 1 .. harmonics.
-        residual: hidden layers after the first add to what they read; they are of one width.
+        residual: see :class:`~qsteer.policies.FlowPolicyConfig`.
     """
 
-    obs_dim: int
-    action_dim: int
-    horizon: int
+    steps: int = 30_000
+    gradient_clip: float | None = None
+    horizon: int = 5
     hidden: Sequence[int] = (256, 256, 256)
-    harmonics: int = 8
     residual: bool = False
 
-    def __post_init__(self) -> None:
-        """Check the values; widths read from JSON become a tuple."""
-        object.__setattr__(self, "hidden", tuple(self.hidden))
-        for name in ("obs_dim", "action_dim", "horizon", "harmonics"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")
-        if not self.hidden or min(self.hidden) < 1:
-            raise ValueError(f"hidden: expected at least one positive width, got {self.hidden}")
-        if self.residual and len(set(self.hidden)) > 1:
-            raise ValueError(f"hidden: expected one width for residual layers, got {self.hidden}")
 
+class FlowMatching(Learner):
+    """``E || v(x_t, t | s) - (x1 - x0) ||^2`` with x1 a stored chunk, x0 ~ N(0, I), t ~ U[0, 1]."""
 
-@dataclass(frozen=True)
-class PolicyField(FunctionField):
-    """The field of a :class:`FlowPolicy`, which knows its layers."""
-
-    _: KW_ONLY
-    policy: "FlowPolicy"
-
-    def truncated(self, layers: int) -> Field:
-        """Return the same velocity with a gradient through its last layers, see :class:`qsteer.Tweedie`.
-
-        Raises:
-            ValueError: the layers are not residual, or fewer.
-        """
-        config = self.policy.config
-        added = len(config.hidden) - 1 if config.residual else 0
-        if not 1 <= layers <= added:
-            raise ValueError(
-                f"layers: expected 1 to {added}, which this policy adds to its residual stream, got {layers}"
-                "; train one with more (PolicyTraining(residual=True)), or leave Tweedie's layers out"
-            )
-        return replace(self, fn=partial(self.policy.velocity, layers=layers))
-
-
-class FlowPolicy(
-    nn.Module,
-    PyTorchModelHubMixin,
-    library_name="qsteer",
-    tags=["qsteer", "robotics", "flow-matching"],
-    pipeline_tag="robotics",
-):
-    """An MLP velocity ``v(x, t | s)`` over action chunks on the linear path ``x_t = (1 - t) x0 + t x1``.
-
-    Example:
-        >>> policy = FlowPolicy(FlowPolicyConfig(obs_dim=3, action_dim=2, horizon=5))
-        >>> policy.field(torch.zeros(4, 3))(torch.zeros(4, 5, 2), torch.zeros(4)).shape
-        torch.Size([4, 5, 2])
-    """
-
-    frequencies: Tensor
-
-    def __init__(self, config: FlowPolicyConfig) -> None:
-        """Build an untrained policy."""
+    def __init__(self, policy: FlowPolicy, chunks: Chunks, batch_size: int) -> None:
+        """Learn ``policy`` from ``chunks``."""
         super().__init__()
-        self.config = config
-        self.normalizer = Normalizer(config.obs_dim)
-        chunk = config.horizon * config.action_dim
-        widths = (config.obs_dim + chunk + 2 * config.harmonics, *config.hidden, chunk)
-        self.first = nn.Linear(widths[0], widths[1])
-        self.rest = nn.ModuleList(nn.Linear(i, o) for i, o in pairwise(widths[1:]))
-        frequencies = torch.pi * torch.arange(1.0, config.harmonics + 1)
-        self.register_buffer("frequencies", frequencies, persistent=False)
+        self.policy, self.chunks, self.batch_size = policy, chunks, batch_size
 
-    @classmethod
-    def _from_pretrained(cls, *, strict: bool = True, **hub: Any) -> "FlowPolicy":
-        """Load with the hub's machinery, but refuse a checkpoint that lacks weights."""
-        with contextlib.redirect_stdout(None):  # the hub says where it loads from
-            return super()._from_pretrained(strict=strict, **hub)
+    def loss(self, generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return the flow-matching loss on one batch."""
+        batch = self.chunks.sample(self.batch_size, generator)
+        x1 = batch.actions
+        x0 = torch.randn(x1.shape, generator=generator, device=x1.device)
+        t = torch.rand(len(x1), generator=generator, device=x1.device)
+        v = self.policy(batch.observations, interpolate(x0, x1, t), t)
+        return (v - (x1 - x0)).square().mean(), {}
 
-    def encode(self, obs: Float[Tensor, "B O"]) -> Float[Tensor, "B D"]:
-        """Return the observation's half of the first layer: what does not change while an action is made.
 
-        Raises:
-            ValueError: the observation has another size.
-        """
-        if obs.shape[1] != self.config.obs_dim:
-            raise ValueError(
-                f"observation: expected shape (B, obs_dim) = (B, {self.config.obs_dim}), got "
-                f"{tuple(obs.shape)}; this policy was trained on another observation"
-            )
-        weight = self.first.weight[:, : self.config.obs_dim]
-        return F.linear(self.normalizer(obs), weight, self.first.bias)
+def train_policy(
+    episodes: Episodes,
+    out: str | Path,
+    training: PolicyTraining | None = None,
+    *,
+    device: torch.device | str = "cpu",
+    progress: bool = True,
+) -> FlowPolicy:
+    """Clone the behaviour in ``episodes``; ``FlowPolicy.from_pretrained`` reads the result in ``out``.
 
-    def velocity(
-        self,
-        x: Float[Tensor, "B H A"],
-        t: Float[Tensor, "B"],
-        z: Float[Tensor, "B D"],
-        layers: int | None = None,
-    ) -> Float[Tensor, "B H A"]:
-        """Return the velocity for encoded observations ``z``, with a gradient through its last ``layers``."""
-        angles = t[:, None] * self.frequencies
-        features = torch.cat([x.flatten(1), angles.sin(), angles.cos()], dim=1)
-        h = z + F.linear(features, self.first.weight[:, self.config.obs_dim :])
-        *hidden, last = self.rest
-        constant = 0 if layers is None else len(hidden) - layers
-        for i, layer in enumerate(hidden):
-            branch = layer(F.gelu(h.detach() if i < constant else h))
-            h = h + branch if self.config.residual else branch
-        return last(F.gelu(h)).view_as(x)
+    A run that was interrupted goes on from its last checkpoint; a finished run is returned as it is.
 
-    def forward(
-        self, obs: Float[Tensor, "B O"], x: Float[Tensor, "B H A"], t: Float[Tensor, "B"]
-    ) -> Float[Tensor, "B H A"]:
-        """Return the velocity at ``x`` and ``t`` (t = 0 noise, t = 1 action) for observations ``obs``."""
-        return self.velocity(x, t, self.encode(obs))
+    Args:
+        episodes: the data; held in memory on ``device``.
+        out: run directory.
+        training: how to train; defaults to ``PolicyTraining()``.
+        device: where to train.
+        progress: show a progress bar.
 
-    def field(self, obs: Float[Tensor, "B O"]) -> Field:
-        """Return the :class:`~qsteer.types.Field` for ``obs``, encoded once and without a graph."""
-        with torch.no_grad():
-            return PolicyField(self.velocity, normal(self.encode(obs)), policy=self)
+    Raises:
+        ValueError: ``out`` holds a run with other settings or other data.
+    """
+    out, training = Path(out), training or PolicyTraining()
+    config = FlowPolicyConfig(
+        episodes.observations.shape[1],
+        episodes.actions.shape[1],
+        training.horizon,
+        training.hidden,
+        residual=training.residual,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(training.seed)
+        policy = FlowPolicy(config)
+    policy.normalizer.fit(episodes.observations)
+    learner = FlowMatching(
+        policy.to(device), Chunks(episodes.to(device), training.horizon, 1.0, "actions"), training.batch_size
+    )
+    fit(learner, out, training, asdict(training) | {"data": episodes.fingerprint()}, progress=progress)
+    policy.requires_grad_(False).eval().save_pretrained(out)
+    return policy

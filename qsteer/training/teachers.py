@@ -19,12 +19,12 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import default_collate
 
+from qsteer.data.episodes import Chunks
 from qsteer.flow import features_of, value
-from qsteer.inject import steer
+from qsteer.policies import FlowPolicy
 from qsteer.samplers import Euler
-from qsteer.training.data import Chunks
+from qsteer.steering.handle import steer
 from qsteer.training.loop import WHOLE, Share
-from qsteer.training.policy import FlowPolicy
 from qsteer.types import Field, Sampler, Value
 
 ACTION = "action"
@@ -120,7 +120,7 @@ class HostTeacher(Teacher):
     """A pretrained lerobot policy (pi0, pi0.5, SmolVLA) on batches of its own kind.
 
     Observations are encoded by the host's code, once per batch; the map is conditioned on what it made of
-    them (:attr:`~qsteer.inject.Host.features`). The policy is left as it was.
+    them (:attr:`~qsteer.hosts.Host.features`). The policy is left as it was.
 
     Clean actions decide where the policy is asked. By default the policy draws them: the states ``x_t`` are
     then those which it passes through when it acts, in padded dimensions too, and the posterior is that of

@@ -9,9 +9,9 @@ import pytest
 import torch
 
 import qsteer
-from qsteer.bench import hosts
 from qsteer.bench.latency import Subject, maps, open_action, subject
 from qsteer.maps import GlassPosterior
+from qsteer.testing import hosts
 
 torch.set_num_threads(1)
 GLASS = GlassPosterior(steps=4)

@@ -1,0 +1,1 @@
+"""The experiments behind the documented results: tasks, the protocol and the demonstration."""

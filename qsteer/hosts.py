@@ -1,0 +1,203 @@
+"""Where pretrained policies keep their denoising loops, and the velocity fields made of them.
+
+A :class:`Host` is data: dotted names read from a policy, a clock, and how the arguments of its denoising step
+are repeated. A :class:`HostField` is the policy's own step, closed over one encoded observation.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, replace
+from dataclasses import field as attribute
+from functools import cached_property
+from operator import attrgetter
+from types import MethodType
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from qsteer.clock import Clock
+from qsteer.flow import repeat_rows
+from qsteer.types import Field
+
+_cutting: ContextVar[object | None] = ContextVar("qsteer_cutting", default=None)
+
+
+def repeat_context(context: Any, k: int) -> Any:
+    """Repeat every row of a step's arguments ``k`` times; one time is the arguments themselves."""
+    return context if k == 1 else repeat_rows(context, k)
+
+
+@dataclass(frozen=True)
+class Host:
+    """Where a family of policies keeps its denoising loop: data, its paths dotted names read from the policy.
+
+    Args:
+        serves: name of the policy class; subclasses are served too.
+        entry: method that encodes the observation and integrates.
+        step: method that evaluates the velocity once; the entry must call it as an attribute.
+        batch: method that receives the observation batch, as its first argument, and calls the entry.
+        clock: the host's time and sign.
+        steps: its configured number of Euler steps.
+        executed: how many steps of a chunk are executed; the critic sees no others.
+        action_shape: shape of one action without padding; its last entry is the number of dimensions.
+        x: the step's argument that is the noisy chunk (B, H, A).
+        t: the step's argument that is the host time (B,).
+        num_steps: the entry's argument that overrides ``steps``, if it has one.
+        rtc: method that says whether real-time chunking is on; None: the host has none.
+        repeat: ``(context, k)``: the step's other arguments for k rows per observation, rows as in
+            :meth:`qsteer.types.Field.repeat`. With k = 1, a context which the step may change as it likes.
+        features: what the step's other arguments say of the observations, for learnt maps and critics: a
+            tensor (B, F), or tokens (B, L, F) and their mask (B, L); None: nothing.
+        layers: the denoiser's list of layers, each of which adds its branches to a residual stream; None:
+            it has none, or nobody has looked.
+        reads: the modules of a layer by which its branches read the stream, and nothing else does: the norms
+            before attention and feed-forward. Their first argument is the stream.
+        prepare: ``policy -> (HostField -> Field)``: the same velocity with all that stays the same between
+            steps computed once, for ``steer(compile=...)``; a frozen dataclass whose tensors are all that
+            depends on the observations. None: there is none.
+    """
+
+    serves: str
+    entry: str
+    step: str
+    batch: str
+    clock: Clock
+    steps: str
+    executed: str
+    action_shape: str
+    x: str = "x_t"
+    t: str = "timestep"
+    num_steps: str = "num_steps"
+    rtc: str | None = None
+    repeat: Callable[[Any, int], Any] = repeat_context
+    features: Callable[[dict[str, Any]], Any] | None = None
+    layers: str | None = None
+    reads: tuple[str, ...] = ("input_layernorm", "post_attention_layernorm")
+    prepare: Callable[[Any], Callable[["HostField"], Field]] | None = None
+
+    def read(self, policy: Any, path: str) -> Any:
+        """Return what ``path`` names on the policy.
+
+        Raises:
+            AttributeError: there is nothing of that name.
+        """
+        try:
+            return attrgetter(path)(policy)
+        except AttributeError as error:
+            raise AttributeError(
+                f"host {self.serves}: expected {path!r} on the policy, got {type(policy).__name__} without "
+                f"({error}); its code may have changed: correct the Host record"
+            ) from None
+
+    def site(self, policy: Any, path: str) -> tuple[Any, str]:
+        """Return the object that has the method at ``path``, and the method's name."""
+        owner, _, name = path.rpartition(".")
+        return (self.read(policy, owner) if owner else policy), name
+
+    def own(self, policy: Any, path: str) -> MethodType:
+        """Return the method at ``path`` as the class has it, whatever the instance carries."""
+        self.read(policy, path)
+        owner, name = self.site(policy, path)
+        return MethodType(getattr(type(owner), name), owner)
+
+
+@contextmanager
+def cut(modules: Sequence[nn.Module]) -> Iterator[None]:
+    """Let no gradient pass into ``modules``, in the block and in this thread; values are untouched.
+
+    Their first argument is detached by hooks, which are gone after the block.
+
+    Raises:
+        RuntimeError: some of them were not called in the block.
+    """
+    mine, met = object(), set()
+
+    def detach(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+        if _cutting.get() is not mine:
+            return None  # another thread's call
+        met.add(module)
+        return (args[0].detach(), *args[1:])
+
+    hooks = [module.register_forward_pre_hook(detach) for module in modules]
+    token = _cutting.set(mine)
+    try:
+        yield
+    finally:
+        _cutting.reset(token)
+        for hook in hooks:
+            hook.remove()
+    if len(met) < len(set(modules)):
+        raise RuntimeError(
+            f"gradient: expected the step to call all {len(set(modules))} modules of its early layers, got "
+            f"{len(met)}; correct the layers and reads of the Host record"
+        )
+
+
+@dataclass(frozen=True)
+class HostField:
+    """A host's velocity for the observations it has just encoded; a :class:`~qsteer.types.Field`."""
+
+    host: Host
+    step: MethodType
+    context: dict[str, Any]
+    clock: Clock
+    policy: Any
+    bypassed: tuple[nn.Module, ...] = ()
+    _repeats: dict[int, "HostField"] = attribute(default_factory=dict, init=False, repr=False, compare=False)
+
+    @property
+    def features(self) -> Any:
+        """What the host made of its observations; None: its record does not say."""
+        return None if self.host.features is None else self.host.features(self.context)
+
+    @cached_property
+    def dtype(self) -> torch.dtype | None:
+        """The coarsest dtype of the step's parameters; None: it has none."""
+        found = {p.dtype for p in parameters_of(self.step.__self__) if p.is_floating_point()}
+        return max(found, key=lambda dtype: torch.finfo(dtype).eps, default=None)
+
+    def __call__(self, x: Float[Tensor, "B H A"], t: Float[Tensor, "B"]) -> Float[Tensor, "B H A"]:
+        """Run the host's step, on a context that it may change."""
+        context = self.host.repeat(self.context, 1)
+        chunk = {self.host.x: x, self.host.t: self.clock.to_host(t)}
+        with cut(self.bypassed):
+            return self.clock.velocity(self.step(**context, **chunk))
+
+    def truncated(self, layers: int) -> "HostField":
+        """Return the same velocity, whose gradient runs through the last ``layers`` of the denoiser's layers.
+
+        The branches of the layers before are constants to it, which leaves the residual stream: their own
+        derivative is the identity, and they cost no backward. With all layers it is the whole gradient.
+
+        Raises:
+            ValueError: the host's record names no layers, or there are fewer.
+        """
+        if self.host.layers is None:
+            raise ValueError(
+                f"host {self.host.serves}: expected a record that names the denoiser's layers, got "
+                "layers=None; set it if they add to a residual stream, or leave Tweedie's layers out"
+            )
+        every = self.host.read(self.policy, self.host.layers)
+        if not 1 <= layers <= len(every):
+            raise ValueError(
+                f"layers: expected 1 to {len(every)}, which {self.host.serves} has, got {layers}"
+            )
+        early = every[: len(every) - layers]
+        return replace(
+            self, bypassed=tuple(self.host.read(layer, name) for layer in early for name in self.host.reads)
+        )
+
+    def repeat(self, k: int) -> "HostField":
+        """Return the field for ``k`` rows per observation; nothing is encoded again, and repeated once."""
+        if k not in self._repeats:
+            self._repeats[k] = replace(self, context=self.host.repeat(self.context, k))
+        return self._repeats[k]
+
+
+def parameters_of(module: Any) -> list[nn.Parameter]:
+    """Return the parameters of a module, or of what has them like one; anything else has none."""
+    parameters = getattr(module, "parameters", None)
+    return list(parameters()) if callable(parameters) else []

@@ -1,0 +1,136 @@
+"""Environments that run while something learns: rows of their episodes, for a replay."""
+
+from collections.abc import Callable
+from operator import itemgetter
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Int
+from torch.utils._pytree import tree_map
+
+from qsteer.data.replay import Rows
+from qsteer.envs.rollouts import MakeEnv, Simulators, tensors
+from qsteer.online.actors import Decision
+from qsteer.types import Observation
+
+type Act = Callable[[Any, Int[np.ndarray, "N"]], Decision]
+
+
+class Collector(Simulators):
+    """Environments in processes of their own, all of which advance by one row of their chunks at a time.
+
+    An environment whose chunk is used up asks for another; one whose episode is over starts a new one.
+
+    Args:
+        make_env: makes one environment, as for :class:`~qsteer.envs.rollouts.Simulators`.
+        horizon: H, actions per chunk.
+        num_envs: N, environments.
+        row: n, actions per row. With n = 1 every step is observed; with n = H only decisions are, and an
+            environment with ``cameras`` renders nothing else.
+        gamma: discount of the rewards within a row.
+        closing: observe what lies behind an episode's last chunk (n = H), which costs one more action.
+
+    Attributes:
+        finished: ``(environment, success, sum of rewards, length)`` of the episodes that ended since it was
+            emptied.
+
+    Raises:
+        ValueError: as for ``Simulators``, or rows do not divide a chunk.
+    """
+
+    def __init__(
+        self,
+        make_env: MakeEnv,
+        *,
+        horizon: int,
+        num_envs: int = 8,
+        row: int = 1,
+        gamma: float = 1.0,
+        closing: bool = True,
+    ) -> None:
+        if row < 1 or horizon % row:
+            raise ValueError(f"row: expected a divisor of the horizon {horizon}, got {row}")
+        super().__init__(make_env, horizon=horizon, num_envs=num_envs, gamma=gamma)
+        self.finished: list[tuple[int, bool, float, int]] = []
+        self._horizon, self._row, self._closes = horizon, row, closing
+        self._next: np.ndarray = np.zeros(num_envs, int)  # first action of the next row in the pending chunk
+        self._over: np.ndarray = np.ones(num_envs, bool)
+        self._raw: Any = None  # the environments' observations
+        self._seen: Any = None  # the same as the critic sees them, before the row
+        self._executed: Any = None  # pending chunks (N, H, A) as the environment takes them,
+        self._actions: Any = None  # and as the critic sees them
+        self._act: Any = None
+
+    def __enter__(self) -> "Collector":
+        return self
+
+    def send(self, act: Act, generator: torch.Generator) -> None:
+        """Start the next row in every environment, and return while the simulators work.
+
+        Args:
+            act: asked for chunks for the environments that need one: their observations and their numbers,
+                ascending.
+            generator: of the seeds of new episodes.
+        """
+        self._act = act
+        if self._over.any():
+            draws = torch.randint(2**31, (self.num_envs,), generator=generator, device=generator.device)
+            seeds: list[int | None] = [*draws.tolist()]
+            self._raw, _ = self._envs.reset(seed=seeds, options={"reset_mask": self._over.copy()})
+        self._next = np.where(self._over, 0, (self._next + self._row) % self._horizon)
+        self._seen = tensors(self._raw)
+        if (asking := np.flatnonzero(self._next == 0)).size:
+            decision = act(tree_map(itemgetter(asking), self._seen), asking)
+            if self._executed is None:
+                shape = self.num_envs, self._horizon
+                self._executed = np.zeros((*shape, *decision.executed.shape[2:]), np.float32)
+                self._actions = decision.actions.new_zeros(*shape, *decision.actions.shape[2:])
+            self._executed[asking] = decision.executed.float().cpu().numpy()
+            self._actions[torch.from_numpy(asking)] = decision.actions
+            if self._row == self._horizon:  # all ask at once
+                self._seen = decision.observations
+        low, high = self._chunk.low[: self._row], self._chunk.high[: self._row]
+        actions = self._executed[np.arange(self.num_envs)[:, None], self._steps()]
+        self._envs.step_async(actions.clip(low, high))
+
+    def receive(self) -> Rows:
+        """Wait for the simulators and return the row that :meth:`send` started."""
+        self._raw, rewards, terminated, truncated, info = self._envs.step_wait()
+        self._over = terminated | truncated
+        for i in np.flatnonzero(self._over):
+            outcome = bool(info["success"][i]), float(info["sum_reward"][i]), int(info["length"][i])
+            self.finished.append((int(i), *outcome))
+        following = tensors(self._raw)
+        if self._row == self._horizon:
+            following = self._closing(following) if self._closes else None
+        steps = torch.from_numpy(self._steps())
+        return Rows(
+            observations=self._seen,
+            actions=self._actions[torch.arange(self.num_envs)[:, None], steps],
+            rewards=torch.from_numpy(rewards.astype(np.float32)),
+            terminals=torch.from_numpy(terminated),
+            truncations=torch.from_numpy(truncated & ~terminated),
+            executed=torch.from_numpy(info["executed"].astype(np.int64)),
+            next_observations=following,
+        )
+
+    def abandon(self) -> None:
+        """Give up all running episodes; the next row begins new ones."""
+        self._over = np.ones(self.num_envs, bool)
+
+    def step(self, act: Act, generator: torch.Generator) -> Rows:
+        """Return one row of every environment. Cost: one round trip to the environments."""
+        self.send(act, generator)
+        return self.receive()
+
+    def _steps(self) -> Int[np.ndarray, "N n"]:
+        return self._next[:, None] + np.arange(self._row)
+
+    def _closing(self, raw: Any) -> Observation:
+        """Return what the critic would see after the row; it is looked at where an episode ended only."""
+        ended = np.flatnonzero(self._over)
+        if not ended.size:
+            return self._seen
+        closing, at = self._act(tree_map(itemgetter(ended), raw), ended).observations, torch.from_numpy(ended)
+        return tree_map(lambda seen, last: seen.index_copy(0, at.to(seen.device), last), self._seen, closing)

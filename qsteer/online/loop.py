@@ -1,0 +1,536 @@
+"""The online loop: a frozen policy acts, a critic learns from it, and steers it better by the minute."""
+
+import json
+import time
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager, nullcontext
+from copy import deepcopy
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from operator import itemgetter
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from accelerate.tracking import LOGGER_TYPE_TO_CLASS, filter_trackers
+from torch import Tensor
+from torch.utils._pytree import tree_map
+from tqdm import tqdm
+
+from qsteer.critics.critic import Critic, CriticConfig
+from qsteer.critics.encoders import FEATURES
+from qsteer.critics.live import LiveCritic
+from qsteer.data.episodes import Chunks, Transitions, joined
+from qsteer.data.replay import Layout, Mixed, Replay
+from qsteer.online.actors import Actor, Decision
+from qsteer.online.health import Health
+from qsteer.trace import Trace
+from qsteer.training.critic import ACTING, LEARNERS, Act, CriticTraining
+from qsteer.training.loop import METRICS, SPEED, append, descend, processes, resume, save, truncate
+from qsteer.types import Observation, Rule, Sampler
+
+if TYPE_CHECKING:  # needs gymnasium
+    from qsteer.envs.rollouts import MakeEnv
+    from qsteer.online.collect import Collector
+
+VALIDATION_SEED = 30_000
+"""First seed of the episodes that choose the best critic, and that curves show; results come from others."""
+
+CHECK_EVERY = 10
+"""Gradient steps between two looks at the critic's health, if so many are due at once."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class OnlineTraining:
+    """How to learn online. Steps are environment steps (actions), and are counted for each seed by itself.
+
+    Attributes:
+        critic: what the critic learns, how, and from which seed; its ``steps`` and cadences are not used.
+        env_steps: in all.
+        num_envs: environments of each seed.
+        row: actions per stored row: 1, every state is observed; the horizon, only decisions are (images,
+            features of the policy).
+        warmup: steps of the unsteered policy, before the critic learns from them and steers.
+        updates_per_step: gradient steps per environment step, those of the warm-up included.
+        offline_share: of offline data in each batch; None: uniform over all transitions.
+        capacity: rows kept per environment; the oldest give way; None: all.
+        evaluate_every: steps between evaluations; 0: none.
+        episodes: of an evaluation, on fixed seeds.
+        log_every: steps between lines of metrics.
+        checkpoint_every: steps between checkpoints of the learner. What was acted is safe at once.
+    """
+
+    critic: CriticTraining = field(default_factory=lambda: CriticTraining(target="sarsa", ema=0.005))
+    env_steps: int = 50_000
+    num_envs: int = 8
+    row: int = 1
+    warmup: int = 2_000
+    updates_per_step: float = 1.0
+    offline_share: float | None = None
+    capacity: int | None = None
+    evaluate_every: int = 5_000
+    episodes: int = 20
+    log_every: int = 500
+    checkpoint_every: int = 5_000
+
+    def __post_init__(self) -> None:
+        """Check the values."""
+        least = {"env_steps": 1, "num_envs": 1, "row": 1, "warmup": 0, "evaluate_every": 0}
+        least |= {"episodes": 1, "log_every": 1, "checkpoint_every": 1}
+        for name, low in least.items():
+            if getattr(self, name) < low:
+                raise ValueError(f"{name}: expected at least {low}, got {getattr(self, name)}")
+        if self.updates_per_step <= 0:
+            raise ValueError(f"updates_per_step: expected more than 0, got {self.updates_per_step}")
+        if self.offline_share is not None and not 0 <= self.offline_share < 1:
+            raise ValueError(f"offline_share: expected a number in [0, 1), got {self.offline_share}")
+
+
+def train_online(
+    make_env: "MakeEnv",
+    actor: Actor,
+    critic: LiveCritic,
+    out: str | Path,
+    training: OnlineTraining | None = None,
+    *,
+    rule: Rule | None = None,
+    sampler: Sampler | None = None,
+    offline: Chunks | None = None,
+    act: Act | None = None,
+    tracker: str | None = None,
+    progress: bool = True,
+) -> Critic:
+    """Let a frozen policy act, learn a critic from what happens, and steer with it; return the critic.
+
+    Simulators run in processes of their own, and the learner learns while they step: one round sends one row
+    of actions to every environment, makes the gradient steps that are due, and only then waits. The learner's
+    moving average is published to ``critic`` between actions.
+
+    If ``critic`` is a stack of S critics, S seeds are trained at once, each with its own environments, rows,
+    gradient clipping and metrics. They are well or ill together: one that diverges takes all of them back.
+
+    ``out`` (of a stack, ``out/seedS`` for each) gets ``metrics.jsonl``, ``speed.jsonl`` and the critics
+    ``last`` and ``best``, which ``Critic.from_pretrained`` reads; ``out`` itself the learner's checkpoint and
+    the replay. The same call goes on after a kill at any moment: every row that was acted is there, the
+    learner starts from its last checkpoint and catches up. Simulators cannot be stored, so episodes that were
+    running are cut, and a resumed run is not the same to the bit.
+
+    A critic that diverges does not act: see :class:`~qsteer.online.health.Health`. Until it has recovered,
+    the unsteered policy acts.
+
+    Args:
+        make_env: makes one environment, see :class:`~qsteer.envs.rollouts.Simulators`.
+        actor: the frozen policy with ``critic``.
+        critic: on the policy's device; the learner starts from a copy.
+        out: run directory.
+        training: how; defaults to ``OnlineTraining()``.
+        rule: how the critic bends the policy's field; None: not at all.
+        sampler: how the field becomes an action; None: the policy's own.
+        offline: data to mix in.
+        act: for the targets "td" and "fql", see :func:`~qsteer.training.critic.train_critic`.
+        tracker: name of a tracker of accelerate that gets the metrics too: tensorboard, wandb, trackio, ...
+        progress: show a progress bar.
+
+    Raises:
+        ValueError: ``out`` holds a run with other settings, ``act`` is missing or superfluous, or the shapes
+            of policy, critic and rows do not fit.
+        ModuleNotFoundError: the tracker is not installed.
+    """
+    from qsteer.online.collect import Collector
+
+    training = training or OnlineTraining()
+    if (act is None) == (training.critic.target in ACTING):
+        raise ValueError(
+            f"train_online: expected act= when target is one of {ACTING} and only then, got act={act} with "
+            f"target {training.critic.target!r}"
+        )
+    processes(critic.device)
+    loop = _Online(actor, critic, Path(out), training, rule, sampler, offline, act)
+    seeds = critic.config.stack
+    if loop.finished:
+        return loop.learner.target
+    with (
+        Collector(
+            make_env,
+            horizon=critic.config.horizon,
+            num_envs=seeds * training.num_envs,
+            row=training.row,
+            gamma=training.critic.gamma,
+            closing=LEARNERS[training.critic.target].need == "next_state",
+        ) as collector,
+        closing(_Tracker(tracker, loop.out, training)) as log,
+        tqdm(
+            total=training.env_steps, initial=loop.env_steps, desc=loop.out.name, disable=not progress
+        ) as bar,
+    ):
+        loop.run(collector, log, bar)
+    return loop.learner.target
+
+
+class _Online:
+    """The state of a run: counters, learner, replay, and where they are kept."""
+
+    def __init__(
+        self,
+        actor: Actor,
+        critic: LiveCritic,
+        out: Path,
+        training: OnlineTraining,
+        rule: Rule | None,
+        sampler: Sampler | None,
+        offline: Chunks | None,
+        act: Act | None,
+    ) -> None:
+        self.actor, self.live, self.out, self.training = actor, critic, out, training
+        self.rule, self.sampler = rule, sampler
+        config, settings = critic.config, training.critic
+        self.stack = config.stack
+        out.mkdir(parents=True, exist_ok=True)
+        kind = LEARNERS[settings.target]
+        layout = Layout(
+            observations=_columns(config),
+            action_dim=config.action_dim,
+            steps=training.row,
+            horizon=config.horizon // training.row,
+            gamma=settings.gamma,
+            need=kind.need,
+            lanes=self.stack * training.num_envs,
+            capacity=training.capacity or -(-training.env_steps // training.num_envs) + 1_000,
+        )
+        self.replay = Replay(layout, directory=out / "replay", device=critic.device)
+        own = [range(s * training.num_envs, (s + 1) * training.num_envs) for s in range(self.stack)]
+        self.source = _Seeds(self.replay, own, offline, training.offline_share)
+        learning = deepcopy(critic.critic).requires_grad_(True)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(settings.seed)
+            self.learner = kind(learning, self.source, settings, act).to(critic.device)
+        self.optimizer = settings.optimizer([p for p in self.learner.parameters() if p.requires_grad])
+        self.generator = torch.Generator(critic.device).manual_seed(settings.seed)
+        self.health = Health(gamma=settings.gamma**training.row)
+        self.identity = {"training": asdict(training), "rule": repr(rule), "sampler": repr(sampler)}
+        self.update = resume(out, self.learner, self.optimizer, self.generator, self.identity)
+        for directory in self.seed_directories:
+            truncate(directory / METRICS)
+            truncate(directory / SPEED)
+        if self.update:
+            critic.publish(self.learner.target)
+            self.health.keep(self.learner, self.optimizer)
+        actor.trace = Trace(steps=False, keep=1)
+        self.stream = torch.cuda.Stream(critic.device) if critic.device.type == "cuda" else None
+
+    @property
+    def finished(self) -> bool:
+        """Whether there is nothing left to do."""
+        return self.env_steps >= self.training.env_steps and self.update >= self.due
+
+    @property
+    def due(self) -> int:
+        """Gradient steps that should have been made by now."""
+        training, steps = self.training, self.env_steps
+        return int(steps * training.updates_per_step) if steps > training.warmup else 0
+
+    @property
+    def env_steps(self) -> int:
+        """Environment steps of each seed so far; rows count in full."""
+        return self.replay.added * self.training.row // self.stack
+
+    @property
+    def seed_directories(self) -> list[Path]:
+        """Where the metrics and critics of each seed go."""
+        return [self.out] if self.stack == 1 else [self.out / f"seed{s}" for s in range(self.stack)]
+
+    def run(self, collector: "Collector", log: "_Tracker", bar: tqdm) -> None:
+        """Act and learn until the environment steps are used up."""
+        training = self.training
+        window = _Window(self.env_steps, self.update)
+        self.learn(window)  # what a killed run had not learnt yet
+        while (before := self.env_steps) < training.env_steps:
+            self.round(collector, window)
+            after = self.env_steps
+            bar.update(after - before)
+            evaluates, logs, saves = (
+                every > 0 and before // every < after // every and after < training.env_steps
+                for every in (training.evaluate_every, training.log_every, training.checkpoint_every)
+            )
+            if evaluates or logs:
+                self.report(window, collector, log, bar, evaluates)
+                window = _Window(self.env_steps, self.update)
+            if saves:
+                self.save()
+        self.learn(window)
+        self.report(window, collector, log, bar, training.evaluate_every > 0)
+        self.save()
+
+    def report(
+        self, window: "_Window", collector: "Collector", log: "_Tracker", bar: tqdm, evaluates: bool
+    ) -> None:
+        """Write a line of metrics, after an evaluation if it is due."""
+        scores: list[dict[str, float]] = [{} for _ in range(self.stack)]
+        if evaluates:
+            with window.share("evaluate"):
+                scores = self.evaluate(collector)
+        shown = self.log(window, collector, scores, log)
+        bar.set_postfix({name: f"{value:.3g}" for name, value in shown.items()}, refresh=False)
+
+    def round(self, collector: "Collector", window: "_Window") -> None:
+        """Send a row of actions to every simulator, learn while they work, and store what they say."""
+        self.steer()
+        with window.share("act"):
+            collector.send(self.act, self.generator)
+        with window.share("learn"):
+            self.learn(window)
+        with window.share("wait"):
+            rows = collector.receive()
+        with window.share("store"):
+            self.replay.add(rows)
+        self.health.observe_rewards(rows.rewards)
+
+    def steer(self) -> None:
+        """Steer once the critic has learnt something and while it is well; else leave the policy alone."""
+        steering = self.update > 0 and self.health.steers
+        self.actor.steer(self.rule if steering else None, self.sampler if steering else None)
+
+    def act(self, obs: Observation, lanes: np.ndarray) -> Decision:
+        """Return chunks for the environments that ask; a stack is asked for equally many of each seed."""
+        trace = self.actor.trace
+        trace.steps = trace.steps and not trace.actions  # one traced action a line of metrics
+        if self.stack == 1:
+            return self.actor.act(obs, self.noise(len(lanes)))
+        seed = lanes // self.training.num_envs
+        place = np.arange(len(lanes)) - np.searchsorted(seed, seed)  # within the seed; lanes are sorted
+        rows = np.zeros((self.stack, place.max() + 1), int)
+        rows[seed, place] = np.arange(len(lanes))
+        padded = tree_map(itemgetter(rows.ravel()), obs)
+        decision = self.actor.act(padded, self.noise(rows.size))
+        return tree_map(itemgetter(seed * rows.shape[1] + place), decision)
+
+    def noise(self, n: int) -> Tensor:
+        """Return the noise of n chunks."""
+        device = self.generator.device
+        return torch.randn(n, *self.actor.noise_shape, generator=self.generator, device=device)
+
+    def learn(self, window: "_Window") -> None:
+        """Make the gradient steps that are due, and publish the moving average."""
+        due = self.due
+        if self.update >= due or not self.source.ready():
+            return
+        with torch.cuda.stream(self.stream) if self.stream else nullcontext():
+            self.catch_up(due, window)
+
+    def catch_up(self, due: int, window: "_Window") -> None:
+        """Make the gradient steps up to number ``due``; on CUDA on a stream of their own."""
+        if self.stream is not None:
+            self.stream.wait_stream(torch.cuda.default_stream(self.live.device))
+        if not self.update:
+            self.fit_normalisation()
+            self.health.keep(self.learner, self.optimizer)
+        while self.update < due:
+            for _ in range(min(CHECK_EVERY, due - self.update)):
+                self.update += 1
+                loss, info = self.learner.loss(self.generator)
+                descend(self.learner, self.optimizer, loss, self.training.critic, self.update)
+            self.watch({"loss": loss.detach()} | info, window)
+        self.live.publish(self.learner.target)
+
+    def watch(self, info: dict[str, Tensor], window: "_Window") -> None:
+        """Bring the last good state back if the critic is ill."""
+        if reason := self.health.check(info, self.learner.parameters()):
+            tqdm.write(
+                f"{self.out.name}: {reason}; back to the last good critic, unsteered until it recovers"
+            )
+            self.health.restore(self.learner, self.optimizer)
+        else:
+            self.health.keep(self.learner, self.optimizer)
+            window.info = info
+
+    def settle(self) -> None:
+        """Wait for the learner's stream."""
+        if self.stream is not None:
+            self.stream.synchronize()
+
+    def fit_normalisation(self) -> None:
+        """Standardise the critic's inputs by what the warm-up saw, unless the critic came with statistics."""
+        if not bool(self.learner.critic.normalizer.mean.any()):
+            seen = self.source.sample(4096 * self.stack, self.generator).observations
+            for critic in (self.learner.critic, self.learner.target):
+                critic.fit_normalisation(seen)
+
+    def evaluate(self, collector: "Collector") -> list[dict[str, float]]:
+        """Roll out what would act now on the fixed episodes, seed by seed; running ones are cut for it."""
+        self.settle()
+        self.live.publish(self.learner.target)
+        self.steer()
+        scores = []
+        for directory, actor, critic in zip(
+            self.seed_directories, self.actors(), self.critics(), strict=True
+        ):
+            run = collector.rollout(
+                partial(_executed, actor),
+                episodes=self.training.episodes,
+                seed=VALIDATION_SEED,
+                noise_shape=actor.noise_shape,
+                progress=False,
+            )
+            means = {"success": run.success, "return": run.sum_reward, "length": run.length}
+            score = {f"evaluation/{name}": float(values.mean()) for name, values in means.items()}
+            scores.append(score)
+            self.keep_best(directory / "best", critic, score)
+        collector.abandon()
+        self.replay.cut()
+        return scores
+
+    def keep_best(self, directory: Path, critic: Critic, score: Mapping[str, float]) -> None:
+        """Save the critic if it is the best so far, in success and then in return."""
+        from qsteer.envs.rollouts import write_json
+
+        path = directory / "evaluation.json"
+        former = json.loads(path.read_text()) if path.exists() else None
+        order = "evaluation/success", "evaluation/return"
+        if former is None or [score[name] for name in order] > [former[name] for name in order]:
+            critic.save_pretrained(directory)
+            write_json({"env_steps": self.env_steps, **score}, path)
+
+    def actors(self) -> Sequence[Actor]:
+        """Return each seed's actor by itself."""
+        return [self.actor] if self.stack == 1 else self.actor.unstacked()
+
+    def critics(self) -> list[Critic]:
+        """Return each seed's moving-average critic."""
+        return [self.learner.target] if self.stack == 1 else self.learner.target.unstacked()
+
+    def log(
+        self,
+        window: "_Window",
+        collector: "Collector",
+        scores: Sequence[dict[str, float]],
+        tracker: "_Tracker",
+    ) -> dict[str, float]:
+        """Write a line of metrics for each seed; return the last one, for the progress bar."""
+        counts = {"step": self.update, "env_steps": self.env_steps}
+        self.settle()
+        shared = {name: float(value) for name, value in window.info.items()}
+        shared |= {"steered": float(self.health.steers), "trips": float(self.health.trips)}
+        trace = self.actor.trace
+        shared |= {"fallbacks": float(trace.fallbacks), "gated": float(trace.gated)}
+        if (strengths := trace.arrays()["strength"]).size:
+            shared["strength"] = float(np.nanmean(strengths))
+        trace.actions.clear()
+        trace.steps = True
+        speed = window.speed(self.env_steps, self.update)
+        line: dict[str, float] = {}
+        for s, directory in enumerate(self.seed_directories):
+            mine = [outcome for lane, *outcome in collector.finished if lane // self.training.num_envs == s]
+            means = map(np.mean, zip(*mine, strict=True))
+            episodes = (
+                dict(zip(("success", "return", "length"), map(float, means), strict=True)) if mine else {}
+            )
+            line = episodes | {"episodes": float(len(mine))} | shared | scores[s]
+            append(directory / METRICS, counts | line)
+            append(directory / SPEED, counts | speed)
+            tracker.log({f"{directory.name}/{k}": v for k, v in (line | speed).items()}, self.env_steps)
+        collector.finished.clear()
+        return {k: line[k] for k in ("success", "return", "q", "strength") if k in line} | {
+            "updates/s": speed["updates/s"]
+        }
+
+    def save(self) -> None:
+        """Write the learner's checkpoint and each seed's last critic."""
+        self.settle()
+        save(self.out, self.learner, self.optimizer, self.generator, self.update, self.identity)
+        for directory, critic in zip(self.seed_directories, self.critics(), strict=True):
+            critic.save_pretrained(directory / "last")
+
+
+class _Seeds:
+    """A source for a stack: of each batch a group of rows from each seed's own environments."""
+
+    def __init__(
+        self, replay: Replay, lanes: Sequence[range], offline: Chunks | None, share: float | None
+    ) -> None:
+        self.replay, self.lanes = replay, lanes
+        self.pools = (
+            [Mixed(offline, replay, ratio=None if share is None else 1 - share, lanes=own) for own in lanes]
+            if offline
+            else None
+        )
+
+    def ready(self) -> bool:
+        """Whether there is something to learn from for every seed."""
+        return self.pools is not None or all(self.replay.ready(own) for own in self.lanes)
+
+    def sample(self, batch_size: int, generator: torch.Generator) -> Transitions:
+        """Draw transitions, equally many for each seed."""
+        share = batch_size // len(self.lanes)
+        if self.pools is not None:
+            return joined([pool.sample(share, generator) for pool in self.pools])
+        return joined([self.replay.sample(share, generator, own) for own in self.lanes])
+
+
+class _Window:
+    """What happened between two lines of metrics, and where its time went."""
+
+    def __init__(self, env_steps: int, update: int) -> None:
+        self.start, self.env_steps, self.update = time.perf_counter(), env_steps, update
+        self.seconds: defaultdict[str, float] = defaultdict(float)
+        self.info: dict[str, Tensor] = {}
+
+    @contextmanager
+    def share(self, name: str) -> Iterator[None]:
+        """Count the time inside under ``name``."""
+        since = time.perf_counter()
+        yield
+        self.seconds[name] += time.perf_counter() - since
+
+    def speed(self, env_steps: int, update: int) -> dict[str, float]:
+        """Return rates, and the share of the time that each part took."""
+        total = time.perf_counter() - self.start
+        rates = {
+            "env_steps/s": (env_steps - self.env_steps) / total,
+            "updates/s": (update - self.update) / total,
+        }
+        return rates | {f"time/{name}": seconds / total for name, seconds in self.seconds.items()}
+
+
+class _Tracker:
+    """One of accelerate's trackers, or none."""
+
+    def __init__(self, name: str | None, out: Path, training: OnlineTraining) -> None:
+        self.tracker = None
+        if name is not None:
+            kinds = filter_trackers([name], logging_dir=out)
+            if not kinds:
+                raise ModuleNotFoundError(f"tracker: expected {name!r} to be installed: pip install {name}")
+            kind = LOGGER_TYPE_TO_CLASS[str(kinds[0])]
+            where = {"logging_dir": out} if kind.requires_logging_directory else {}
+            self.tracker = kind("qsteer", **where)
+
+    def log(self, values: Mapping[str, float], step: int) -> None:
+        """Pass on a line."""
+        if self.tracker is not None:
+            self.tracker.log(dict(values), step=step)
+
+    def close(self) -> None:
+        """Finish the run."""
+        if self.tracker is not None:
+            self.tracker.finish()
+
+
+def _executed(actor: Actor, obs: Observation, noise: Tensor) -> Tensor:
+    return actor.act(obs, noise).executed
+
+
+def _columns(config: CriticConfig) -> int | dict[str, tuple[tuple[int, ...], str]]:
+    """Return the columns of the critic's observation."""
+    if not config.views and not config.features:
+        return config.obs_dim
+    size = config.view_size
+    columns: dict[str, tuple[tuple[int, ...], str]] = {
+        view: ((3, size, size), "uint8") for view in config.views
+    }
+    if config.obs_dim:
+        columns[config.observation_key] = ((config.obs_dim,), "float32")
+    if config.features:
+        columns[FEATURES] = ((config.features,), "float32")
+    return columns

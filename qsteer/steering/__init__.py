@@ -1,0 +1,1 @@
+"""Steering a pretrained policy in place."""

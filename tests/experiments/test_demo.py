@@ -1,0 +1,24 @@
+import json
+
+import pytest
+
+from qsteer.evaluation import video
+from qsteer.experiments.demo import demo
+
+
+def test_the_demo_of_a_checkout(tmp_path, monkeypatch, capsys):
+    """The README's first command, two episodes per arm, on a machine without OpenGL."""
+    monkeypatch.setattr(video, "find_gl_backend", lambda: None)
+    demo(out=tmp_path, episodes=2, num_envs=2)
+    arms = json.loads((tmp_path / "results.json").read_text())["arms"]
+    assert [arm["name"] for arm in arms] == ["base", "best-of-8", "qgf", "tweedie", "random-direction"]
+    assert all(arm["episodes"] == 2 and arm["ms_per_action"] > 0 for arm in arms)
+    assert (tmp_path / "success.png").stat().st_size > 10_000
+    assert (tmp_path / "trace.png").stat().st_size > 10_000
+    assert not (tmp_path / "rollout.gif").exists()
+    assert "apt-get install" in capsys.readouterr().out
+
+
+def test_a_demo_without_checkpoints_says_how_to_make_them():
+    with pytest.raises(FileNotFoundError, match="--from-scratch"):
+        demo("pointmaze-medium")

@@ -1,0 +1,159 @@
+"""Settings of the OGBench protocol: the paper's sentences about them, names that OGBench knows, objects."""
+
+import contextlib
+import json
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from qsteer.experiments.protocol import DOMAINS, TASKS, Domain, table, task_name
+from qsteer.rules import Tweedie
+
+PUBLISHED = {name for name, domain in DOMAINS.items() if domain.published}
+
+
+def having(attribute: str, value: object) -> set[str]:
+    return {name for name in PUBLISHED if getattr(DOMAINS[name], attribute) == value}
+
+
+class TestTable:
+    def test_alphas_are_those_of_the_paper(self) -> None:
+        sentence = (
+            "antmaze-large: 0.2, antmaze-giant: 0.3, humanoidmaze-medium: 0.2, humanoidmaze-large: 0.2, "
+            "cube-double: 0.3, cube-triple: 0.5, cube-quadruple: 0.5, scene-play-sparse: 0.2, "
+            "puzzle-3x3-play-sparse: 0.3, puzzle-4x4-play-sparse: 2.0"
+        )
+        alphas = dict(entry.replace("-play", "").split(": ") for entry in sentence.split(", "))
+        assert {name: DOMAINS[name].alpha for name in PUBLISHED} == {
+            name: float(alpha) for name, alpha in alphas.items()
+        }
+
+    def test_the_rest_is_that_of_the_paper(self) -> None:
+        mazes = {name for name in PUBLISHED if "maze" in name}
+        humanoids = {name for name in PUBLISHED if "humanoid" in name}
+        assert len(PUBLISHED) == 10
+        assert having("horizon", 1) == mazes
+        assert having("horizon", 5) == PUBLISHED - mazes
+        assert having("gamma", 0.995) == humanoids | {"antmaze-giant"}
+        assert having("gamma", 0.99) == PUBLISHED - having("gamma", 0.995)
+        assert having("rho", 0.0) == humanoids
+        assert having("rho", 0.5) == PUBLISHED - humanoids
+        assert having("sparse", True) == {name for name in PUBLISHED if name.endswith("-sparse")}
+        assert having("large", True) == {"cube-quadruple", "puzzle-4x4-sparse"}
+        assert having("tuning_tasks", (1, 4)) == mazes
+        assert having("tuning_tasks", (2, 4)) == PUBLISHED - mazes
+
+    def test_ogbench_knows_the_tasks(self) -> None:
+        gymnasium = pytest.importorskip("gymnasium")
+        pytest.importorskip("ogbench")
+        from qsteer.envs.ogbench import dataset_name
+
+        for name, domain in DOMAINS.items():
+            for number in TASKS:
+                task = task_name(name, number)
+                assert dataset_name(task) == domain.data
+                environment = task.replace("-play", "").replace("-navigate", "")  # how data is collected
+                assert gymnasium.spec(environment).id == environment
+
+    def test_mistakes(self) -> None:
+        with pytest.raises(ValueError, match=r"one of antmaze-large, .*, got 'scene'"):
+            task_name("scene", 1)
+        with pytest.raises(ValueError, match="1 to 5, got 0"):
+            task_name("cube-double", 0)
+        for wrong in ({"horizon": 0}, {"gamma": 1.0}, {"rho": -0.1}, {"alpha": -1.0}):
+            with pytest.raises(ValueError, match=next(iter(wrong))):
+                replace(DOMAINS["cube-double"], **wrong)
+
+
+@pytest.mark.parametrize("domain", [DOMAINS["humanoidmaze-large"], DOMAINS["puzzle-4x4-sparse"]])
+def test_settings_carry_the_values(domain: Domain) -> None:
+    policy, critic = domain.policy(seed=3), domain.critic(seed=3)
+    for training in (policy, critic):
+        assert (training.steps, training.batch_size, training.seed) == (1_000_000, 256, 3)
+        assert (training.learning_rate, training.gradient_clip) == (3e-4, 1.0)
+        assert (training.horizon, training.hidden) == (domain.horizon, (512, 512, 512, 512))
+    assert (critic.target, critic.members, critic.ema) == ("td", 10, 0.005)
+    assert (critic.gamma, critic.rho) == (domain.gamma, domain.rho)
+    assert domain.rule == Tweedie(domain.alpha)
+    pytest.importorskip("gymnasium")
+    online = domain.online(seed=3)
+    assert online.critic == critic
+    assert (online.env_steps, online.updates_per_step, online.offline_share) == (500_000, 1, None)
+    assert (online.episodes, online.warmup) == (50, 0)
+
+
+def test_sparse_rewards_say_solved_or_not(tmp_path: Path) -> None:
+    """There are two goals, one for each cube; data and environment agree, and solved is what it was."""
+    pytest.importorskip("ogbench")
+    from qsteer.envs import ogbench
+
+    ogbench.generate(
+        "cube-double-play-v0",
+        tmp_path / "s.npz",
+        transitions=30,
+        val_transitions=5,
+        workers=1,
+        progress=False,
+    )
+    task = task_name("cube-double", 2)
+    loads = partial(ogbench.load, task, tmp_path / "s.npz")
+    for dense, sparse in zip(loads(), loads(sparse=True), strict=True):
+        assert dense["rewards"].min() < -1
+        assert np.array_equal(sparse["rewards"], -(dense["rewards"] < 0).astype(np.float32))
+        for column in dense.keys() - {"rewards"}:
+            assert np.array_equal(dense[column], sparse[column])
+    with contextlib.closing(ogbench.make(task, sparse=True)) as env:
+        action = env.action_space.sample()
+        rewards = []
+        for judge in (env.env, env):
+            env.reset(seed=0)
+            rewards.append(judge.step(action)[1])
+    assert rewards[0] < -1 == rewards[1]
+
+
+@pytest.mark.slow
+def test_the_protocol_runs_all_seeds_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Small networks, few steps, the real task: offline and online phase, results, and a second call."""
+    pytest.importorskip("ogbench")
+    from qsteer.cli import main
+    from qsteer.envs import ogbench
+    from qsteer.experiments import protocol
+
+    data = tmp_path / "data.npz"
+    ogbench.generate("pointmaze-medium-navigate-v0", data, transitions=2000, val_transitions=200, workers=1)
+    for name, value in {
+        "HIDDEN": (16,),
+        "MEMBERS": 3,
+        "BATCH_SIZE": 16,
+        "EPISODES": 1,
+        "EVALUATE_EVERY": 500_000,
+    }.items():
+        monkeypatch.setattr(protocol, name, value)
+    command = ["protocol", "--domain", "pointmaze-medium", "--task", "1", "--seeds", "0", "1"]
+    command += ["--data", str(data), "--scale", "0.0002", "--out", str(tmp_path / "run")]
+    main(command)
+    results = json.loads((tmp_path / "run" / "results.json").read_text())
+    assert [row["seed"] for row in results["seeds"]] == [0, 1]
+    for seed in range(2):
+        lines = [json.loads(line) for line in (tmp_path / f"run/online/seed{seed}/metrics.jsonl").open()]
+        assert lines[-1]["env_steps"] == lines[-1]["step"] == 100
+        assert [line["env_steps"] for line in lines if "evaluation/success" in line] == [100]
+    main(command)
+    assert json.loads((tmp_path / "run" / "results.json").read_text()) == results
+
+
+def test_the_table_has_each_task_and_their_interquartile_mean(tmp_path: Path) -> None:
+    for number, success in (1, (0.0, 1.0)), (2, (0.5, 0.5)):
+        seeds = [{"seed": s, "base": 0.0, "tweedie": value} for s, value in enumerate(success)]
+        result = {"domain": "cube-double", "task": number, "scale": 1, "episodes": 50, "seeds": seeds}
+        (tmp_path / f"{number}.json").write_text(json.dumps(result))
+    lines = table([tmp_path / "1.json", tmp_path / "2.json"]).splitlines()
+    assert lines[4].split() == ["cube-double", "1", "tweedie", "50%", "0%", "..", "100%"]
+    assert lines[5].split() == ["cube-double", "2", "tweedie", "50%", "50%", "..", "50%"]
+    assert lines[6].split()[:4] == ["all,", "IQM", "tweedie", "50%"]
+    (tmp_path / "3.json").write_text(json.dumps(result | {"seeds": seeds[:1]}))
+    with pytest.raises(ValueError, match="equally many"):
+        table([tmp_path / "1.json", tmp_path / "3.json"])

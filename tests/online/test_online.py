@@ -1,0 +1,327 @@
+"""The online loop on a toy task: it learns, it keeps seeds apart, and nothing that was acted is ever lost."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import bandit
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+import qsteer
+from qsteer.critics import Critic, LiveCritic
+from qsteer.data import Chunks, Episodes
+from qsteer.data.replay import Replay
+from qsteer.online.actors import StateActor
+from qsteer.online.collect import Collector
+from qsteer.online.loop import OnlineTraining, train_online
+from qsteer.policies import FlowPolicy, FlowPolicyConfig
+from qsteer.training.critic import LEARNERS, CriticTraining, Sarsa, fresh_critic
+
+GOAL = 0.6
+RULE = qsteer.QGF(weight=0.3, scaling="match_norm")
+CRITIC = CriticTraining(
+    target="sarsa", horizon=1, gamma=0.9, ema=0.1, hidden=(32,), members=3, learning_rate=1e-2, batch_size=64
+)
+TRAINING = OnlineTraining(
+    critic=CRITIC, env_steps=400, num_envs=4, warmup=100, evaluate_every=200, episodes=20, log_every=50,
+    checkpoint_every=100,
+)  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    torch.set_num_threads(1)
+    yield
+
+
+class Bandit(bandit.Bandit):
+    """Three steps; one near the goal is a success."""
+
+    steps = 3
+
+    def step(self, action: np.ndarray) -> tuple[np.ndarray, float, bool, bool, dict[str, Any]]:
+        *outcome, _ = super().step(action)
+        return *outcome, {"success": outcome[1] > -0.02}
+
+
+def policy(seed: int = 0) -> FlowPolicy:
+    """An untrained policy: its actions are hardly more than the noise."""
+    torch.manual_seed(seed)
+    return FlowPolicy(FlowPolicyConfig(2, 1, 1, (8,))).requires_grad_(False)
+
+
+def parts(seeds: int = 1, settings: CriticTraining = CRITIC) -> tuple[StateActor, LiveCritic]:
+    live = LiveCritic(fresh_critic(settings.critic_config(2, 1), range(seeds)))
+    return StateActor([policy()], live), live
+
+
+def metrics(out: Path) -> list[dict[str, float]]:
+    return [json.loads(line) for line in (out / "metrics.jsonl").open()]
+
+
+def run(out: Path, training: OnlineTraining = TRAINING, seeds: int = 1, **options: Any) -> Critic:
+    actor, live = parts(seeds, training.critic)
+    options = {"rule": RULE, "make_env": Bandit} | options
+    make_env = options.pop("make_env")
+    return train_online(make_env, actor, live, out, training, progress=False, **options)
+
+
+def test_steering_gets_better_while_it_acts(tmp_path: Path) -> None:
+    run(tmp_path)
+    lines = metrics(tmp_path)
+    assert [line["env_steps"] for line in lines] == list(range(52, 401, 48)) or lines[-1]["env_steps"] == 400
+    before = np.mean([line["return"] for line in lines if line["env_steps"] <= 100])
+    assert np.mean([line["return"] for line in lines[-3:]]) > before + 0.5
+    assert all("strength" not in line and line["step"] == 0 for line in lines if line["env_steps"] <= 100)
+    assert lines[-1]["strength"] == pytest.approx(0.3, abs=1e-3)
+    assert lines[-1]["step"] == 400  # one update per step, those of the warm-up included
+    evaluated = [line for line in lines if "evaluation/success" in line]
+    assert [line["env_steps"] for line in evaluated] == [200, 400]
+    best = json.loads((tmp_path / "best" / "evaluation.json").read_text())
+    assert best["evaluation/success"] == max(line["evaluation/success"] for line in evaluated)
+    for name in ("best", "last"):
+        assert Critic.from_pretrained(tmp_path / name).config.horizon == 1
+    speed = [json.loads(line) for line in (tmp_path / "speed.jsonl").open()]
+    shares = [sum(v for k, v in line.items() if k.startswith("time/")) for line in speed]
+    assert all(0.5 < share <= 1.0 for share in shares)
+
+
+def test_a_finished_run_does_nothing_more(tmp_path: Path) -> None:
+    training = replace(TRAINING, env_steps=48, warmup=20, evaluate_every=0)
+    first = run(tmp_path, training)
+    before = (tmp_path / "metrics.jsonl").read_text()
+    again = run(tmp_path, training)
+    assert (tmp_path / "metrics.jsonl").read_text() == before
+    for a, b in zip(first.parameters(), again.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("target", LEARNERS)
+def test_every_target_learns_online(target: str, tmp_path: Path) -> None:
+    training = replace(TRAINING, critic=replace(CRITIC, target=target), env_steps=160, evaluate_every=0)
+    actor, live = parts(settings=training.critic)
+    act = actor.sample_under(RULE, qsteer.Euler(clip=(-1.0, 1.0))) if target in ("td", "fql") else None
+    train_online(Bandit, actor, live, tmp_path, training, rule=RULE, act=act, progress=False)
+    assert metrics(tmp_path)[-1]["step"] == 160
+    assert live.version > 0
+
+
+def test_seeds_at_once_learn_from_their_own_environments_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[Tensor] = []
+    batch_loss = Sarsa.batch_loss
+    monkeypatch.setattr(
+        Sarsa, "batch_loss", lambda self, batch, g: (seen.append(batch.rows), batch_loss(self, batch, g))[1]
+    )
+    training = replace(TRAINING, env_steps=120, num_envs=2, warmup=40, evaluate_every=80)
+    run(tmp_path, training, seeds=3)
+    slots = next(replay.shape[1] for replay in [np.load(tmp_path / "replay" / "rewards.npy", mmap_mode="r")])
+    assert seen
+    for rows in seen:
+        lanes = rows.reshape(3, -1) // slots
+        assert all(set(lanes[s].tolist()) <= {2 * s, 2 * s + 1} for s in range(3))
+    critics = [Critic.from_pretrained(tmp_path / f"seed{s}" / "last") for s in range(3)]
+    assert all(critic.config.stack == 1 for critic in critics)
+    assert not torch.equal(critics[0].net.first.weight, critics[1].net.first.weight)
+    for s in range(3):
+        lines = metrics(tmp_path / f"seed{s}")
+        assert lines[-1]["env_steps"] == 120 and "evaluation/success" in lines[-1]
+
+
+def test_a_critic_that_diverges_does_not_steer_and_comes_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loss, calls = Sarsa.loss, 0
+    steered: list[bool] = []
+
+    def poisoned(self: Sarsa, generator: torch.Generator) -> Any:
+        nonlocal calls
+        calls += 1
+        value, info = loss(self, generator)
+        return (value * float("nan"), info) if calls == 160 else (value, info)
+
+    class Actor(StateActor):
+        def steer(self, rule: Any, sampler: Any) -> None:
+            steered.append(rule is not None)
+            super().steer(rule, sampler)
+
+    monkeypatch.setattr(Sarsa, "loss", poisoned)
+    live = LiveCritic(fresh_critic(CRITIC.critic_config(2, 1), [0]))
+    training = replace(TRAINING, evaluate_every=0, log_every=4)
+    critic = train_online(
+        Bandit, Actor([policy()], live), live, tmp_path, training, rule=RULE, progress=False
+    )
+    lines = metrics(tmp_path)
+    assert lines[-1]["trips"] == 1
+    ill = [line["env_steps"] for line in lines if line["steered"] == 0]
+    assert ill and ill == list(range(ill[0], ill[-1] + 1, 4))
+    rounds = steered[1:]  # the first is the constructor's
+    assert not any(rounds[ill[0] // 4 : ill[-1] // 4]) and rounds[-1]
+    assert all(torch.isfinite(p).all() for p in critic.parameters())
+    assert all(np.isfinite(line["q"]) for line in lines if "q" in line)
+
+
+def test_a_critic_that_has_not_learnt_steers_nothing_not_even_evaluations(tmp_path: Path) -> None:
+    steered: list[bool] = []
+
+    class Actor(StateActor):
+        def steer(self, rule: Any, sampler: Any) -> None:
+            steered.append(rule is not None)
+            super().steer(rule, sampler)
+
+    live = LiveCritic(fresh_critic(CRITIC.critic_config(2, 1), [0]))
+    training = replace(TRAINING, env_steps=40, warmup=20, evaluate_every=12, episodes=2)
+    train_online(Bandit, Actor([policy()], live), live, tmp_path, training, rule=RULE, progress=False)
+    first = steered.index(True)
+    assert all(steered[first:])
+    # the constructor's, seven rounds of four steps (the critic learns in the last) and two evaluations
+    assert first == 1 + 7 + 2
+
+
+def test_the_learner_works_while_the_simulators_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    order: list[str] = []
+
+    def noted(kind: type, name: str) -> None:
+        method = getattr(kind, name)
+        monkeypatch.setattr(kind, name, lambda *args: (order.append(name), method(*args))[1])
+
+    for kind, name in ((Collector, "send"), (Collector, "receive"), (Sarsa, "loss"), (Replay, "add")):
+        noted(kind, name)
+    run(tmp_path, replace(TRAINING, env_steps=28, warmup=8, evaluate_every=0))
+    rounds = " ".join(order).replace("loss " * 4, "learn ").split("add")[:-1]
+    backlog = [["send", "learn", "learn", "learn", "receive"]]  # of the warm-up
+    assert [r.split() for r in rounds] == (
+        [["send", "receive"]] * 3 + backlog + [["send", "learn", "receive"]] * 3
+    )
+
+
+def offline() -> Episodes:
+    g = torch.Generator().manual_seed(0)
+    actions = torch.rand(30, 1, generator=g)
+    return Episodes(
+        observations=torch.randn(30, 2, generator=g),
+        next_observations=torch.randn(30, 2, generator=g),
+        actions=actions,
+        rewards=-(actions[:, 0] - GOAL).square(),
+        terminals=torch.arange(30) % 3 == 2,
+        ends=torch.arange(30) % 3 == 2,
+    )
+
+
+def test_offline_data_is_mixed_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shares: list[float] = []
+    batch_loss = Sarsa.batch_loss
+    monkeypatch.setattr(
+        Sarsa,
+        "batch_loss",
+        lambda self, batch, g: (
+            shares.append(float((batch.rows < 30).float().mean())),
+            batch_loss(self, batch, g),
+        )[1],
+    )
+    chunks = Chunks(offline(), 1, 0.9, "next_actions")
+    training = replace(TRAINING, env_steps=80, warmup=20, evaluate_every=0, offline_share=0.25)
+    run(tmp_path, training, offline=chunks)
+    assert shares and all(share == 0.25 for share in shares)
+
+
+def test_what_does_not_fit_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="expected act="):
+        run(tmp_path, act=lambda critic, obs, noise: noise)
+    short = replace(TRAINING, env_steps=8, warmup=4, evaluate_every=0)
+    run(tmp_path, short)
+    with pytest.raises(ValueError, match="weight"):
+        run(tmp_path, short, rule=qsteer.QGF(weight=0.5))
+    with pytest.raises(ValueError, match="nonsense"):
+        run(tmp_path / "other", short, tracker="nonsense")
+    for changes in ({"env_steps": 0}, {"updates_per_step": 0.0}, {"offline_share": 1.0}, {"warmup": -1}):
+        with pytest.raises(ValueError, match=next(iter(changes))):
+            replace(TRAINING, **changes)
+
+
+KILLED = """
+import sys
+sys.path[:0] = {folders!r}
+from pathlib import Path
+import test_online
+from qsteer.data.replay import Replay
+
+add = Replay.add
+def acknowledged(self, rows):
+    add(self, rows)
+    print(self.added, flush=True)
+Replay.add = acknowledged
+if __name__ == "__main__":
+    test_online.run(Path({out!r}), test_online.KILL)
+"""
+KILL = replace(TRAINING, env_steps=600, warmup=40, evaluate_every=0, log_every=40, checkpoint_every=40)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_killed_at_random_moments_nothing_acknowledged_is_lost(tmp_path: Path) -> None:
+    """kill -9 ten times; what was printed before each is there after it, and the metrics go on."""
+    script = tmp_path / "killed.py"
+    out = tmp_path / "run"
+    script.write_text(
+        KILLED.format(folders=[str(Path(file).parent) for file in (__file__, bandit.__file__)], out=str(out))
+    )
+    generator = np.random.default_rng(0)
+    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    acknowledged = 0
+    for kill in range(11):
+        process = subprocess.Popen([sys.executable, str(script)], stdout=subprocess.PIPE, text=True, env=env)
+        assert process.stdout is not None
+        first = process.stdout.readline()
+        assert int(first) >= acknowledged  # the first row after the restart comes on top of all others
+        acknowledged = int(first)
+        if kill < 10:
+            time.sleep(generator.uniform(0.0, 0.5))
+            process.send_signal(signal.SIGKILL)
+        for line in process.stdout:
+            if line.endswith("\n"):
+                acknowledged = int(line)
+        process.wait()
+    assert acknowledged == 600
+    lines = metrics(out)
+    steps, updates = ([line[key] for line in lines] for key in ("env_steps", "step"))
+    assert steps == sorted(set(steps)) and steps[-1] == 600
+    assert updates == sorted(updates) and updates[-1] == 600
+
+
+def test_an_environments_chunk_is_asked_for_when_it_is_used_up() -> None:
+    """With chunks of two actions and episodes of three steps, environments ask at steps 0, 2, 3, 5, ..."""
+    asked: list[list[int]] = []
+
+    def act(obs: Tensor, lanes: np.ndarray) -> Any:
+        asked.append(lanes.tolist())
+        zero = torch.zeros(len(obs), 2, 1)
+        from qsteer.online.actors import Decision
+
+        return Decision(zero, zero, obs)
+
+    with Collector(Bandit, horizon=2, num_envs=2) as collector:
+        rows = [collector.step(act, torch.Generator().manual_seed(0)) for _ in range(6)]
+        collector.abandon()
+        last = collector.step(act, torch.Generator().manual_seed(1))
+    assert asked == [[0, 1]] * 5
+    assert [row.observations[0, 1].item() for row in (*rows, last)] == [0, 1, 2, 0, 1, 2, 0]
+    assert len(collector.finished) == 4
+
+
+def test_the_replay_has_the_layout_of_the_critic(tmp_path: Path) -> None:
+    run(tmp_path, replace(TRAINING, env_steps=48, warmup=20, evaluate_every=0))
+    layout = json.loads((tmp_path / "replay" / "layout.json").read_text())
+    assert (layout["lanes"], layout["horizon"], layout["steps"], layout["observations"]) == (4, 1, 1, 2)
+    assert isinstance(Replay, type)
