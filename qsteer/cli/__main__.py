@@ -1,0 +1,5 @@
+"""``python -m qsteer.cli`` is ``qsteer``."""
+
+from qsteer.cli import main
+
+main()

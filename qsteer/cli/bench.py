@@ -1,0 +1,83 @@
+"""``qsteer bench latency``: what steering costs, on random policies; no task and no checkpoint."""
+
+import argparse
+import time
+from pathlib import Path
+
+import torch
+
+from qsteer.cli.options import Commands, add_command
+
+
+def add_parser(commands: Commands) -> None:
+    """Add the command with its options."""
+    from qsteer.testing.hosts import HOSTS, SIZES
+
+    text = "Measure what steering costs."
+    bench = commands.add_parser("bench", help=text, description=text)
+    kinds = bench.add_subparsers(dest="kind", required=True, metavar="KIND")
+    text = "Measure what an action costs, steered and not, on a random policy: nothing to download."
+    latency = add_command(kinds, "latency", run_latency, text)
+    latency.add_argument("--host", choices=HOSTS, default="pi05", help="mlp: the demonstration's policy")
+    latency.add_argument(
+        "--size", choices=SIZES, default="small", help="small: pi05 of 76 M parameters; full: lerobot's own"
+    )
+    latency.add_argument("--cameras", type=int, choices=[1, 2, 3], default=2, help="images; mlp has none")
+    latency.add_argument("--chunk", type=int, default=10, help="actions of a chunk, such as 10 or 50")
+    latency.add_argument("--rows", type=int, default=1, help="observations at once")
+    latency.add_argument("--views", action="store_true", help="the critic sees the images too")
+    latency.add_argument(
+        "--arms", nargs="+", metavar="ARM", help="as for evaluate; default: those of QPILOTS' table and more"
+    )
+    latency.add_argument("--compile", choices=["static", "graph"], help="how the arms are compiled")
+    latency.add_argument("--device", default="cpu", help="cpu or cuda")
+    latency.add_argument(
+        "--dtype", choices=["float32", "bfloat16"], help="default: bfloat16 for full pi0 and pi05 on CUDA"
+    )
+    latency.add_argument("--threads", type=int, help="torch's threads; default: as torch chooses")
+    latency.add_argument("--repeats", type=int, default=100, help="timed rounds of all arms")
+    latency.add_argument("--warmup", type=int, default=5, help="rounds before them")
+    latency.add_argument(
+        "--cpu-time", action="store_true", help="the process's own time, which others do not stretch"
+    )
+    latency.add_argument("--out", type=Path, help="JSON to write")
+    latency.add_argument("--plot", type=Path, help="picture to write")
+
+
+def run_latency(args: argparse.Namespace) -> None:
+    """Run the command."""
+    from qsteer.bench.latency import maps, measure, methods, subject
+    from qsteer.bench.report import as_json, table
+    from qsteer.envs.rollouts import write_json
+    from qsteer.evaluation.arms import Maps, parse
+    from qsteer.evaluation.plots import plot_latency
+
+    if args.threads is not None:
+        torch.set_num_threads(args.threads)
+    measured = subject(
+        args.host,
+        args.size,
+        cameras=args.cameras,
+        chunk=args.chunk,
+        device=args.device,
+        dtype=None if args.dtype is None else getattr(torch, args.dtype),
+        views=args.views,
+        rows=args.rows,
+    )
+    if args.arms:
+        meta, flow = maps(measured)
+        arms = [parse(spec, Maps(meta, flow, flow)) for spec in args.arms]
+        chosen = {arm.spec: (arm.rule, arm.sampler) for arm in arms}
+    else:
+        chosen = methods(measured)
+    clock = time.process_time if args.cpu_time else None
+    found = measure(
+        measured, chosen, mode=args.compile, repeats=args.repeats, warmup=args.warmup, clock=clock
+    )
+    report = as_json(found)
+    print(table(report))
+    if args.out:
+        write_json(report, args.out)
+        print(f"results: {args.out}")
+    if args.plot:
+        print(f"picture: {plot_latency(report, args.plot)}")

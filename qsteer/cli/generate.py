@@ -1,0 +1,36 @@
+"""``qsteer generate``: data sets from OGBench's scripted oracles."""
+
+import argparse
+from pathlib import Path
+
+from qsteer.cli.options import Commands, add_command, add_task_option
+from qsteer.experiments.tasks import RECIPES
+
+
+def add_parser(commands: Commands) -> None:
+    """Add the command with its options."""
+    text = "Collect a task's data with OGBench's scripted oracles."
+    parser = add_command(commands, "generate", run, text)
+    add_task_option(parser)
+    parser.add_argument("--data", type=Path, help="the .npz to write; default runs/data/NAME.npz")
+    parser.add_argument("--transitions", type=int, help="size of the training split; default: the recipe's")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the whole data set")
+    parser.add_argument("--workers", type=int, help="processes; default: one per core")
+
+
+def run(args: argparse.Namespace) -> None:
+    """Run the command."""
+    from qsteer.envs.ogbench import generate
+
+    recipe = RECIPES[args.task]
+    path = args.data or recipe.data_path
+    transitions = recipe.transitions if args.transitions is None else args.transitions
+    generate(
+        recipe.data,
+        path,
+        transitions=transitions,
+        val_transitions=max(1, transitions // 10),
+        seed=args.seed,
+        workers=args.workers,
+    )
+    print(f"{transitions} transitions of {recipe.data}: {path}")

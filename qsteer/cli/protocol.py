@@ -1,0 +1,42 @@
+"""``qsteer protocol``: OGBench from offline to online."""
+
+import argparse
+from pathlib import Path
+
+from qsteer.cli.options import Commands, add_command
+
+
+def add_parser(commands: Commands) -> None:
+    """Add the command with its options."""
+    text = "Run the OGBench offline-to-online protocol on a task, or sum up such runs."
+    parser = add_command(commands, "protocol", run, text)
+    parser.add_argument("--domain", default="cube-double", help="which domain (qsteer/protocol.py)")
+    parser.add_argument("--task", type=int, default=2, help="number of the task, 1 to 5")
+    parser.add_argument("--data", type=Path, help="the .npz to read; default runs/data/NAME.npz")
+    parser.add_argument("--seeds", type=int, nargs="+", default=list(range(8)), help="all at once")
+    parser.add_argument("--scale", type=float, default=1.0, help="of all numbers of steps; 1: the paper's")
+    parser.add_argument("--device", default="cpu", help="cpu or cuda")
+    parser.add_argument("--out", type=Path, help="run directory; default runs/protocol/DOMAIN-TASK")
+    parser.add_argument(
+        "--report",
+        type=Path,
+        nargs="+",
+        metavar="RESULTS",
+        help="results.json of runs to sum up; runs nothing",
+    )
+
+
+def run(args: argparse.Namespace) -> None:
+    """Run the command."""
+    from qsteer.experiments import protocol
+
+    if args.report:
+        print(protocol.table(args.report))
+        return
+    protocol.task_name(args.domain, args.task)
+    data = args.data or Path("runs/data") / f"{protocol.DOMAINS[args.domain].data}.npz"
+    out = args.out or Path("runs/protocol") / f"{args.domain}-{args.task}"
+    results = protocol.run(
+        args.domain, args.task, data, out, seeds=args.seeds, scale=args.scale, device=args.device
+    )
+    print(f"{protocol.table([results])}\nresults: {results}")

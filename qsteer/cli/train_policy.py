@@ -1,0 +1,35 @@
+"""``qsteer train-policy``: the policy, by behaviour cloning."""
+
+import argparse
+from dataclasses import replace
+
+from qsteer.cli.options import Commands, add_command, add_task_option, add_training_options, select_given
+from qsteer.experiments.tasks import RECIPES, run_directory
+
+
+def add_parser(commands: Commands) -> None:
+    """Add the command with its options."""
+    text = "Clone the data's behaviour: the policy that is then frozen."
+    parser = add_command(commands, "train-policy", run, text)
+    add_task_option(parser)
+    parser.add_argument(
+        "--residual-layers", type=int, help="of the recipe's width, in place of its plain hidden layers"
+    )
+    add_training_options(parser, "policy")
+
+
+def run(args: argparse.Namespace) -> None:
+    """Run the command."""
+    from qsteer.data import Episodes
+    from qsteer.envs.ogbench import load
+    from qsteer.training import train_policy
+
+    recipe = RECIPES[args.task]
+    training = replace(recipe.policy, **select_given(args, "seed", "steps"))
+    if args.residual_layers is not None:
+        hidden = tuple(training.hidden[:1]) * (1 + args.residual_layers)
+        training = replace(training, hidden=hidden, residual=True)
+    out = args.out or run_directory(args.task, args.seed) / "policy"
+    train, _ = load(recipe.task, args.data or recipe.data_path)
+    train_policy(Episodes.from_ogbench(train), out, training, device=args.device)
+    print(f"policy: {out}")
