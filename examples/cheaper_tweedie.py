@@ -29,11 +29,12 @@ from qsteer.bench.counting import count
 from qsteer.envs import ogbench
 from qsteer.envs.rollouts import write_json
 from qsteer.evaluation.gradients import agreement
-from qsteer.experiments.tasks import CHECKPOINTS, CUBE_SINGLE
+from qsteer.experiments.tasks import TASKS
 from qsteer.policies import FlowPolicy
 from qsteer.testing import hosts as random_hosts
 from qsteer.types import Field, Rule, Sampler, Value
 
+CHECKPOINTS = Path(__file__).parent / "checkpoints" / "cube-single"
 RULES: dict[str, Any] = {
     "Tweedie": qsteer.Tweedie(),
     "Tweedie, every 2nd step": qsteer.Tweedie(every=2),
@@ -118,19 +119,15 @@ def main() -> None:
     )
     parser.add_argument("--episodes", type=int, default=8, help="of cube-single, whose states are used")
     parser.add_argument("--observations", type=int, default=8, help="of the random pi0.5")
-    parser.add_argument(
-        "--policy", type=Path, default=CHECKPOINTS / "cube-single" / "policy", help="of cube-single"
-    )
-    parser.add_argument(
-        "--critic", type=Path, default=CHECKPOINTS / "cube-single" / "critic", help="of cube-single"
-    )
+    parser.add_argument("--policy", type=Path, default=CHECKPOINTS / "policy", help="of cube-single")
+    parser.add_argument("--critic", type=Path, default=CHECKPOINTS / "critic", help="of cube-single")
     parser.add_argument("--out", type=Path, help="JSON to write")
     args = parser.parse_args()
     torch.manual_seed(0)
 
     policy = FlowPolicy.from_pretrained(args.policy).requires_grad_(False)
     critic = qsteer.Critic.from_pretrained(args.critic).requires_grad_(False)
-    states = visited(policy, CUBE_SINGLE.task, args.episodes)
+    states = visited(policy, TASKS["cube-single"].environment(), args.episodes)
     print(f"cube-single's policy and critic, {len(states)} states: cosine to Tweedie's gradient; passes")
     noise = torch.randn(len(states), policy.config.horizon, policy.config.action_dim)
     depth = len(policy.config.hidden) - 1 if policy.config.residual else 0

@@ -36,13 +36,13 @@ def run(args: argparse.Namespace) -> None:
     from qsteer.policies import FlowPolicy
     from qsteer.training.loop import METRICS
 
-    recipe, directory = RECIPES[args.task], run_directory(args.task, args.seed)
+    task, directory = RECIPES[args.task], run_directory(args.task, args.seed)
     given = select_given(args, "seed", "steps", "env_steps", "eta") | {"learn_critic": not args.fixed_critic}
     if args.env_steps and args.steps is None:
         given["steps"] = args.env_steps  # one update per environment step
-    training = replace(recipe.fmq, **given)
+    training = replace(task.fmq, **given)
     out = args.out or directory / "fmq"
-    train, _ = ogbench.load(recipe.task, args.data or recipe.data_path)
+    train, _ = ogbench.load(task.environment(), args.data or task.data_path)
     adapt(
         FlowMap.from_pretrained(directory / "flow").to(args.device),
         Critic.from_pretrained(args.critic or directory / "critic").to(args.device),
@@ -50,7 +50,7 @@ def run(args: argparse.Namespace) -> None:
         Episodes.from_ogbench(train),
         out,
         training,
-        make_env=partial(ogbench.make, recipe.task) if training.env_steps else None,
+        make_env=partial(ogbench.make, task.environment()) if training.env_steps else None,
     )
     print(
         f"fmq: {out}, distance to the offline map: {plot_adaptation(out / METRICS, out / 'adaptation.png')}"

@@ -34,12 +34,12 @@ def run(args: argparse.Namespace) -> None:
     from qsteer.training.teachers import StateTeacher
 
     state = processes(args.device)
-    recipe, directory = RECIPES[args.task], run_directory(args.task, args.seed)
+    task, directory = RECIPES[args.task], run_directory(args.task, args.seed)
     policy = FlowPolicy.from_pretrained(directory / "policy").requires_grad_(False).to(args.device)
     shape = policy.config
     teacher, held_out = (
         StateTeacher(policy, Chunks(Episodes.from_ogbench(d).to(args.device), shape.horizon, 1.0, "actions"))
-        for d in load(recipe.task, args.data or recipe.data_path)
+        for d in load(task.environment(), args.data or task.data_path)
     )
     out, given = args.out or directory / args.map, select_given(args, "seed", "steps")
     kind = MetaMapConfig if args.map == "meta" else MapConfig
@@ -47,15 +47,15 @@ def run(args: argparse.Namespace) -> None:
         shape.horizon,
         shape.action_dim,
         shape.hidden[0],
-        hidden=recipe.map_hidden,
+        hidden=task.map_hidden,
         harmonics=shape.harmonics,
         residual=True,
     )
     torch.manual_seed(args.seed)
     if isinstance(config, MetaMapConfig):
         meta = MetaFlowMap(config).to(args.device)
-        distil(meta, teacher, out, replace(recipe.meta, **given), held_out=held_out)
+        distil(meta, teacher, out, replace(task.meta, **given), held_out=held_out)
     else:
-        distil_flow_map(FlowMap(config).to(args.device), teacher, out, replace(recipe.flow_map, **given))
+        distil_flow_map(FlowMap(config).to(args.device), teacher, out, replace(task.flow_map, **given))
     if state.is_main_process:
         print(f"{args.map}: {out}")

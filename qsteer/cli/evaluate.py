@@ -48,22 +48,22 @@ def run(args: argparse.Namespace) -> None:
     from qsteer.evaluation.compare import compare, table
     from qsteer.policies import FlowPolicy
 
-    recipe = RECIPES[args.task]
+    task = RECIPES[args.task]
     policy, critic = FlowPolicy.from_pretrained(args.policy), Critic.from_pretrained(args.critic)
     maps = Maps.load(args.maps) if args.maps else Maps()
     if args.rho is not None:
         critic.config = replace(critic.config, rho=args.rho)
     report, runs = compare(
-        partial(ogbench.make, recipe.task),
+        partial(ogbench.make, task.environment()),
         policy,
         critic,
-        [parse(arm, maps) for arm in args.arms or recipe.arms],
+        [parse(arm, maps) for arm in args.arms or task.arms],
         episodes=args.episodes,
         seed=TUNING_SEED if args.tuning else EVALUATION_SEED,
         num_envs=args.num_envs,
     )
     report = {
-        "task": recipe.task,
+        "task": task.environment(),
         "policy": str(args.policy),
         "critic": str(args.critic),
         "rho": critic.config.rho,

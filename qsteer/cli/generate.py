@@ -22,15 +22,15 @@ def run(args: argparse.Namespace) -> None:
     """Run the command."""
     from qsteer.envs.ogbench import generate
 
-    recipe = RECIPES[args.task]
-    path = args.data or recipe.data_path
-    transitions = recipe.transitions if args.transitions is None else args.transitions
+    task = RECIPES[args.task]
+    path = args.data or task.data_path
+    transitions = task.transitions if args.transitions is None else args.transitions
     generate(
-        recipe.data,
+        task.data,
         path,
         transitions=transitions,
         val_transitions=max(1, transitions // 10),
         seed=args.seed,
         workers=args.workers,
     )
-    print(f"{transitions} transitions of {recipe.data}: {path}")
+    print(f"{transitions} transitions of {task.data}: {path}")

@@ -28,15 +28,19 @@ def add_parser(commands: Commands) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Run the command."""
-    from qsteer.experiments import protocol
+    from qsteer.experiments.protocol import find_domain, format_results, run_protocol
 
     if args.report:
-        print(protocol.table(args.report))
+        print(format_results(args.report))
         return
-    protocol.task_name(args.domain, args.task)
-    data = args.data or Path("runs/data") / f"{protocol.DOMAINS[args.domain].data}.npz"
-    out = args.out or Path("runs/protocol") / f"{args.domain}-{args.task}"
-    results = protocol.run(
-        args.domain, args.task, data, out, seeds=args.seeds, scale=args.scale, device=args.device
+    task = find_domain(args.domain)
+    results = run_protocol(
+        task,
+        args.task,
+        args.data or task.data_path,
+        args.out or Path("runs/protocol") / f"{args.domain}-{args.task}",
+        seeds=args.seeds,
+        scale=args.scale,
+        device=args.device,
     )
-    print(f"{protocol.table([results])}\nresults: {results}")
+    print(f"{format_results([results])}\nresults: {results}")

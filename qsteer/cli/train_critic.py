@@ -26,9 +26,9 @@ def run(args: argparse.Namespace) -> None:
     from qsteer.envs.ogbench import load
     from qsteer.training import train_critic
 
-    recipe = RECIPES[args.task]
-    training = replace(recipe.critic, **select_given(args, "seed", "steps", "target", "members", "rho"))
+    task = RECIPES[args.task]
+    training = replace(task.critic, **select_given(args, "seed", "steps", "target", "members", "rho"))
     out = args.out or run_directory(args.task, args.seed) / "critic"
-    train, _ = load(recipe.task, args.data or recipe.data_path)
+    train, _ = load(task.environment(), args.data or task.data_path)
     train_critic(Episodes.from_ogbench(train), out, training, device=args.device)
     print(f"critic: {out}")

@@ -49,10 +49,10 @@ def run(args: argparse.Namespace) -> None:
     from qsteer.policies import FlowPolicy
     from qsteer.training.critic import ACTING, LEARNERS, fresh_critic
 
-    recipe, arm = RECIPES[args.task], parse(args.arm)
+    task, arm = RECIPES[args.task], parse(args.arm)
     given = select_given(args, "env_steps", "num_envs", "updates_per_step", "warmup")
-    critic = replace(recipe.online.critic, seed=args.seeds[0], **select_given(args, "target"))
-    training = replace(recipe.online, critic=critic, **given)
+    critic = replace(task.online.critic, seed=args.seeds[0], **select_given(args, "target"))
+    training = replace(task.online, critic=critic, **given)
     paths = [args.policy or run_directory(args.task, seed) / "policy" for seed in args.seeds]
     policies = [FlowPolicy.from_pretrained(path).requires_grad_(False).to(args.device) for path in paths]
     shape = policies[0].config
@@ -62,11 +62,11 @@ def run(args: argparse.Namespace) -> None:
     actor = StateActor(policies, live)
     offline = None
     if args.data:
-        episodes = Episodes.from_ogbench(ogbench.load(recipe.task, args.data)[0]).to(args.device)
+        episodes = Episodes.from_ogbench(ogbench.load(task.environment(), args.data)[0]).to(args.device)
         offline = Chunks(episodes, critic.horizon, critic.gamma, LEARNERS[critic.target].need)
     out = args.out or Path("runs") / args.task / "online" / f"{args.arm}-{critic.target}"
     train_online(
-        partial(ogbench.make, recipe.task),
+        partial(ogbench.make, task.environment()),
         actor,
         live,
         out,

@@ -24,12 +24,12 @@ def run(args: argparse.Namespace) -> None:
     from qsteer.envs.ogbench import load
     from qsteer.training import train_policy
 
-    recipe = RECIPES[args.task]
-    training = replace(recipe.policy, **select_given(args, "seed", "steps"))
+    task = RECIPES[args.task]
+    training = replace(task.policy, **select_given(args, "seed", "steps"))
     if args.residual_layers is not None:
         hidden = tuple(training.hidden[:1]) * (1 + args.residual_layers)
         training = replace(training, hidden=hidden, residual=True)
     out = args.out or run_directory(args.task, args.seed) / "policy"
-    train, _ = load(recipe.task, args.data or recipe.data_path)
+    train, _ = load(task.environment(), args.data or task.data_path)
     train_policy(Episodes.from_ogbench(train), out, training, device=args.device)
     print(f"policy: {out}")

@@ -22,3 +22,8 @@ def test_the_demo_of_a_checkout(tmp_path, monkeypatch, capsys):
 def test_a_demo_without_checkpoints_says_how_to_make_them():
     with pytest.raises(FileNotFoundError, match="--from-scratch"):
         demo("pointmaze-medium")
+
+
+def test_a_folder_without_checkpoints_is_named_in_the_error(tmp_path):
+    with pytest.raises(FileNotFoundError, match=f"in {tmp_path / 'cube-single'}, got none: a checkout"):
+        demo(checkpoints=tmp_path)

@@ -9,7 +9,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from qsteer.experiments.protocol import DOMAINS, TASKS, Domain, table, task_name
+from qsteer.experiments.protocol import (
+    DOMAINS,
+    find_domain,
+    format_results,
+    plan_critic,
+    plan_online,
+    plan_policy,
+)
+from qsteer.experiments.tasks import NUMBERS, Task
 from qsteer.rules import Tweedie
 
 PUBLISHED = {name for name, domain in DOMAINS.items() if domain.published}
@@ -52,25 +60,25 @@ class TestTable:
         from qsteer.envs.ogbench import dataset_name
 
         for name, domain in DOMAINS.items():
-            for number in TASKS:
-                task = task_name(name, number)
+            for number in NUMBERS:
+                task = find_domain(name).environment(number)
                 assert dataset_name(task) == domain.data
                 environment = task.replace("-play", "").replace("-navigate", "")  # how data is collected
                 assert gymnasium.spec(environment).id == environment
 
     def test_mistakes(self) -> None:
         with pytest.raises(ValueError, match=r"one of antmaze-large, .*, got 'scene'"):
-            task_name("scene", 1)
+            find_domain("scene")
         with pytest.raises(ValueError, match="1 to 5, got 0"):
-            task_name("cube-double", 0)
+            find_domain("cube-double").environment(0)
         for wrong in ({"horizon": 0}, {"gamma": 1.0}, {"rho": -0.1}, {"alpha": -1.0}):
             with pytest.raises(ValueError, match=next(iter(wrong))):
                 replace(DOMAINS["cube-double"], **wrong)
 
 
 @pytest.mark.parametrize("domain", [DOMAINS["humanoidmaze-large"], DOMAINS["puzzle-4x4-sparse"]])
-def test_settings_carry_the_values(domain: Domain) -> None:
-    policy, critic = domain.policy(seed=3), domain.critic(seed=3)
+def test_settings_carry_the_values(domain: Task) -> None:
+    policy, critic = plan_policy(domain, seed=3), plan_critic(domain, seed=3)
     for training in (policy, critic):
         assert (training.steps, training.batch_size, training.seed) == (1_000_000, 256, 3)
         assert (training.learning_rate, training.gradient_clip) == (3e-4, 1.0)
@@ -79,7 +87,7 @@ def test_settings_carry_the_values(domain: Domain) -> None:
     assert (critic.gamma, critic.rho) == (domain.gamma, domain.rho)
     assert domain.rule == Tweedie(domain.alpha)
     pytest.importorskip("gymnasium")
-    online = domain.online(seed=3)
+    online = plan_online(domain, seed=3)
     assert online.critic == critic
     assert (online.env_steps, online.updates_per_step, online.offline_share) == (500_000, 1, None)
     assert (online.episodes, online.warmup) == (50, 0)
@@ -98,7 +106,7 @@ def test_sparse_rewards_say_solved_or_not(tmp_path: Path) -> None:
         workers=1,
         progress=False,
     )
-    task = task_name("cube-double", 2)
+    task = find_domain("cube-double").environment(2)
     loads = partial(ogbench.load, task, tmp_path / "s.npz")
     for dense, sparse in zip(loads(), loads(sparse=True), strict=True):
         assert dense["rewards"].min() < -1
@@ -150,10 +158,10 @@ def test_the_table_has_each_task_and_their_interquartile_mean(tmp_path: Path) ->
         seeds = [{"seed": s, "base": 0.0, "tweedie": value} for s, value in enumerate(success)]
         result = {"domain": "cube-double", "task": number, "scale": 1, "episodes": 50, "seeds": seeds}
         (tmp_path / f"{number}.json").write_text(json.dumps(result))
-    lines = table([tmp_path / "1.json", tmp_path / "2.json"]).splitlines()
+    lines = format_results([tmp_path / "1.json", tmp_path / "2.json"]).splitlines()
     assert lines[4].split() == ["cube-double", "1", "tweedie", "50%", "0%", "..", "100%"]
     assert lines[5].split() == ["cube-double", "2", "tweedie", "50%", "50%", "..", "50%"]
     assert lines[6].split()[:4] == ["all,", "IQM", "tweedie", "50%"]
     (tmp_path / "3.json").write_text(json.dumps(result | {"seeds": seeds[:1]}))
     with pytest.raises(ValueError, match="equally many"):
-        table([tmp_path / "1.json", tmp_path / "3.json"])
+        format_results([tmp_path / "1.json", tmp_path / "3.json"])
