@@ -16,7 +16,7 @@ from torch import Tensor, nn
 import qsteer
 from qsteer.adapters import PlainPolicy
 from qsteer.bench.latency import Subject, measure
-from qsteer.bench.report import as_json, table
+from qsteer.bench.report import as_json, format_report
 from qsteer.evaluation.plots import plot_latency
 
 HORIZON, ACTION, STATE = 10, 7, 8
@@ -55,7 +55,7 @@ def main(argv: list[str] | None = None) -> None:
         "BestOfN(8)": (None, qsteer.BestOfN(8)),
     }
     report = as_json(measure(Subject(policy, critic, batch), methods, repeats=args.repeats))
-    print(table(report))
+    print(format_report(report))
     if args.plot:
         print(f"picture: {plot_latency(report, args.plot)}")
 

@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from qsteer.envs.rollouts import write_json
-from qsteer.evaluation.curves import plot_curves, read_curve, summary, table
+from qsteer.evaluation.curves import format_summary, plot_curves, read_curve, summarize
 from qsteer.training.loop import METRICS, SPEED
 
 
@@ -33,7 +33,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="JSON to write")
     args = parser.parse_args()
     groups = {run.name: sorted(run.glob(f"seed*/{METRICS}")) for run in args.runs}
-    print(table(summary(groups, until=args.until)))
+    print(format_summary(summarize(groups, until=args.until)))
     times = {run.name: where_the_time_goes(run.glob(f"seed*/{SPEED}"), args.until) for run in args.runs}
     print("\n" + time_table(times))
     if args.plot:

@@ -24,8 +24,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 import qsteer
-from qsteer.evaluation import plots
 from qsteer.maps import GlassPosterior
+from qsteer.plotting import BASE, CONTROL, INK, MUTED, STEERED, STYLE, load_pyplot, save
 from qsteer.rules import PosteriorGuidance
 from qsteer.types import PosteriorSampler
 
@@ -38,7 +38,7 @@ FREE = 26  # the scaling clamps 1/t - 1 at 25: the first guided time, t = 1/K, i
 BEYOND = (*STEPS, 96, 192)
 GLASS = (4, 16)
 STUDENT = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 10: 2.262}  # 97.5 % quantile, by number of seeds
-COLOURS = dict(zip(RULES, (plots.STEERED, plots.BASE), strict=True))
+COLOURS = dict(zip(RULES, (STEERED, BASE), strict=True))
 DOTS = {"marker": "o", "markersize": 6.5, "markeredgecolor": "white", "linewidth": 2}
 
 
@@ -234,12 +234,8 @@ def measure(chains: int, seeds: int, many: int, fine: int = 24) -> dict[str, Any
 
 def draw(report: dict[str, Any], path: Path) -> None:
     """Draw W2 against K and against N."""
-    import matplotlib
-
-    matplotlib.use("agg")
-    import matplotlib.pyplot as plt
-
-    with plt.rc_context(plots.STYLE):
+    plt = load_pyplot()
+    with plt.rc_context(STYLE):
         fig, (left, right) = plt.subplots(1, 2, figsize=(10.4, 4.4), layout="constrained")
         for ax in (left, right):
             ax.set(xscale="log", yscale="log")
@@ -249,9 +245,7 @@ def draw(report: dict[str, Any], path: Path) -> None:
             ax.minorticks_off()
             ax.set_yticks([0.01, 0.03, 0.1, 0.3, 1.0], ["0.01", "0.03", "0.1", "0.3", "1"])
             ax.set_ylim(0.003, 2.2)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        fig.savefig(path)
-        plt.close(fig)
+        save(fig, path)
 
 
 def _note(ax: Any, x: float, y: float, text: str, colour: str, **style: Any) -> None:
@@ -267,11 +261,11 @@ def _draw_steps(ax: Any, report: dict[str, Any]) -> None:
     part, endless = report["against_k"], report["infinite_samples"]
     free, last = [k for k in STEPS if k <= FREE], BEYOND[-1]
     _draw_ground(ax, (STEPS[0], free[-1]), (1.5, 1.5 * (STEPS[0] / free[-1]) ** 0.5), part, STEPS)
-    ax.plot(BEYOND, endless["guided_everywhere"], color=plots.MUTED, linewidth=1)
-    ax.plot(BEYOND, endless["rules"], color=plots.INK, linewidth=1.3, linestyle=(0, (1, 1.5)))
+    ax.plot(BEYOND, endless["guided_everywhere"], color=MUTED, linewidth=1)
+    ax.plot(BEYOND, endless["rules"], color=INK, linewidth=1.3, linestyle=(0, (1, 1.5)))
     ends = {"guided_everywhere": "guided at every t,\nno clamp, N = ∞", "rules": "as qsteer guides,\nN = ∞"}
     for name, text in ends.items():
-        _note(ax, last, endless[name][-1], text, plots.INK if name == "rules" else plots.MUTED, fontsize=8.5)
+        _note(ax, last, endless[name][-1], text, INK if name == "rules" else MUTED, fontsize=8.5)
     for name, colour in COLOURS.items():
         for m in GLASS:
             glass = part[name][f"glass_{m}"]
@@ -292,12 +286,8 @@ def _draw_samples(ax: Any, report: dict[str, Any]) -> None:
     for name, colour in COLOURS.items():
         ax.plot(SAMPLES, part[name]["w2"], color=colour, linewidth=1.2, alpha=0.6)
         ax.plot(SAMPLES, part[name]["w2_to_limit"], color=colour, **DOTS)
-    _note(
-        ax, last, part["Posterior"]["w2"][-1], "thin: to the exactly\ntilted law", plots.MUTED, fontsize=8.5
-    )
-    _note(
-        ax, last, part["Posterior"]["w2_to_limit"][-1], "thick: to the\nlaw of N = ∞", plots.INK, fontsize=8.5
-    )
+    _note(ax, last, part["Posterior"]["w2"][-1], "thin: to the exactly\ntilted law", MUTED, fontsize=8.5)
+    _note(ax, last, part["Posterior"]["w2_to_limit"][-1], "thick: to the\nlaw of N = ∞", INK, fontsize=8.5)
     ax.set_title(f"N varies, K = {part['steps']}", loc="left", fontsize=10.5, fontweight="bold")
     ax.set_xlabel("posterior samples N", loc="left")
     ax.set_ylabel("W2 to the law named at the right", loc="top")
@@ -308,11 +298,11 @@ def _draw_samples(ax: Any, report: dict[str, Any]) -> None:
 
 def _draw_ground(ax: Any, ends: tuple[int, int], bound: tuple[float, float], part: Any, at: Any) -> None:
     """Draw the bound's slope, and what the noise of the seeds lets one see."""
-    ax.plot(ends, bound, color=plots.CONTROL, linewidth=1.4, linestyle=(0, (4, 3)))
-    _note(ax, ends[1], bound[1], "slope −1/2:\nthe bound's", plots.MUTED, fontsize=8.5)
+    ax.plot(ends, bound, color=CONTROL, linewidth=1.4, linestyle=(0, (4, 3)))
+    _note(ax, ends[1], bound[1], "slope −1/2:\nthe bound's", MUTED, fontsize=8.5)
     noise_level = np.maximum(*(part[name]["resolution"] for name in RULES))
-    ax.fill_between(at, 1e-3, noise_level, color=plots.CONTROL, alpha=0.22, linewidth=0)
-    _note(ax, at[0], 0.0036, "noise of the seeds", plots.MUTED, fontsize=8.5)
+    ax.fill_between(at, 1e-3, noise_level, color=CONTROL, alpha=0.22, linewidth=0)
+    _note(ax, at[0], 0.0036, "noise of the seeds", MUTED, fontsize=8.5)
     for row, (name, colour) in enumerate(COLOURS.items()):
         fit, low, _ = part[name]["slope"]
         text = f"{name}: slope {fit:.2f} ± {fit - low:.2f}".replace("-", "−")

@@ -82,7 +82,7 @@ class Trace:
 
     def plot(self, path: str | Path) -> Path:
         """Draw strength, gradient norm, value and ensemble spread against t; needs the ``plots`` extra."""
-        from qsteer.evaluation.plots import plot_trace
+        from qsteer.plotting import plot_trace
 
         return plot_trace(path=path, **self.arrays())
 

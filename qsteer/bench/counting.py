@@ -171,7 +171,7 @@ class Watched(Sampler):
         return self.sampler(steered, scored, noise)
 
 
-def counting(cost: Cost, rule: Rule | None, sampler: Sampler) -> Watched:
+def count_into(cost: Cost, rule: Rule | None, sampler: Sampler) -> Watched:
     """Return the method as a sampler which counts the passes of policy and critic into ``cost``."""
     return Watched(rule, sampler, cost.field.around, cost.value.around)
 
@@ -230,5 +230,5 @@ def count(
     """
     cost = Cost()
     with counted_maps(cost.map):
-        sample(field, value, noise, sampler=counting(cost, rule, sampler))
+        sample(field, value, noise, sampler=count_into(cost, rule, sampler))
     return cost

@@ -4,7 +4,7 @@ The *stock* host is the policy's own code, not steered, in the same precision. T
 unsteered loop, captured as a CUDA graph (on a CPU: on static buffers). The *roofline* is what the same work
 would take at the device's measured best. An overhead that looks small beside a slow host is not a small one.
 
-What is timed is the whole action, by :func:`~qsteer.bench.timing.latencies`: every method in every round.
+What is timed is the whole action, by :func:`~qsteer.bench.timing.time_calls`: every method in every round.
 Parts, counts, work and memory come from runs of their own, of the same method without compilation.
 """
 
@@ -19,10 +19,10 @@ import torch
 from torch import Tensor, nn
 
 import qsteer
-from qsteer.bench.counting import Cost, PassesByRows, Saved, counted_maps, counting, saved_tensors
+from qsteer.bench.counting import Cost, PassesByRows, Saved, count_into, counted_maps, saved_tensors
 from qsteer.bench.parts import Marks, Timed, TimedCritic, measure_parts
 from qsteer.bench.roofline import Ceilings, Work, counted_work, measure_ceilings
-from qsteer.bench.timing import Clock, Latency, latencies, peak_memory, reserved_memory
+from qsteer.bench.timing import Latency, Timer, peak_memory, reserved_memory, time_calls
 from qsteer.clock import clock_of
 from qsteer.flow import features_of
 from qsteer.maps import FlowMap, GlassPosterior, MapConfig, MetaFlowMap, MetaMapConfig
@@ -105,7 +105,7 @@ class Report:
     left_out: dict[str, str]
 
 
-def subject(
+def make_subject(
     host: str,
     size: str = "small",
     *,
@@ -154,9 +154,9 @@ def subject(
     return Subject(policy, critic.to(device).requires_grad_(False), observations)
 
 
-def methods(subject: Subject) -> dict[str, Method]:
+def list_methods(subject: Subject) -> dict[str, Method]:
     """Return the methods of QPILOTS' table of latencies, and more; learnt maps are untrained ones."""
-    meta, flow = maps(subject)
+    meta, flow = make_maps(subject)
     glass = GlassPosterior(steps=4)
     euler, host = qsteer.Euler(), qsteer.adapters.host_of(subject.policy)
     depth = 0 if host.layers is None else len(host.read(subject.policy, host.layers))
@@ -178,7 +178,7 @@ def methods(subject: Subject) -> dict[str, Method]:
     }
 
 
-def maps(subject: Subject) -> tuple[MetaFlowMap, FlowMap]:
+def make_maps(subject: Subject) -> tuple[MetaFlowMap, FlowMap]:
     """Return untrained maps for a policy: MLPs, or transformers of width 256 and depth 4 on its tokens."""
     opened, _, noise = open_action(subject)
     features = features_of(opened)
@@ -214,7 +214,7 @@ def open_action(subject: Subject) -> tuple[Field, Value, Tensor]:
     return seen[0]
 
 
-def twin(policy: nn.Module) -> Any:
+def copy_sharing_weights(policy: nn.Module) -> Any:
     """Return a frozen copy of a policy on the same memory, to be steered for good; the other is untouched."""
     shared: dict[int, Any] = {id(tensor): tensor for tensor in policy.buffers()}
     for parameter in policy.parameters():
@@ -222,7 +222,7 @@ def twin(policy: nn.Module) -> Any:
     return deepcopy(policy, shared)
 
 
-def steered(
+def steer_copy(
     subject: Subject, method: Method, *, critic: Bindable | None = None, mode: Mode | None = None
 ) -> Callable[[], Tensor]:
     """Return the call that makes an action under a method, on a copy of the policy on the same weights.
@@ -237,12 +237,12 @@ def steered(
         TypeError, ValueError: the policy cannot be compiled so, see :func:`qsteer.steer`.
     """
     rule, sampler = method
-    policy, critic = twin(subject.policy), subject.critic if critic is None else critic
+    policy, critic = copy_sharing_weights(subject.policy), subject.critic if critic is None else critic
     qsteer.steer(policy, critic, rule, sampler=sampler, compile=mode)
     return partial(policy.predict_action_chunk, subject.batch)
 
 
-def fast_mode(device: torch.device) -> Mode:
+def choose_fast_mode(device: torch.device) -> Mode:
     """Return how the fast unsteered path is compiled on a device."""
     return "graph" if device.type == "cuda" else "static"
 
@@ -254,7 +254,7 @@ def measure(
     mode: Mode | None = None,
     repeats: int = 50,
     warmup: int = 5,
-    clock: Clock | None = None,
+    timer: Timer | None = None,
     seed: int = 0,
 ) -> Report:
     """Measure what steering costs.
@@ -268,7 +268,7 @@ def measure(
             is left out with the reason.
         repeats: timed rounds; a p99 takes 100 or more.
         warmup: rounds before them.
-        clock: see :func:`~qsteer.bench.timing.latencies`.
+        timer: see :func:`~qsteer.bench.timing.time_calls`.
         seed: of the order in the rounds.
 
     Raises:
@@ -286,14 +286,14 @@ def measure(
     calls: dict[str, Callable[[], object]] = {"stock": subject.action}
     left_out: dict[str, str] = {}
     held: dict[str, int] = {}
-    fast = f"unsteered, {fast_mode(device)}"
+    fast = f"unsteered, {choose_fast_mode(device)}"
     for name, method, how in (
-        (fast, (None, qsteer.Euler()), fast_mode(device)),
+        (fast, (None, qsteer.Euler()), choose_fast_mode(device)),
         *((name, method, mode) for name, method in methods.items()),
     ):
         stood = reserved_memory(device)
         try:
-            call = steered(subject, method, mode=how)
+            call = steer_copy(subject, method, mode=how)
             call()  # a capture that is refused is refused here
         except (MismatchError, TypeError, ValueError) as error:
             if how is None:
@@ -302,12 +302,12 @@ def measure(
         else:
             calls[name], held[name] = call, reserved_memory(device) - stood
     kept = {name: method for name, method in methods.items() if name in calls}
-    counts = {name: counted(subject, method) for name, method in kept.items()}
-    counts["stock"] = counted(subject, (None, qsteer.Euler()), subject.action)
-    passes = {} if mode else single_passes(subject, [cost for cost, _, _ in counts.values()])
-    rounds: dict[str, Any] = {"repeats": repeats, "warmup": warmup, "clock": clock}
-    times = latencies(calls | passes, **rounds, seed=seed)
-    parts = {name: parts_of(subject, method, **rounds) for name, method in kept.items()}
+    counts = {name: count_method(subject, method) for name, method in kept.items()}
+    counts["stock"] = count_method(subject, (None, qsteer.Euler()), subject.action)
+    passes = {} if mode else list_single_passes(subject, [cost for cost, _, _ in counts.values()])
+    rounds: dict[str, Any] = {"repeats": repeats, "warmup": warmup, "timer": timer}
+    times = time_calls(calls | passes, **rounds, seed=seed)
+    parts = {name: time_parts(subject, method, **rounds) for name, method in kept.items()}
     memory = {name: peak_memory(calls[name], device, held.get(name, 0)) for name in calls}
     dtypes = sorted({dtype for _, work, _ in counts.values() for dtype in work.dtypes}, key=str)
 
@@ -316,7 +316,7 @@ def measure(
         return Row(name, times[name], parts.get(like, {}), *counts[like], expected, memory[name])
 
     return Report(
-        conditions=conditions(subject) | {"compile": mode, "repeats": repeats, "warmup": warmup},
+        conditions=describe_conditions(subject) | {"compile": mode, "repeats": repeats, "warmup": warmup},
         ceilings=measure_ceilings(device, dtypes),
         stock=row("stock", "stock"),
         fast=row(fast, "stock") if fast in times else None,
@@ -325,15 +325,15 @@ def measure(
     )
 
 
-def counted(
+def count_method(
     subject: Subject, method: Method, action: Callable[[], object] | None = None
 ) -> tuple[Cost, Work, Saved]:
     """Count what a method evaluates, without compilation; ``action``: another call that does the same."""
     cost = Cost(PassesByRows(), PassesByRows(), PassesByRows())
-    watched = steered(subject, (None, counting(cost, *method)))
+    watched = steer_copy(subject, (None, count_into(cost, *method)))
     with counted_maps(cost.map):
         watched()
-    plain = action or steered(subject, method)
+    plain = action or steer_copy(subject, method)
     with counted_work() as work:
         plain()
     with saved_tensors() as saved:
@@ -341,8 +341,8 @@ def counted(
     return cost, work, saved
 
 
-def parts_of(
-    subject: Subject, method: Method, *, repeats: int = 20, warmup: int = 3, clock: Clock | None = None
+def time_parts(
+    subject: Subject, method: Method, *, repeats: int = 20, warmup: int = 3, timer: Timer | None = None
 ) -> dict[str, Latency]:
     """Time the parts of an action under a method, without compilation.
 
@@ -352,13 +352,13 @@ def parts_of(
 
     def action(marks: Marks) -> Callable[[], object]:
         timed = Timed.of(*method, marks)
-        return steered(subject, (None, timed), critic=TimedCritic(subject.critic, marks))
+        return steer_copy(subject, (None, timed), critic=TimedCritic(subject.critic, marks))
 
-    given = {} if clock is None else {"clock": clock}
+    given = {} if timer is None else {"timer": timer}
     return measure_parts(action, device=subject.device, repeats=repeats, warmup=warmup, **given)
 
 
-def single_passes(subject: Subject, costs: Iterable[Cost]) -> dict[str, Callable[[], object]]:
+def list_single_passes(subject: Subject, costs: Iterable[Cost]) -> dict[str, Callable[[], object]]:
     """Return each kind of pass that is counted in ``costs`` as a call of its own, by the names of predict.
 
     A forward of the policy or the critic without a graph, one with a graph and its backward, on as many rows
@@ -374,7 +374,7 @@ def predict(cost: Cost, stock: Cost, times: Mapping[str, Latency]) -> float | No
     """Return the ms which a method should take if it did no more than the passes it counts.
 
     That is the stock host's time, less its own forwards, and the method's passes, each as it takes by itself
-    in the same rounds (:func:`single_passes`). What is measured beyond that is hidden cost: the rule's
+    in the same rounds (:func:`list_single_passes`). What is measured beyond that is hidden cost: the rule's
     arithmetic, autograd, the interpreter. None: there are learnt maps, whose passes are not timed.
     """
     if cost.map.forwards:
@@ -415,7 +415,7 @@ def _pass(network: Any, noise: Tensor, kind: str, rows: int, backward: bool) -> 
     return call
 
 
-def conditions(subject: Subject) -> dict[str, Any]:
+def describe_conditions(subject: Subject) -> dict[str, Any]:
     """Return what a measurement depends on."""
     policy, device, noise = subject.policy, subject.device, open_action(subject)[2]
     on_gpu, host = device.type == "cuda", qsteer.adapters.host_of(policy)

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 
 from qsteer.bench.counting import Around, Watched
-from qsteer.bench.timing import Clock, Latency
+from qsteer.bench.timing import Latency, Timer
 from qsteer.maps.networks import ChunkNetwork
 from qsteer.types import Bindable, Rule, Sampler, Value
 
@@ -178,7 +178,7 @@ def measure_parts(
     device: torch.device,
     repeats: int = 20,
     warmup: int = 3,
-    clock: Clock = time.perf_counter,
+    timer: Timer = time.perf_counter,
 ) -> dict[str, Latency]:
     """Time the parts of an action.
 
@@ -188,12 +188,12 @@ def measure_parts(
         device: where it runs.
         repeats: timed actions.
         warmup: actions before them.
-        clock: returns seconds; not asked on CUDA.
+        timer: returns seconds; not asked on CUDA.
 
     Returns:
         The times of each of :data:`PARTS`, and of the ``whole``, their sum.
     """
-    marks = Marks(_event if device.type == "cuda" else clock)
+    marks = Marks(_event if device.type == "cuda" else timer)
     between = _between_events if device.type == "cuda" else _between_readings
     call = action(marks)
     rounds = []

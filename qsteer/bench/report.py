@@ -68,7 +68,7 @@ def _passes(passes: Passes) -> dict[str, int]:
     return {name: getattr(passes, name) for name in names}
 
 
-def table(report: Mapping[str, Any]) -> str:
+def format_report(report: Mapping[str, Any]) -> str:
     """Return a report, as :func:`as_json` makes it, as text: the whole action, its work, and its parts.
 
     Work and parts are those of the methods without compilation, and were measured apart: the parts' times

@@ -9,7 +9,8 @@ import numpy as np
 import torch
 from jaxtyping import Float
 
-type Clock = Callable[[], float]
+type Timer = Callable[[], float]
+"""Returns seconds."""
 
 
 class Ratio(NamedTuple):
@@ -83,17 +84,17 @@ class Latency:
         if len(self.times) != len(other.times):
             raise ValueError(
                 f"ratio: expected times of the same rounds, got {len(self.times)} and {len(other.times)}; "
-                "measure both together: latencies({...})"
+                "measure both together: time_calls({...})"
             )
         return self.times / other.times
 
 
-def latencies(
+def time_calls(
     calls: Mapping[str, Callable[[], object]],
     *,
     repeats: int = 20,
     warmup: int = 3,
-    clock: Clock | None = None,
+    timer: Timer | None = None,
     seed: int = 0,
 ) -> dict[str, Latency]:
     """Time several calls in rounds, each once a round, so that a busy or throttled machine slows all alike.
@@ -103,13 +104,13 @@ def latencies(
 
     Where CUDA is in use, two events on the current stream bracket each call and the device is waited for
     once, after the second: the time is the device's from the first to the second event, waiting for the
-    host's launches included. Give a clock to have its time instead.
+    host's launches included. Give a timer to have its time instead.
 
     Args:
         calls: what to time, by name.
         repeats: timed rounds.
         warmup: rounds before them.
-        clock: returns seconds; ``time.process_time`` counts the CPU's, which other processes do not stretch.
+        timer: returns seconds; ``time.process_time`` counts the CPU's, which other processes do not stretch.
             None: device events where CUDA is in use, else ``time.perf_counter``.
         seed: of the order.
 
@@ -124,8 +125,8 @@ def latencies(
     times = {name: np.zeros((2, repeats)) for name in calls}
     for i in range(-warmup, repeats):
         for k in order.permutation(len(names)):
-            spent = _on_device(calls[names[k]]) if clock is None and on_cuda() else None
-            spent = _by_clock(calls[names[k]], clock or time.perf_counter) if spent is None else spent
+            spent = _time_on_device(calls[names[k]]) if timer is None and on_cuda() else None
+            spent = _time_by_timer(calls[names[k]], timer or time.perf_counter) if spent is None else spent
             if i >= 0:
                 times[names[k]][:, i] = spent
     return {name: Latency(t, wall) for name, (t, wall) in times.items()}
@@ -136,17 +137,17 @@ def on_cuda() -> bool:
     return torch.cuda.is_initialized()
 
 
-def _by_clock(call: Callable[[], object], clock: Clock) -> tuple[float, float]:
+def _time_by_timer(call: Callable[[], object], timer: Timer) -> tuple[float, float]:
     """Return the milliseconds of a call, twice."""
-    started = _now(clock)
+    started = _read(timer)
     call()
-    elapsed = 1e3 * (_now(clock) - started)
+    elapsed = 1e3 * (_read(timer) - started)
     return elapsed, elapsed
 
 
-def _on_device(call: Callable[[], object]) -> tuple[float, float]:
+def _time_on_device(call: Callable[[], object]) -> tuple[float, float]:
     """Return a call's milliseconds by the device's events, and by the host's clock."""
-    started = _now(time.perf_counter)
+    started = _read(time.perf_counter)
     first, last = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
     first.record()
     call()
@@ -155,10 +156,10 @@ def _on_device(call: Callable[[], object]) -> tuple[float, float]:
     return first.elapsed_time(last), 1e3 * (time.perf_counter() - started)
 
 
-def _now(clock: Clock) -> float:
+def _read(timer: Timer) -> float:
     if on_cuda():
         torch.cuda.synchronize()
-    return clock()
+    return timer()
 
 
 def peak_memory(call: Callable[[], object], device: torch.device, held: int = 0) -> int | None:

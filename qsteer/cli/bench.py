@@ -46,15 +46,15 @@ def add_parser(commands: Commands) -> None:
 
 def run_latency(args: argparse.Namespace) -> None:
     """Run the command."""
-    from qsteer.bench.latency import maps, measure, methods, subject
-    from qsteer.bench.report import as_json, table
+    from qsteer.bench.latency import list_methods, make_maps, make_subject, measure
+    from qsteer.bench.report import as_json, format_report
     from qsteer.envs.rollouts import write_json
     from qsteer.evaluation.arms import Maps, parse
     from qsteer.evaluation.plots import plot_latency
 
     if args.threads is not None:
         torch.set_num_threads(args.threads)
-    measured = subject(
+    measured = make_subject(
         args.host,
         args.size,
         cameras=args.cameras,
@@ -65,17 +65,17 @@ def run_latency(args: argparse.Namespace) -> None:
         rows=args.rows,
     )
     if args.arms:
-        meta, flow = maps(measured)
+        meta, flow = make_maps(measured)
         arms = [parse(spec, Maps(meta, flow, flow)) for spec in args.arms]
         chosen = {arm.spec: (arm.rule, arm.sampler) for arm in arms}
     else:
-        chosen = methods(measured)
-    clock = time.process_time if args.cpu_time else None
+        chosen = list_methods(measured)
+    timer = time.process_time if args.cpu_time else None
     found = measure(
-        measured, chosen, mode=args.compile, repeats=args.repeats, warmup=args.warmup, clock=clock
+        measured, chosen, mode=args.compile, repeats=args.repeats, warmup=args.warmup, timer=timer
     )
     report = as_json(found)
-    print(table(report))
+    print(format_report(report))
     if args.out:
         write_json(report, args.out)
         print(f"results: {args.out}")

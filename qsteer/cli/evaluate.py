@@ -45,7 +45,7 @@ def run(args: argparse.Namespace) -> None:
     from qsteer.envs import ogbench
     from qsteer.envs.rollouts import EVALUATION_SEED, TUNING_SEED, write_json
     from qsteer.evaluation.arms import Maps, parse
-    from qsteer.evaluation.compare import compare, table
+    from qsteer.evaluation.compare import compare, format_comparison
     from qsteer.policies import FlowPolicy
 
     task = RECIPES[args.task]
@@ -68,7 +68,7 @@ def run(args: argparse.Namespace) -> None:
         "critic": str(args.critic),
         "rho": critic.config.rho,
     } | report
-    print(table(report))
+    print(format_comparison(report))
     if args.out:
         write_json(report, args.out)
         print(f"results: {args.out}")

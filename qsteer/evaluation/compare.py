@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from qsteer.bench.counting import count
-from qsteer.bench.timing import latencies
+from qsteer.bench.timing import time_calls
 from qsteer.critics.critic import Critic
 from qsteer.envs.rollouts import EVALUATION_SEED, MakeEnv, Rollouts, Simulators
 from qsteer.evaluation.arms import Arm
@@ -70,7 +70,7 @@ def _rows(
     obs = torch.zeros(1, policy.config.obs_dim)
     noise = torch.randn(1, policy.config.horizon, policy.config.action_dim)
     agents = {arm.spec: arm.agent(policy, critic) for arm in arms}
-    times = latencies({spec: partial(act, obs, noise) for spec, act in agents.items()}, repeats=50)
+    times = time_calls({spec: partial(act, obs, noise) for spec, act in agents.items()}, repeats=50)
     rows = []
     for arm, run in zip(arms, runs, strict=True):
         low, high = wilson_interval(int(run.success.sum()), len(run.success))
@@ -97,7 +97,7 @@ def _rows(
     return rows
 
 
-def table(report: Mapping[str, Any]) -> str:
+def format_comparison(report: Mapping[str, Any]) -> str:
     """Return the report as text: one line per arm."""
     base = report["arms"][0]
     lines = [

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Float
 
-from qsteer.evaluation.plots import BASE, CONTROL, MUTED, STEERED, STYLE, pyplot, save
+from qsteer.plotting import BASE, CONTROL, MUTED, STEERED, STYLE, load_pyplot, save
 from qsteer.statistics import Band, seed_bootstrap, time_weighted_ema
 
 SUCCESS = "evaluation/success"
@@ -102,7 +102,7 @@ def align(curves: Sequence[Curve]) -> Curves:
     return Curves(steps, np.stack([np.interp(steps, *curve) for curve in curves]))
 
 
-def area(curves: Curves) -> Float[np.ndarray, "S"]:
+def measure_area(curves: Curves) -> Float[np.ndarray, "S"]:
     """Return each run's mean over the steps: the area under its curve (trapezoids) over the width."""
     width = curves.steps[-1] - curves.steps[0]
     if not width:
@@ -110,7 +110,7 @@ def area(curves: Curves) -> Float[np.ndarray, "S"]:
     return np.trapezoid(curves.values, curves.steps) / width
 
 
-def summary(
+def summarize(
     groups: Mapping[str, Sequence[str | Path]],
     *,
     key: str = SUCCESS,
@@ -138,13 +138,13 @@ def summary(
                 len(paths),
                 int(curves.steps[-1]),
                 seed_bootstrap(curves.values[:, -1]),
-                seed_bootstrap(area(curves)),
+                seed_bootstrap(measure_area(curves)),
             )
         )
     return rows
 
 
-def final_scores(
+def read_final_scores(
     tasks: Sequence[Sequence[str | Path]], *, key: str = SUCCESS, smoothing: float = 0.0
 ) -> Float[np.ndarray, "S T"]:
     """Return where each run of one method ends on each task.
@@ -155,7 +155,7 @@ def final_scores(
     Args:
         tasks: each task's ``metrics.jsonl``, one a seed.
         key: the metric.
-        smoothing: see :func:`summary`.
+        smoothing: see :func:`summarize`.
 
     Raises:
         ValueError: tasks differ in their number of seeds; see also :func:`read_curve` and :func:`align`.
@@ -168,11 +168,11 @@ def final_scores(
     return np.stack([_read(paths, key, smoothing).values[:, -1] for paths in tasks], axis=1)
 
 
-def table(rows: Iterable[Summary], *, percent: bool = True) -> str:
+def format_summary(rows: Iterable[Summary], *, percent: bool = True) -> str:
     """Return a summary as a Markdown table.
 
     Args:
-        rows: of :func:`summary`.
+        rows: of :func:`summarize`.
         percent: the metric is a rate; show it in percent.
     """
     lines = ["| method | seeds | env steps | final | area under the curve |", "|---|---|---|---|---|"]
@@ -211,8 +211,8 @@ def plot_curves(
         base: the unsteered method, drawn in a colour of its own.
         controls: methods which should not gain, drawn dashed in grey.
         levels: what does not learn and was measured once, drawn across.
-        smoothing: see :func:`summary`.
-        until: see :func:`summary`.
+        smoothing: see :func:`summarize`.
+        until: see :func:`summarize`.
         title: above the picture.
 
     Raises:
@@ -226,7 +226,7 @@ def plot_curves(
     rate = key.endswith("success")
     scale = 100 if rate else 1
     colours, dashes = iter(COLOURS * len(groups)), iter(DASHES * len(groups))
-    plt = pyplot()
+    plt = load_pyplot()
     from matplotlib.ticker import EngFormatter
 
     with plt.rc_context(STYLE):

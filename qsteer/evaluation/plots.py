@@ -1,4 +1,4 @@
-"""Pictures of results and of what steering did."""
+"""Pictures of results: success, distillation, adaptation, latency."""
 
 import json
 from collections.abc import Collection, Mapping, Sequence
@@ -6,29 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jaxtyping import Float
 from numpy.typing import ArrayLike
 
+from qsteer.plotting import BASE, CONTROL, INK, MUTED, PARTS, STEERED, STYLE, load_pyplot, save
 from qsteer.statistics import wilson_interval
-
-INK, MUTED, RULE = "#1f2328", "#656d76", "#d8dee4"
-BASE, STEERED, CONTROL = "#e8833a", "#2f6fdb", "#a0a7b0"
-PARTS = ("#a0a7b0", "#2f6fdb", "#8fb4f2", "#e8833a", "#5aa469", "#d8dee4")
-STYLE = {
-    "font.family": ["DejaVu Sans"],
-    "font.size": 10,
-    "text.color": INK,
-    "axes.edgecolor": RULE,
-    "axes.labelcolor": MUTED,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "xtick.color": RULE,
-    "ytick.color": RULE,
-    "xtick.labelcolor": MUTED,
-    "ytick.labelcolor": MUTED,
-    "savefig.dpi": 150,
-    "savefig.facecolor": "white",
-}
 
 
 def plot_success(
@@ -56,7 +37,7 @@ def plot_success(
         raise ValueError("arms: expected at least one, got none")
     if unknown := {*controls, *([base] if base else [])} - set(arms):
         raise ValueError(f"base, controls: expected names among {sorted(arms)}, got {sorted(unknown)}")
-    plt = pyplot()
+    plt = load_pyplot()
     with plt.rc_context(STYLE):
         height = 0.42 * len(arms) + (1.15 if title else 0.8)
         fig, ax = plt.subplots(figsize=(7.2, height), layout="constrained")
@@ -90,53 +71,6 @@ def plot_success(
         return save(fig, path)
 
 
-def plot_trace(
-    t: Float[np.ndarray, "K"],
-    strength: Float[np.ndarray, "N K"],
-    gradient_norm: Float[np.ndarray, "N K"],
-    value: Float[np.ndarray, "N K"],
-    value_std: Float[np.ndarray, "N K"],
-    *,
-    path: str | Path,
-) -> Path:
-    """Draw what steering did along the flow: medians over N actions, with 10 to 90 % bands.
-
-    Args:
-        t: paper times of the guided steps.
-        strength: norm of the guidance over norm of the velocity.
-        gradient_norm: norm of the critic's gradient.
-        value: mean of the ensemble at the denoised action.
-        value_std: spread of the ensemble there.
-        path: of the picture; its suffix says the format.
-
-    Raises:
-        ValueError: there is no action or no step.
-        ModuleNotFoundError: matplotlib is not installed.
-    """
-    panels = {
-        "guidance / velocity": strength,
-        "critic gradient": gradient_norm,
-        "value": value,
-        "ensemble spread": value_std,
-    }
-    if not len(t) or any(panel.size == 0 for panel in panels.values()):
-        raise ValueError("trace: expected a guided action, got none; sample with a rule and trace=Trace()")
-    plt = pyplot()
-    with plt.rc_context(STYLE):
-        fig, axes = plt.subplots(1, 4, figsize=(9.6, 2.4), layout="constrained")
-        for ax, (name, panel) in zip(axes, panels.items(), strict=True):
-            low, median, high = np.nanquantile(panel, [0.1, 0.5, 0.9], axis=0)
-            ax.fill_between(t, low, high, color=STEERED, alpha=0.16, linewidth=0)
-            ax.plot(t, median, color=STEERED, linewidth=2, solid_capstyle="round")
-            ax.set_title(name, loc="left", fontsize=10, fontweight="bold")
-            ax.set(xlim=(0, 1))
-            ax.set_xticks([0, 0.5, 1], ["noise", "t = 0.5", "action"])
-            ax.locator_params(axis="y", nbins=4)
-            if name != "value":  # the others are norms
-                ax.set_ylim(0, 1.2 * np.nanmax(high) or 1)
-        return save(fig, path)
-
-
 def plot_distillation(runs: Mapping[str, Sequence[Mapping[str, float | int]]], path: str | Path) -> Path:
     """Draw how a meta flow map learnt: its two losses, and its posterior error against GLASS.
 
@@ -153,7 +87,7 @@ def plot_distillation(runs: Mapping[str, Sequence[Mapping[str, float | int]]], p
         raise ValueError(
             "runs: expected lines with 'posterior_error', got a run without; distil with held_out"
         )
-    plt = pyplot()
+    plt = load_pyplot()
     with plt.rc_context(STYLE):
         fig, (losses, error) = plt.subplots(1, 2, figsize=(8.4, 3.0), layout="constrained")
         for lines in runs.values():
@@ -210,7 +144,7 @@ def plot_adaptation(metrics: str | Path, path: str | Path) -> Path:
         points = [(line["step"], line[name]) for line in lines if name in line]
         return [step for step, _ in points], [value for _, value in points]
 
-    plt = pyplot()
+    plt = load_pyplot()
     with plt.rc_context(STYLE):
         fig, axes = plt.subplots(1, 3, figsize=(9.6, 2.6), layout="constrained")
         distance, cosine, gain = axes
@@ -246,7 +180,7 @@ def plot_latency(report: Mapping[str, Any], path: str | Path) -> Path:
     timed = [method for method in methods if method["parts"]]
     if not timed:
         raise ValueError("methods: expected at least one beside the stock host, got none; name arms")
-    plt = pyplot()
+    plt = load_pyplot()
     with plt.rc_context(STYLE):
         height = 0.34 * len(methods) + 1.2
         fig, (whole, parts) = plt.subplots(1, 2, figsize=(10.4, height), layout="constrained")
@@ -294,28 +228,3 @@ def plot_latency(report: Mapping[str, Any], path: str | Path) -> Path:
 def _sizes(arms: Mapping[str, ArrayLike]) -> str:
     sizes = sorted({len(np.asarray(successes)) for successes in arms.values()})
     return str(sizes[0]) if len(sizes) == 1 else f"{sizes[0]} to {sizes[-1]}"
-
-
-def save(fig: Any, path: str | Path) -> Path:
-    """Write a figure, whose suffix says the format, and close it."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    fig.savefig(path)
-    pyplot().close(fig)
-    return path
-
-
-def pyplot() -> Any:
-    """Import matplotlib for writing files alone.
-
-    Raises:
-        ModuleNotFoundError: it is not installed.
-    """
-    try:
-        import matplotlib
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError('plots need matplotlib: pip install "qsteer[plots]"') from error
-    matplotlib.use("agg")
-    import matplotlib.pyplot as plt
-
-    return plt

@@ -13,7 +13,7 @@ from qsteer.data import Episodes
 from qsteer.envs import ogbench
 from qsteer.envs.rollouts import Rollouts, write_json
 from qsteer.evaluation.arms import parse
-from qsteer.evaluation.compare import compare, table
+from qsteer.evaluation.compare import compare, format_comparison
 from qsteer.evaluation.plots import plot_success
 from qsteer.evaluation.video import RenderError, side_by_side
 from qsteer.experiments.tasks import RECIPES, Task, run_directory
@@ -77,7 +77,7 @@ def demo(
         "command": shlex.join(["qsteer", *sys.argv[1:]]),
     } | report
     write_json(report, out / "results.json")
-    print("\n" + table(report) + "\n")
+    print("\n" + format_comparison(report) + "\n")
     print(f"results: {out / 'results.json'}")
     successes = {run.name: run.success for run in runs}
     controls = [arm.spec for arm in arms if arm.kind == "control"]

@@ -17,28 +17,29 @@ from torch.utils.flop_counter import FlopCounterMode
 import qsteer
 from qsteer.bench import latency as benchmark
 from qsteer.bench import timing
-from qsteer.bench.counting import Passes, PassesByRows, WatchedField, count, counting, saved_tensors
+from qsteer.bench.counting import Passes, PassesByRows, WatchedField, count, count_into, saved_tensors
 from qsteer.bench.latency import (
     Subject,
-    counted,
+    count_method,
+    list_methods,
+    list_single_passes,
+    make_subject,
     measure,
-    methods,
     open_action,
-    parts_of,
     predict,
-    single_passes,
-    steered,
-    subject,
+    steer_copy,
+    time_parts,
 )
 from qsteer.bench.parts import PARTS, Marks, Timed, TimedCritic, measure_parts
-from qsteer.bench.report import as_json, table
+from qsteer.bench.report import as_json, format_report
 from qsteer.bench.roofline import Ceilings, Product, Work, counted_work, measure_ceilings
-from qsteer.bench.timing import Latency, latencies, peak_memory
+from qsteer.bench.timing import Latency, peak_memory, time_calls
 from qsteer.cli import main
 from qsteer.evaluation.plots import plot_latency
 from qsteer.maps import GlassPosterior
 from qsteer.steering.compiled import MismatchError
 from qsteer.testing import hosts
+from qsteer.testing.lerobot import _shrink
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
 torch.set_num_threads(1)
@@ -89,7 +90,7 @@ class TestCounting:
 
     def test_passes_by_rows(self) -> None:
         cost = benchmark.Cost(PassesByRows(), PassesByRows())
-        sampler = counting(cost, qsteer.Posterior(GLASS, samples=4), qsteer.Euler())
+        sampler = count_into(cost, qsteer.Posterior(GLASS, samples=4), qsteer.Euler())
         qsteer.sample(FIELD, VALUE, torch.ones(1, H, A), sampler=sampler)
         assert cost.field.forwards_of == {1: 10, 4: 27} and cost.field.backwards_of == {1: 9, 4: 27}
         assert cost.value.forwards_of == cost.value.backwards_of == {4: 9}
@@ -161,7 +162,7 @@ class TestTiming:
         def run(seed: int) -> list[str]:
             order: list[str] = []
             calls = {name: lambda name=name: order.append(name) for name in "abcd"}
-            times = latencies(calls, repeats=8, warmup=2, seed=seed)
+            times = time_calls(calls, repeats=8, warmup=2, seed=seed)
             assert {len(t.times) for t in times.values()} == {8} and list(times) == list("abcd")
             return order
 
@@ -174,7 +175,7 @@ class TestTiming:
         now = [0.0]
         spent = {"a": 0.25, "b": 0.5}
         calls = {name: lambda s=s: now.__setitem__(0, now[0] + s) for name, s in spent.items()}
-        times = latencies(calls, repeats=5, clock=lambda: now[0])
+        times = time_calls(calls, repeats=5, timer=lambda: now[0])
         for name, seconds in spent.items():
             assert times[name].times.tolist() == times[name].wall.tolist() == [1e3 * seconds] * 5
 
@@ -189,7 +190,7 @@ class TestTiming:
         with pytest.raises(ValueError, match="got 2 and 1"):
             Latency(np.ones(2)).ratio(Latency(np.ones(1)))
         with pytest.raises(ValueError, match="repeats"):
-            latencies({"call": lambda: None}, repeats=0)
+            time_calls({"call": lambda: None}, repeats=0)
         with pytest.raises(ValueError, match="level"):
             Latency(drift).against(Latency(drift), level=95.0)
 
@@ -210,7 +211,7 @@ class TestTiming:
     @pytest.mark.gpu
     def test_events_and_memory_on_cuda(self) -> None:
         x = torch.ones(2**20, device="cuda")
-        found = latencies({"a": lambda: x + 1, "b": lambda: [x + 1 for _ in range(50)]}, repeats=9)
+        found = time_calls({"a": lambda: x + 1, "b": lambda: [x + 1 for _ in range(50)]}, repeats=9)
         assert timing.on_cuda() and (found["a"].times > 0).all()
         assert (found["a"].wall >= 0.9 * found["a"].times).all()
         assert found["b"].p50 > found["a"].p50
@@ -276,7 +277,7 @@ class TestParts:
 
             return call
 
-        found = measure_parts(action, device=CPU, repeats=2, warmup=1, clock=clock)
+        found = measure_parts(action, device=CPU, repeats=2, warmup=1, timer=clock)
         assert tuple(found) == (*PARTS, "whole")
         spent = {part: times.times.tolist() for part, times in found.items()}
         expected = {
@@ -294,27 +295,27 @@ class TestParts:
 
     def test_maps_are_a_part_of_their_own(self) -> None:
         """Every reading of the clock is a tick later: with n of them, the parts add up to n - 1 ticks."""
-        found = subject("mlp", "tiny", chunk=4)
-        meta, flow = benchmark.maps(found)
+        found = make_subject("mlp", "tiny", chunk=4)
+        meta, flow = benchmark.make_maps(found)
         ticks = numbers()
         for rule, sampler in (
             (qsteer.Posterior(meta, samples=2), qsteer.Euler()),
             (None, qsteer.BeamSearch(2, 2, 1, flow_map=flow)),
         ):
             started = next(ticks)
-            parts = parts_of(found, (rule, sampler), repeats=1, warmup=0, clock=lambda: float(next(ticks)))
+            parts = time_parts(found, (rule, sampler), repeats=1, warmup=0, timer=lambda: float(next(ticks)))
             assert parts["map"].p50 > 0
             assert (parts["policy backward"].p50 > 0) == (rule is not None)
             read = next(ticks) - started - 1
             assert parts["whole"].p50 == pytest.approx(1e3 * (read - 1))
 
     def test_timing_changes_no_action(self) -> None:
-        found = subject("mlp", "tiny", chunk=4)
+        found = make_subject("mlp", "tiny", chunk=4)
         method = (qsteer.Tweedie(), qsteer.BestOfN(2))
         marks = Marks(lambda: 0.0)
-        timed = steered(found, (None, Timed.of(*method, marks)), critic=TimedCritic(found.critic, marks))
+        timed = steer_copy(found, (None, Timed.of(*method, marks)), critic=TimedCritic(found.critic, marks))
         torch.manual_seed(0)
-        plain = steered(found, method)()
+        plain = steer_copy(found, method)()
         torch.manual_seed(0)
         with marks.part("prefix"):
             assert torch.equal(timed(), plain)
@@ -322,10 +323,10 @@ class TestParts:
 
     @pytest.mark.gpu
     def test_on_cuda_parts_are_of_the_whole(self) -> None:
-        found = subject("mlp", "small", device="cuda")
-        parts = parts_of(found, (qsteer.Tweedie(), qsteer.Euler()), repeats=5)
+        found = make_subject("mlp", "small", device="cuda")
+        parts = time_parts(found, (qsteer.Tweedie(), qsteer.Euler()), repeats=5)
         assert all(parts[part].p50 > 0 for part in PARTS if part != "map")
-        whole = latencies({"a": steered(found, (qsteer.Tweedie(), qsteer.Euler()))}, repeats=5)["a"]
+        whole = time_calls({"a": steer_copy(found, (qsteer.Tweedie(), qsteer.Euler()))}, repeats=5)["a"]
         assert 0.5 * whole.p50 < parts["whole"].p50 < 4 * whole.p50
 
 
@@ -379,11 +380,11 @@ class TestRoofline:
 
     def test_a_backward_of_a_frozen_policy_makes_no_gradient_of_weights(self) -> None:
         """Tweedie's work beyond QGF's is 9 backwards of as many FLOPs as the forwards, not twice as many."""
-        found = subject("mlp", "tiny", chunk=4)
+        found = make_subject("mlp", "tiny", chunk=4)
         counted = {}
         for rule in (None, qsteer.QGF(start=0.05), qsteer.Tweedie()):
             with counted_work() as work:
-                steered(found, (rule, qsteer.Euler()))()
+                steer_copy(found, (rule, qsteer.Euler()))()
             counted[type(rule)] = work
         widths = [20 + 16, 64, 64, 64, 20]
         forward = sum(2 * i * o for i, o in pairwise(widths))
@@ -420,7 +421,7 @@ class TestHosts:
         from lerobot.policies.pi05.configuration_pi05 import PI05Config
 
         options = {**hosts.TOY.options(), "image_resolution": (28, 28), "dtype": "bfloat16", "device": "cpu"}
-        with hosts._shrunk(modeling_pi05, 16, 2):
+        with _shrink(modeling_pi05, 16, 2):
             theirs = modeling_pi05.PI05Policy(PI05Config(**options))
         ours = hosts.pi05(dtype=torch.bfloat16)
         kinds = [
@@ -449,7 +450,7 @@ class TestHosts:
             with pytest.raises(ValueError, match=says):
                 hosts.make(**options)
         with pytest.raises(ValueError, match="expected a policy with cameras"):
-            subject("mlp", "tiny", views=True)
+            make_subject("mlp", "tiny", views=True)
 
     def test_without_lerobot_the_extra_is_named(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setitem(sys.modules, "lerobot.policies.pi05", None)
@@ -465,11 +466,11 @@ class TestBenchmark:
         monkeypatch.setattr(benchmark, "measure_ceilings", lambda *_: ceilings)
 
     def test_a_twin_is_steered_alone_and_shares_the_weights(self) -> None:
-        found = subject("pi05", "tiny", cameras=1, chunk=6)
+        found = make_subject("pi05", "tiny", cameras=1, chunk=6)
         found.policy.requires_grad_(True)
         torch.manual_seed(0)
         base = found.action()
-        call = steered(found, (qsteer.Tweedie(alpha=0.5), qsteer.Euler()))
+        call = steer_copy(found, (qsteer.Tweedie(alpha=0.5), qsteer.Euler()))
         torch.manual_seed(0)
         assert not torch.equal(call(), base)
         torch.manual_seed(0)
@@ -480,16 +481,16 @@ class TestBenchmark:
         assert all(p.requires_grad and not q.requires_grad for p, q in pairs)
 
     def test_views_are_qpilots_critic(self) -> None:
-        found = subject("pi05", "tiny", cameras=2, chunk=6, views=True)
+        found = make_subject("pi05", "tiny", cameras=2, chunk=6, views=True)
         assert found.critic.config.members == 10 and len(found.critic.config.views) == 2
         value = open_action(found)[1]
         assert value(torch.zeros(1, 6, 5)).shape == (1,)
 
     def test_prediction_is_stock_and_the_counted_passes(self) -> None:
-        found = subject("mlp", "tiny", chunk=4)
+        found = make_subject("mlp", "tiny", chunk=4)
         euler = qsteer.Euler()
         stock, tweedie, best = (
-            counted(found, method)[0]
+            count_method(found, method)[0]
             for method in ((None, euler), (qsteer.Tweedie(), euler), (None, qsteer.BestOfN(3)))
         )
         unit = {
@@ -500,7 +501,7 @@ class TestBenchmark:
             "('critic', 3, False)": 11.0,
             "bind": 13.0,
         }
-        calls = single_passes(found, [stock, tweedie, best])
+        calls = list_single_passes(found, [stock, tweedie, best])
         assert calls.keys() == unit.keys()
         for call in calls.values():
             call()
@@ -510,8 +511,8 @@ class TestBenchmark:
 
     def test_the_whole_report(self, tmp_path: Path) -> None:
         threads = torch.get_num_threads()
-        found = subject("mlp", "tiny", chunk=4)
-        chosen = {name: methods(found)[name] for name in ("Tweedie", "Posterior(map), N=4")}
+        found = make_subject("mlp", "tiny", chunk=4)
+        chosen = {name: list_methods(found)[name] for name in ("Tweedie", "Posterior(map), N=4")}
         report = measure(found, chosen, repeats=2, warmup=0)
         told = json.loads(json.dumps(as_json(report)))
         by_name = {method["name"]: method for method in told["methods"]}
@@ -523,7 +524,7 @@ class TestBenchmark:
         assert tweedie["flops"] > stock["flops"] and tweedie["peak_memory_bytes"] is None
         assert tweedie["ratio"]["roofline"] == pytest.approx(tweedie["p50_ms"] / stock["roofline_ms"])
         assert stock["saved_tensors"]["tensors"] == 0 < tweedie["saved_tensors"]["tensors"]
-        text = table(told)
+        text = format_report(told)
         assert all(name in text for name in (*by_name, "/ stock", "/ fast", "/ roofline", *PARTS))
         assert "unsteered, static" in by_name and "left out" not in text
         assert by_name["unsteered, static"]["ratio"]["fast"] == [1, 1, 1]
@@ -547,7 +548,7 @@ class TestBenchmark:
 
         real, failure = qsteer.steer, MismatchError
         monkeypatch.setattr(qsteer, "steer", steer)
-        found = subject("mlp", "tiny", chunk=4)
+        found = make_subject("mlp", "tiny", chunk=4)
         chosen = {"Tweedie": (qsteer.Tweedie(), qsteer.Euler()), "best": (None, qsteer.BestOfN(2))}
         report = measure(found, chosen, mode="static", repeats=2, warmup=0)
         assert report.left_out == {"Tweedie": "capture: refused"}
@@ -590,7 +591,7 @@ class TestBenchmark:
 
     @pytest.mark.gpu
     def test_on_cuda(self) -> None:
-        found = subject("pi05", "tiny", cameras=2, chunk=6, device="cuda", dtype=torch.bfloat16)
+        found = make_subject("pi05", "tiny", cameras=2, chunk=6, device="cuda", dtype=torch.bfloat16)
         method = {"Tweedie": (qsteer.Tweedie(), qsteer.Euler())}
         report, graphs = (measure(found, method, mode=m, repeats=3, warmup=1) for m in (None, "graph"))
         (tweedie,) = report.rows

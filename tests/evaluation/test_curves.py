@@ -13,7 +13,16 @@ from matplotlib.collections import PolyCollection
 from scipy.stats import trim_mean
 
 from qsteer.evaluation import curves
-from qsteer.evaluation.curves import Curve, align, area, final_scores, plot_curves, read_curve, summary, table
+from qsteer.evaluation.curves import (
+    Curve,
+    align,
+    format_summary,
+    measure_area,
+    plot_curves,
+    read_curve,
+    read_final_scores,
+    summarize,
+)
 from qsteer.statistics import (
     interquartile_mean,
     seed_bootstrap,
@@ -143,23 +152,23 @@ class TestCurves:
 
     def test_area(self) -> None:
         x = np.array([2.0, 3.0, 7.0, 12.0])
-        assert area(align([Curve(x, x), Curve(x, 0 * x + 4)])) == pytest.approx([7.0, 4.0])
-        assert area(align([Curve(x[:1], x[:1])])) == pytest.approx([2.0])
+        assert measure_area(align([Curve(x, x), Curve(x, 0 * x + 4)])) == pytest.approx([7.0, 4.0])
+        assert measure_area(align([Curve(x[:1], x[:1])])) == pytest.approx([2.0])
 
     def test_summary(self, tmp_path: Path) -> None:
         paths = [
             run(tmp_path / "0.jsonl", {0: 0.0, 10: 0.2, 20: 0.6}),
             run(tmp_path / "1.jsonl", {0: 0.0, 10: 0.4, 20: 0.4, 30: 1.0}),
         ]
-        (row,) = summary({"ours": paths})
+        (row,) = summarize({"ours": paths})
         assert (row.name, row.seeds, row.steps) == ("ours", 2, 20)
         assert row.final == pytest.approx((0.5, 0.4, 0.6))
         assert row.area == pytest.approx((0.275, 0.25, 0.3))
-        assert table([row]).splitlines()[2] == "| ours | 2 | 20 | 50 [40, 60] | 28 [25, 30] |"
-        assert "| 0.5 [0.4, 0.6] | 0.275 [" in table([row], percent=False)
-        (early,) = summary({"ours": paths}, until=10)
+        assert format_summary([row]).splitlines()[2] == "| ours | 2 | 20 | 50 [40, 60] | 28 [25, 30] |"
+        assert "| 0.5 [0.4, 0.6] | 0.275 [" in format_summary([row], percent=False)
+        (early,) = summarize({"ours": paths}, until=10)
         assert (early.steps, early.final.mean) == (10, pytest.approx(0.3))
-        (smooth,) = summary({"ours": paths[:1]}, smoothing=0.99)
+        (smooth,) = summarize({"ours": paths[:1]}, smoothing=0.99)
         steps, values = read_curve(paths[0])
         assert smooth.final.mean == time_weighted_ema(steps, values, 0.99)[-1]
 
@@ -168,9 +177,9 @@ class TestCurves:
             [run(tmp_path / f"{t}-{s}.jsonl", {0: 9.0, 10 * (t + 1): t + s / 10}) for s in range(3)]
             for t in range(2)
         ]
-        assert final_scores(tasks) == pytest.approx(np.array([[0, 1], [0.1, 1.1], [0.2, 1.2]]))
+        assert read_final_scores(tasks) == pytest.approx(np.array([[0, 1], [0.1, 1.1], [0.2, 1.2]]))
         with pytest.raises(ValueError, match=r"got \[3, 2\]"):
-            final_scores([tasks[0], tasks[1][:2]])
+            read_final_scores([tasks[0], tasks[1][:2]])
 
 
 class TestPlot:

@@ -16,8 +16,9 @@ from scipy.stats import binom, binomtest
 from torch import Tensor
 
 from qsteer.envs.rollouts import ChunkedAction, Rollouts, Simulators, noise_generator, rollout, tensors
-from qsteer.evaluation.plots import plot_distillation, plot_success, plot_trace
+from qsteer.evaluation.plots import plot_distillation, plot_success
 from qsteer.evaluation.video import RenderError, _Film, find_gl_backend, side_by_side
+from qsteer.plotting import plot_trace
 from qsteer.statistics import paired_bootstrap, wilson_interval
 
 H, A = 3, 2

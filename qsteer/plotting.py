@@ -1,0 +1,98 @@
+"""How pictures look and are written, and the picture of a trace."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float
+
+INK, MUTED, RULE = "#1f2328", "#656d76", "#d8dee4"
+BASE, STEERED, CONTROL = "#e8833a", "#2f6fdb", "#a0a7b0"
+PARTS = ("#a0a7b0", "#2f6fdb", "#8fb4f2", "#e8833a", "#5aa469", "#d8dee4")
+STYLE = {
+    "font.family": ["DejaVu Sans"],
+    "font.size": 10,
+    "text.color": INK,
+    "axes.edgecolor": RULE,
+    "axes.labelcolor": MUTED,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "xtick.color": RULE,
+    "ytick.color": RULE,
+    "xtick.labelcolor": MUTED,
+    "ytick.labelcolor": MUTED,
+    "savefig.dpi": 150,
+    "savefig.facecolor": "white",
+}
+
+
+def plot_trace(
+    t: Float[np.ndarray, "K"],
+    strength: Float[np.ndarray, "N K"],
+    gradient_norm: Float[np.ndarray, "N K"],
+    value: Float[np.ndarray, "N K"],
+    value_std: Float[np.ndarray, "N K"],
+    *,
+    path: str | Path,
+) -> Path:
+    """Draw what steering did along the flow: medians over N actions, with 10 to 90 % bands.
+
+    Args:
+        t: paper times of the guided steps.
+        strength: norm of the guidance over norm of the velocity.
+        gradient_norm: norm of the critic's gradient.
+        value: mean of the ensemble at the denoised action.
+        value_std: spread of the ensemble there.
+        path: of the picture; its suffix says the format.
+
+    Raises:
+        ValueError: there is no action or no step.
+        ModuleNotFoundError: matplotlib is not installed.
+    """
+    panels = {
+        "guidance / velocity": strength,
+        "critic gradient": gradient_norm,
+        "value": value,
+        "ensemble spread": value_std,
+    }
+    if not len(t) or any(panel.size == 0 for panel in panels.values()):
+        raise ValueError("trace: expected a guided action, got none; sample with a rule and trace=Trace()")
+    plt = load_pyplot()
+    with plt.rc_context(STYLE):
+        fig, axes = plt.subplots(1, 4, figsize=(9.6, 2.4), layout="constrained")
+        for ax, (name, panel) in zip(axes, panels.items(), strict=True):
+            low, median, high = np.nanquantile(panel, [0.1, 0.5, 0.9], axis=0)
+            ax.fill_between(t, low, high, color=STEERED, alpha=0.16, linewidth=0)
+            ax.plot(t, median, color=STEERED, linewidth=2, solid_capstyle="round")
+            ax.set_title(name, loc="left", fontsize=10, fontweight="bold")
+            ax.set(xlim=(0, 1))
+            ax.set_xticks([0, 0.5, 1], ["noise", "t = 0.5", "action"])
+            ax.locator_params(axis="y", nbins=4)
+            if name != "value":  # the others are norms
+                ax.set_ylim(0, 1.2 * np.nanmax(high) or 1)
+        return save(fig, path)
+
+
+def save(fig: Any, path: str | Path) -> Path:
+    """Write a figure, whose suffix says the format, and close it."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    fig.savefig(path)
+    load_pyplot().close(fig)
+    return path
+
+
+def load_pyplot() -> Any:
+    """Import matplotlib for writing files alone.
+
+    Raises:
+        ModuleNotFoundError: it is not installed.
+    """
+    try:
+        import matplotlib
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError('plots need matplotlib: pip install "qsteer[plots]"') from error
+    matplotlib.use("agg")
+    import matplotlib.pyplot as plt
+
+    return plt
