@@ -25,7 +25,18 @@ from torch import Tensor
 
 import qsteer
 from qsteer.maps import GlassPosterior
-from qsteer.plotting import BASE, CONTROL, INK, MUTED, STEERED, STYLE, load_pyplot, save
+from qsteer.plotting import (
+    BASE,
+    CONTROL,
+    INK,
+    MUTED,
+    STEERED,
+    STYLE,
+    add_caption,
+    add_title,
+    load_pyplot,
+    save,
+)
 from qsteer.rules import PosteriorGuidance
 from qsteer.types import PosteriorSampler
 
@@ -236,7 +247,7 @@ def draw(report: dict[str, Any], path: Path) -> None:
     """Draw W2 against K and against N."""
     plt = load_pyplot()
     with plt.rc_context(STYLE):
-        fig, (left, right) = plt.subplots(1, 2, figsize=(10.4, 4.4), layout="constrained")
+        fig, (left, right) = plt.subplots(1, 2, figsize=(10.4, 4.6), layout="constrained")
         for ax in (left, right):
             ax.set(xscale="log", yscale="log")
         _draw_steps(left, report)
@@ -245,6 +256,11 @@ def draw(report: dict[str, Any], path: Path) -> None:
             ax.minorticks_off()
             ax.set_yticks([0.01, 0.03, 0.1, 0.3, 1.0], ["0.01", "0.03", "0.1", "0.3", "1"])
             ax.set_ylim(0.003, 2.2)
+        add_caption(
+            fig,
+            f"W2: distance between the laws of actions; dots: {report['seeds']} seeds averaged; band: "
+            "what their noise hides; slopes with 95 % intervals",
+        )
         save(fig, path)
 
 
@@ -272,7 +288,7 @@ def _draw_steps(ax: Any, report: dict[str, Any]) -> None:
             ax.plot(free, glass, color=colour, linewidth=1.2, alpha=0.6)
             _note(ax, free[-1], glass[-1], f"GLASS, {m} steps", colour, fontsize=8.5)
         ax.plot(STEPS, part[name]["w2"], color=colour, **DOTS)
-    ax.set_title(f"K varies, N = {part['samples']}", loc="left", fontsize=10.5, fontweight="bold")
+    add_title(ax, f"K varies, N = {part['samples']}")
     ax.set_xlabel("Euler steps K", loc="left")
     ax.set_ylabel("W2 to the exactly tilted law", loc="top")
     ax.set_xticks([3, 6, 12, 24, 48, 96, 192], ["3", "6", "12", "24", "48", "96", "192"])
@@ -288,7 +304,7 @@ def _draw_samples(ax: Any, report: dict[str, Any]) -> None:
         ax.plot(SAMPLES, part[name]["w2_to_limit"], color=colour, **DOTS)
     _note(ax, last, part["Posterior"]["w2"][-1], "thin: to the exactly\ntilted law", MUTED, fontsize=8.5)
     _note(ax, last, part["Posterior"]["w2_to_limit"][-1], "thick: to the\nlaw of N = ∞", INK, fontsize=8.5)
-    ax.set_title(f"N varies, K = {part['steps']}", loc="left", fontsize=10.5, fontweight="bold")
+    add_title(ax, f"N varies, K = {part['steps']}")
     ax.set_xlabel("posterior samples N", loc="left")
     ax.set_ylabel("W2 to the law named at the right", loc="top")
     ax.set_xticks(SAMPLES, [str(n) for n in SAMPLES])
@@ -299,7 +315,7 @@ def _draw_samples(ax: Any, report: dict[str, Any]) -> None:
 def _draw_ground(ax: Any, ends: tuple[int, int], bound: tuple[float, float], part: Any, at: Any) -> None:
     """Draw the bound's slope, and what the noise of the seeds lets one see."""
     ax.plot(ends, bound, color=CONTROL, linewidth=1.4, linestyle=(0, (4, 3)))
-    _note(ax, ends[1], bound[1], "slope −1/2:\nthe bound's", MUTED, fontsize=8.5)
+    _note(ax, ends[1], bound[1], "slope −1/2:\nthe bound's", MUTED, fontsize=8.5, va="bottom")
     noise_level = np.maximum(*(part[name]["resolution"] for name in RULES))
     ax.fill_between(at, 1e-3, noise_level, color=CONTROL, alpha=0.22, linewidth=0)
     _note(ax, at[0], 0.0036, "noise of the seeds", MUTED, fontsize=8.5)

@@ -37,6 +37,8 @@ def plot_trace(
 ) -> Path:
     """Draw what steering did along the flow: medians over N actions, with 10 to 90 % bands.
 
+    The strength has a panel only where it varies; ``match_norm`` fixes it, and the caption then names it.
+
     Args:
         t: paper times of the guided steps.
         strength: norm of the guidance over norm of the velocity.
@@ -50,27 +52,44 @@ def plot_trace(
         ModuleNotFoundError: matplotlib is not installed.
     """
     panels = {
-        "guidance / velocity": strength,
-        "critic gradient": gradient_norm,
-        "value": value,
-        "ensemble spread": value_std,
+        "norm of the critic's gradient": gradient_norm,
+        "critic's value": value,
+        "spread of its ensemble": value_std,
     }
-    if not len(t) or any(panel.size == 0 for panel in panels.values()):
+    if not len(t) or any(panel.size == 0 for panel in (strength, *panels.values())):
         raise ValueError("trace: expected a guided action, got none; sample with a rule and trace=Trace()")
+    low, high = np.nanmin(strength), np.nanmax(strength)
+    constant = high - low <= 0.01 * high
+    if not constant:
+        panels = {"guidance / velocity": strength, **panels}
+    caption = f"line: median of {len(strength)} actions; band: 10 to 90 % of them"
+    if constant:
+        caption = f"guidance = {np.nanmedian(strength):.2g} × velocity at every step; {caption}"
     plt = load_pyplot()
     with plt.rc_context(STYLE):
-        fig, axes = plt.subplots(1, 4, figsize=(9.6, 2.4), layout="constrained")
+        fig, axes = plt.subplots(1, len(panels), figsize=(9.6, 2.7), layout="constrained")
         for ax, (name, panel) in zip(axes, panels.items(), strict=True):
             low, median, high = np.nanquantile(panel, [0.1, 0.5, 0.9], axis=0)
             ax.fill_between(t, low, high, color=STEERED, alpha=0.16, linewidth=0)
             ax.plot(t, median, color=STEERED, linewidth=2, solid_capstyle="round")
-            ax.set_title(name, loc="left", fontsize=10, fontweight="bold")
+            add_title(ax, name)
             ax.set(xlim=(0, 1))
             ax.set_xticks([0, 0.5, 1], ["noise", "t = 0.5", "action"])
             ax.locator_params(axis="y", nbins=4)
-            if name != "value":  # the others are norms
+            if panel is not value:  # the others are not negative
                 ax.set_ylim(0, 1.2 * np.nanmax(high) or 1)
+        add_caption(fig, caption)
         return save(fig, path)
+
+
+def add_title(ax: Any, text: str) -> None:
+    """Set the title of a panel."""
+    ax.set_title(text, loc="left", fontsize=10, fontweight="bold")
+
+
+def add_caption(fig: Any, text: str) -> None:
+    """Say below a picture what its lines and bands are."""
+    fig.supxlabel(text, x=0.008, ha="left", fontsize=8.5, color=MUTED)
 
 
 def save(fig: Any, path: str | Path) -> Path:

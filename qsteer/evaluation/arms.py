@@ -106,8 +106,71 @@ VARIANTS: dict[str, tuple[str, Callable[[str], float]]] = {
     "last": ("layers", int),
 }
 """What a rule's name may end in, with a number: the rule's attribute, and the number's kind."""
+WORDS = {
+    "base": "frozen policy",
+    "tweedie": "Tweedie, strength {}",
+    "tweedie-raw": "Tweedie, raw weight {}",
+    "forward-tweedie": "forward Tweedie, strength {}",
+    "forward-tweedie-stale": "forward Tweedie with the last step's direction, strength {}",
+    "posterior": "posterior on a learnt map, strength {}",
+    "posterior-raw": "posterior on a learnt map, raw weight {}",
+    "posterior-glass": "posterior by GLASS, strength {}",
+    "gradient-free": "gradient-free posterior on a learnt map, strength {}",
+    "gradient-free-glass": "gradient-free posterior by GLASS, strength {}",
+    "qgf": "QGF, raw weight {}",
+    "qgf-matched": "QGF, strength {}",
+    "noisy-gradient": "gradient at the noisy action, strength {}",
+    "through-time": "gradient through time, strength {}",
+    "random-direction": "random direction, strength {}",
+    "negated": "Tweedie downhill, strength {}",
+    "best-of": "best of {}",
+    "random-of": "random one of {}",
+    "trust-region": "trust region, radius {}",
+    "trust-region-adaptive": "adaptive trust region, radius {}",
+    "keep-best": "the frozen policy's if better",
+    "beam-search": "beam search, radius {}",
+    "beam-search-map": "beam search on the flow map, radius {}",
+    "beam-search-fmq": "beam search on the adapted flow map, radius {}",
+    "map-best-of": "best of {} of the flow map",
+    "fmq-best-of": "best of {} of the adapted flow map",
+}
+"""What a rule or a sampler is called in a picture, with its number."""
+VARIANT_WORDS = {
+    "every": "every {} steps",
+    "from": "from t = {}",
+    "to": "up to t = {}",
+    "last": "last layers: {}",
+}
+VARIANT = re.compile(rf"(.+)-({'|'.join(VARIANTS)})([\d.]+)")
 COUNTED = ("best-of-", "random-of-", "map-best-of-", "fmq-best-of-")
 CONTROLS = ("base", "random-direction", "random-of", "negated")
+
+
+def describe_arm(spec: str) -> str:
+    """Return an arm in words, for pictures: ``tweedie=0.2`` is "Tweedie, strength 0.2".
+
+    What is not an arm's short name comes back as it is.
+    """
+    words = []
+    for part in spec.split("+"):
+        name, number = split_part(part)
+        variants: list[str] = []
+        while name not in WORDS and (match := VARIANT.fullmatch(name)):
+            name = match[1]
+            variants.insert(0, VARIANT_WORDS[match[2]].format(match[3]))
+        if name not in WORDS:
+            return spec
+        text = WORDS[name].format("automatic" if number == "auto" else number)
+        words.append(", ".join([text if number else text.partition(", ")[0], *variants]))
+    return " + ".join(words)
+
+
+def split_part(part: str) -> tuple[str, str]:
+    """Return name and number of one part of a spec: of ``tweedie=0.2``, of ``best-of-8``; "" without one."""
+    name, _, number = part.partition("=")
+    if not number and name.startswith(COUNTED):
+        name, _, number = part.rpartition("-")
+    return name, number
 
 
 def best_of_map(n: int, flow_map: FlowMap, inner: Sampler) -> BeamSearch:
@@ -122,7 +185,7 @@ def make_rule(name: str, number: str, maps: Maps) -> Rule:
         KeyError, TypeError, ValueError: there is no such rule, or no such variant of it.
     """
     changes = {}
-    while name not in RULES and (match := re.fullmatch(rf"(.+)-({'|'.join(VARIANTS)})([\d.]+)", name)):
+    while name not in RULES and (match := VARIANT.fullmatch(name)):
         name, (attribute, kind) = match[1], VARIANTS[match[2]]
         changes[attribute] = kind(match[3])
     rule: Any = RULES[name](number if number == "auto" else float(number), maps)
@@ -196,9 +259,7 @@ def parse(spec: str, maps: Maps | None = None) -> Arm:
     sampler: Sampler = Euler(clip=(-1.0, 1.0))
     maps = maps or Maps()
     for part in () if spec == "base" else spec.split("+"):
-        name, _, number = part.partition("=")
-        if not number and name.startswith(COUNTED):
-            name, _, number = part.rpartition("-")
+        name, number = split_part(part)
         try:
             if rule is None and name not in SAMPLERS:
                 rule = make_rule(name, number, maps)

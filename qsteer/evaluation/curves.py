@@ -3,16 +3,17 @@
 import json
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Float
 
-from qsteer.plotting import BASE, CONTROL, MUTED, STEERED, STYLE, load_pyplot, save
+from qsteer.plotting import BASE, CONTROL, STEERED, STYLE, add_caption, add_title, load_pyplot, save
 from qsteer.statistics import Band, seed_bootstrap, time_weighted_ema
 
 SUCCESS = "evaluation/success"
 COLOURS = (STEERED, "#2a9d6f", "#8e5bd0", "#c9427f", "#8a6d1f", "#1a9bb5")
+OTHER = "#c3c9d1"
 DASHES = ((0, (5, 2)), (0, (1, 1.5)), (0, (7, 2, 1, 2)), (0, (2, 2)))
 
 
@@ -21,6 +22,10 @@ class Curve(NamedTuple):
 
     steps: Float[np.ndarray, "T"]
     values: Float[np.ndarray, "T"]
+
+
+type Run = str | Path | Curve
+"""One run: its ``metrics.jsonl``, or what was read from it."""
 
 
 class Curves(NamedTuple):
@@ -111,7 +116,7 @@ def measure_area(curves: Curves) -> Float[np.ndarray, "S"]:
 
 
 def summarize(
-    groups: Mapping[str, Sequence[str | Path]],
+    groups: Mapping[str, Sequence[Run]],
     *,
     key: str = SUCCESS,
     smoothing: float = 0.0,
@@ -120,7 +125,7 @@ def summarize(
     """Return final value and area under the curve of each method, with 95 % seed-bootstrap intervals.
 
     Args:
-        groups: each method's ``metrics.jsonl``, one a seed.
+        groups: each method's runs, one a seed.
         key: the metric.
         smoothing: ``alpha`` of :func:`~qsteer.statistics.time_weighted_ema`, applied to each run;
             QPILOTS reports LIBERO with 0.99.
@@ -145,7 +150,7 @@ def summarize(
 
 
 def read_final_scores(
-    tasks: Sequence[Sequence[str | Path]], *, key: str = SUCCESS, smoothing: float = 0.0
+    tasks: Sequence[Sequence[Run]], *, key: str = SUCCESS, smoothing: float = 0.0
 ) -> Float[np.ndarray, "S T"]:
     """Return where each run of one method ends on each task.
 
@@ -153,7 +158,7 @@ def read_final_scores(
     :func:`~qsteer.statistics.stratified_bootstrap` take.
 
     Args:
-        tasks: each task's ``metrics.jsonl``, one a seed.
+        tasks: each task's runs, one a seed.
         key: the metric.
         smoothing: see :func:`summarize`.
 
@@ -188,7 +193,7 @@ def format_summary(rows: Iterable[Summary], *, percent: bool = True) -> str:
 
 
 def plot_curves(
-    groups: Mapping[str, Sequence[str | Path]],
+    groups: Mapping[str, Sequence[Run]],
     path: str | Path,
     *,
     key: str = SUCCESS,
@@ -199,13 +204,13 @@ def plot_curves(
     until: int | None = None,
     title: str | None = None,
 ) -> Path:
-    """Draw a metric against environment steps: each method's mean over seeds, a 95 % band, the seeds thin.
+    """Draw a metric against environment steps, one panel a method, in the order in which their curves end.
 
-    The band is that of :func:`~qsteer.statistics.seed_bootstrap`. The legend follows the order in
-    which the curves end.
+    A panel has the mean over seeds, its 95 % band (:func:`~qsteer.statistics.seed_bootstrap`), and the seeds,
+    thin; the other methods' means, base, controls and levels are lines in every panel.
 
     Args:
-        groups: each method's ``metrics.jsonl``, one a seed.
+        groups: each method's runs, one a seed.
         path: of the picture; its suffix says the format.
         key: the metric; one that ends in ``success`` is drawn in percent.
         base: the unsteered method, drawn in a colour of its own.
@@ -225,78 +230,103 @@ def plot_curves(
         raise ValueError(f"base, controls: expected names among {sorted(groups)}, got {sorted(unknown)}")
     rate = key.endswith("success")
     scale = 100 if rate else 1
-    colours, dashes = iter(COLOURS * len(groups)), iter(DASHES * len(groups))
+    read = {name: _read(runs, key, smoothing, until) for name, runs in groups.items()}
+    drawn = {name: Curves(curves.steps, scale * curves.values) for name, curves in read.items()}
+    colours = dict(zip(groups, COLOURS * len(groups), strict=False))
+    references = [name for name in groups if name == base or name in controls]
+    ranked = sorted(groups, key=lambda name: -drawn[name].values[:, -1].mean())
+    methods = [name for name in ranked if name not in references] or ranked
+    columns = min(3, len(methods))
+    rows = -(-len(methods) // columns)
     plt = load_pyplot()
     from matplotlib.ticker import EngFormatter
 
     with plt.rc_context(STYLE):
-        fig, ax = plt.subplots(figsize=(7.2, 3.6), layout="constrained")
-        ends = {}
-        for order, (name, paths) in enumerate(groups.items()):
-            curves = _read(paths, key, smoothing, until)
-            band = Band(*(scale * x for x in seed_bootstrap(curves.values)))
-            control = name in controls
-            colour = BASE if name == base else CONTROL if control else next(colours)
-            for values in curves.values if len(paths) > 1 else ():
-                ax.plot(curves.steps, scale * values, color=colour, linewidth=0.6, alpha=0.35, zorder=1)
-            ax.fill_between(
-                curves.steps, band.low, band.high, color=colour, alpha=0.08 if control else 0.16, linewidth=0
-            )
-            (line,) = ax.plot(
-                curves.steps,
-                band.mean,
-                color=colour,
-                linewidth=1.4 if control else 2.2,
-                linestyle=next(dashes) if control else "-",
-                marker="o" if len(curves.steps) == 1 else None,
-                markersize=5,
-                zorder=2 if control else 3 + len(groups) - order,
-                solid_capstyle="round",
-            )
-            ends[name] = (float(band.mean[-1]), line)
-        for name, level in (levels or {}).items():
-            line = ax.axhline(scale * level, color=CONTROL, linewidth=1.4, linestyle=next(dashes), zorder=1)
-            ends[name] = (scale * level, line)
-        ranked = sorted(ends, key=lambda name: -ends[name][0])
-        ax.legend(
-            [ends[name][1] for name in ranked],
-            ranked,
-            frameon=False,
-            fontsize=9,
-            loc="center left",
-            bbox_to_anchor=(1.0, 0.5),
-            handlelength=2.4,
+        size = (6.4, 3.6) if len(methods) == 1 else (3.2 * columns, 2.4 * rows + 0.9)
+        fig, axes = plt.subplots(
+            rows, columns, figsize=size, sharex=True, sharey=True, squeeze=False, layout="constrained"
         )
-        if rate:
-            ax.set_ylim(0, 102)
-            ax.set_yticks(range(0, 101, 25), ["0", "25", "50", "75", "100 %"])
-        ax.grid(axis="y", color=STYLE["axes.edgecolor"], linewidth=0.6)
-        ax.set_axisbelow(True)
-        ax.margins(x=0.01)
-        ax.xaxis.set_major_formatter(EngFormatter(sep=""))
-        ax.set_xlabel("environment steps", loc="left")
+        fig.get_layout_engine().set(w_pad=0.1)
+        for ax, name in zip(axes.flat, methods, strict=False):
+            dashes = iter(DASHES * len(groups))
+            for other in (other for other in methods if other != name):
+                ax.plot(drawn[other].steps, drawn[other].values.mean(0), color=OTHER, linewidth=1, zorder=1)
+            for other in references:
+                control = other in controls
+                ax.plot(
+                    drawn[other].steps,
+                    drawn[other].values.mean(0),
+                    color=CONTROL if control else BASE,
+                    linewidth=1.4,
+                    linestyle=next(dashes) if control else "-",
+                    label=other,
+                    zorder=2,
+                )
+            for level, height in (levels or {}).items():
+                ax.axhline(
+                    scale * height,
+                    color=CONTROL,
+                    linewidth=1.4,
+                    linestyle=next(dashes),
+                    label=level,
+                    zorder=1,
+                )
+            _draw_method(ax, drawn[name], colours[name])
+            add_title(ax, name)
+            if rate:
+                ax.set_ylim(0, 102)
+                ax.set_yticks(range(0, 101, 25), ["0", "25", "50", "75", "100 %"])
+            ax.grid(axis="y", color=STYLE["axes.edgecolor"], linewidth=0.6)
+            ax.set_axisbelow(True)
+            ax.margins(x=0.01)
+            ax.xaxis.set_major_formatter(EngFormatter(sep=""))
+            ax.xaxis.set_tick_params(labelbottom=True)
+            ax.set_xlabel("environment steps", loc="left")
+        for ax in axes.flat[len(methods) :]:
+            ax.set_axis_off()
+        handles, labels = axes.flat[0].get_legend_handles_labels()
+        if labels:
+            fig.legend(handles, labels, loc="outside upper right", ncols=4, frameon=False, fontsize=9)
         if title:
-            ax.set_title(title, loc="left", fontweight="bold", fontsize=11, pad=20)
-        ax.annotate(
-            f"{'success rate' if rate else key.removeprefix('evaluation/')}, {_seeds(groups)}",
-            (0, 1),
-            (0, 6),
-            xycoords="axes fraction",
-            textcoords="offset points",
-            color=MUTED,
-            fontsize=9,
-        )
+            fig.suptitle(title, x=0.008, ha="left", fontweight="bold", fontsize=11)
+        metric = "success rate" if rate else key.removeprefix("evaluation/")
+        others = "; grey: the other methods' means" if len(methods) > 1 else ""
+        add_caption(fig, f"{metric}; {_describe_seeds(groups)}{others}")
         return save(fig, path)
 
 
-def _read(paths: Sequence[str | Path], key: str, smoothing: float, until: int | None = None) -> Curves:
-    curves = [read_curve(path, key, until) for path in paths]
+def _draw_method(ax: Any, curves: Curves, colour: str) -> None:
+    """Draw mean, band and seeds of one method."""
+    band = seed_bootstrap(curves.values)
+    for values in curves.values if len(curves.values) > 1 else ():
+        ax.plot(curves.steps, values, color=colour, linewidth=0.6, alpha=0.5, zorder=2)
+    ax.fill_between(curves.steps, band.low, band.high, color=colour, alpha=0.14, linewidth=0)
+    marker = "o" if len(curves.steps) == 1 else None
+    ax.plot(
+        curves.steps,
+        band.mean,
+        color=colour,
+        linewidth=2.2,
+        marker=marker,
+        markersize=5,
+        zorder=3,
+        solid_capstyle="round",
+    )
+
+
+def _read(runs: Sequence[Run], key: str, smoothing: float, until: int | None = None) -> Curves:
+    curves = [_cut(run, until) if isinstance(run, Curve) else read_curve(run, key, until) for run in runs]
     return align([Curve(x, time_weighted_ema(x, y, smoothing)) for x, y in curves])
 
 
-def _seeds(groups: Mapping[str, Sequence[str | Path]]) -> str:
-    low, *_, high = sorted(2 * [len(paths) for paths in groups.values()])
+def _cut(curve: Curve, until: int | None) -> Curve:
+    kept = curve.steps <= (np.inf if until is None else until)
+    return Curve(curve.steps[kept], curve.values[kept])
+
+
+def _describe_seeds(groups: Mapping[str, Sequence[Run]]) -> str:
+    low, *_, high = sorted(2 * [len(runs) for runs in groups.values()])
     if high == 1:
         return "one seed"
     count = f"{high} seeds" if low == high else f"{low} to {high} seeds"
-    return f"mean of {count} with 95 % bootstrap band"
+    return f"thick: mean of {count}; thin: each; band: 95 % bootstrap interval of the mean"

@@ -1,6 +1,7 @@
 """Pictures of results: success, distillation, adaptation, latency."""
 
 import json
+import re
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -8,8 +9,35 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike
 
-from qsteer.plotting import BASE, CONTROL, INK, MUTED, PARTS, STEERED, STYLE, load_pyplot, save
+from qsteer.evaluation.arms import describe_arm
+from qsteer.plotting import (
+    BASE,
+    CONTROL,
+    INK,
+    MUTED,
+    PARTS,
+    STEERED,
+    STYLE,
+    add_caption,
+    add_title,
+    load_pyplot,
+    save,
+)
 from qsteer.statistics import wilson_interval
+
+METHODS = {
+    "stock": "the policy's own code",
+    "unsteered": "qsteer, not steered",
+    "unsteered, static": "qsteer, not steered, static buffers",
+    "unsteered, graph": "qsteer, not steered, CUDA graph",
+    r"Posterior\(map\), N=(\d+)": "posterior, learnt map, {} samples",
+    r"Posterior\(GLASS\), N=(\d+)": "posterior, GLASS, {} samples",
+    r"BestOfN\((\d+)\)": "best of {}",
+    r"BeamSearch\((\d+), (\d+), (\d+)\)": "beam search, {} × {}",
+    "BeamSearch, flow map": "beam search, flow map",
+    "ForwardTweedie(.*)": "forward Tweedie{}",
+}
+"""The latency benchmark's methods in words."""
 
 
 def plot_success(
@@ -39,7 +67,7 @@ def plot_success(
         raise ValueError(f"base, controls: expected names among {sorted(arms)}, got {sorted(unknown)}")
     plt = load_pyplot()
     with plt.rc_context(STYLE):
-        height = 0.42 * len(arms) + (1.15 if title else 0.8)
+        height = 0.42 * len(arms) + (1.4 if title else 1.05)
         fig, ax = plt.subplots(figsize=(7.2, height), layout="constrained")
         for y, (name, successes) in enumerate(arms.items()):
             hits = np.asarray(successes, bool)
@@ -62,12 +90,15 @@ def plot_success(
         ax.set(xlim=(0, 106), ylim=(len(arms) - 0.4, -0.6))
         ax.set_xticks(range(0, 101, 25), ["0", "25", "50", "75", "100 %"])
         ax.set_yticks(range(len(arms)), arms, color=INK)
-        ax.set_xlabel(f"success rate of {_sizes(arms)} episodes, with 95 % interval", loc="left")
+        ax.set_xlabel("success rate", loc="left")
         ax.tick_params(axis="y", length=0)
         ax.spines["left"].set_visible(False)
         ax.spines["bottom"].set_bounds(0, 100)
         if title:
             ax.set_title(title, loc="left", fontweight="bold", fontsize=11)
+        notes = [f"dot: rate of {_sizes(arms)} episodes; line: 95 % Wilson interval"]
+        notes += ["dotted: the frozen policy"] * (base is not None) + ["grey: a control"] * bool(controls)
+        add_caption(fig, "; ".join(notes))
         return save(fig, path)
 
 
@@ -94,11 +125,15 @@ def plot_distillation(runs: Mapping[str, Sequence[Mapping[str, float | int]]], p
             steps = [m["step"] for m in lines]
             for name, colour in ("diagonal", BASE), ("semigroup", STEERED):
                 losses.plot(steps, [m[name] for m in lines], color=colour, linewidth=1.4, alpha=0.75)
-        for name, colour in ("diagonal", BASE), ("semigroup", STEERED):
-            losses.plot([], [], color=colour, label=name)
-        losses.set(yscale="log", xlabel="step")
-        losses.set_title("loss per chunk, one line a seed", loc="left", fontsize=10, fontweight="bold")
+        for label, colour in (
+            ("diagonal: the velocity is the policy's", BASE),
+            ("semigroup: two jumps are one", STEERED),
+        ):
+            losses.plot([], [], color=colour, label=label)
+        losses.set(yscale="log")
+        add_title(losses, "loss per chunk")
         losses.legend(frameon=False, fontsize=9)
+        top = max(m["posterior_error"] for lines in judged.values() for m in lines)
         for lines in judged.values():
             error.plot(
                 [m["step"] for m in lines],
@@ -107,7 +142,10 @@ def plot_distillation(runs: Mapping[str, Sequence[Mapping[str, float | int]]], p
                 marker="o",
                 ms=3,
             )
-        for name, label in ("tweedie", "denoised action alone"), ("floor", "two sets of GLASS samples"):
+        for name, label in (
+            ("tweedie", "the denoised action alone"),
+            ("floor", "two sets of exact samples"),
+        ):
             level = float(np.mean([lines[-1][name] for lines in judged.values()]))
             error.axhline(level, color=CONTROL, linewidth=1, linestyle=(0, (2, 3)))
             error.annotate(
@@ -120,8 +158,15 @@ def plot_distillation(runs: Mapping[str, Sequence[Mapping[str, float | int]]], p
                 color=MUTED,
                 fontsize=8.5,
             )
-        error.set(ylim=(0, None), xlabel="step")
-        error.set_title("posterior error against GLASS, held out", loc="left", fontsize=10, fontweight="bold")
+            top = max(top, level)
+        error.set_ylim(0, 1.12 * top)
+        add_title(error, "error of posterior samples, held out")
+        for ax in (losses, error):
+            ax.set_xlabel("gradient steps", loc="left")
+            ax.locator_params(axis="x", nbins=4)
+        error.locator_params(axis="y", nbins=4)
+        losses.set_ylim(top=10 * losses.get_ylim()[1])  # for the legend
+        add_caption(fig, "one line per training seed")
         return save(fig, path)
 
 
@@ -148,16 +193,21 @@ def plot_adaptation(metrics: str | Path, path: str | Path) -> Path:
     with plt.rc_context(STYLE):
         fig, axes = plt.subplots(1, 3, figsize=(9.6, 2.6), layout="constrained")
         distance, cosine, gain = axes
-        distance.plot(*curve("start_radius"), color=BASE, linestyle=(0, (4, 2)), label="radius")
-        distance.plot(*curve("start_displacement"), color=STEERED, linewidth=2, label="from the noise, r = 0")
-        distance.plot(*curve("displacement"), color=CONTROL, label="r drawn from [0, 1)")
-        distance.set_title("distance to the offline map", loc="left", fontsize=10, fontweight="bold")
+        distance.plot(
+            *curve("start_radius"), color=BASE, linestyle=(0, (4, 2)), label="radius of the trust region"
+        )
+        distance.plot(
+            *curve("start_displacement"), color=STEERED, linewidth=2, label="of jumps from the noise"
+        )
+        distance.plot(*curve("displacement"), color=CONTROL, label="of jumps from anywhere")
+        add_title(distance, "distance to the offline map")
         distance.legend(frameon=False, fontsize=8, loc="lower right")
         cosine.plot(*curve("start_cosine"), color=STEERED, linewidth=2)
-        cosine.set_title("cosine with the critic's gradient", loc="left", fontsize=10, fontweight="bold")
+        add_title(cosine, "cosine with the critic's gradient")
         gain.plot(*curve("q_gain"), color=STEERED, linewidth=2)
-        gain.set_title("value gained", loc="left", fontsize=10, fontweight="bold")
+        add_title(gain, "critic's value gained")
         distance.set_ylim(bottom=0)
+        add_caption(fig, "means over a batch of observations; cosine and value: of jumps from the noise")
         cosine.set_ylim(0, 1)
         for ax in axes:
             ax.set_xlabel("gradient steps", loc="left")
@@ -182,10 +232,11 @@ def plot_latency(report: Mapping[str, Any], path: str | Path) -> Path:
         raise ValueError("methods: expected at least one beside the stock host, got none; name arms")
     plt = load_pyplot()
     with plt.rc_context(STYLE):
-        height = 0.34 * len(methods) + 1.2
-        fig, (whole, parts) = plt.subplots(1, 2, figsize=(10.4, height), layout="constrained")
+        height = 0.34 * len(methods) + 1.5
+        fig, (whole, parts) = plt.subplots(1, 2, figsize=(10.4, height), sharey=True, layout="constrained")
         for y, method in enumerate(methods):
-            colour, digits = STEERED if method["parts"] else BASE, 0 if method["p50_ms"] >= 100 else 1
+            digits = 0 if method["p50_ms"] >= 100 else 1
+            colour = BASE if method["name"].startswith(("stock", "unsteered", "base")) else STEERED
             whole.barh(y, method["p50_ms"], height=0.62, color=colour, alpha=0.3, linewidth=0)
             whole.plot([method["p50_ms"], method["p95_ms"]], [y, y], color=colour, linewidth=2)
             whole.plot([method["roofline_ms"]] * 2, [y - 0.31, y + 0.31], color=INK, linewidth=1.2)
@@ -196,33 +247,38 @@ def plot_latency(report: Mapping[str, Any], path: str | Path) -> Path:
                 textcoords="offset points",
                 va="center_baseline",
                 fontsize=8.5,
+                bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.5},
             )
         whole.axvline(methods[0]["p50_ms"], color=BASE, linewidth=1, linestyle=(0, (2, 3)), zorder=0)
-        whole.set(xlim=(0, 1.3 * max(method["p95_ms"] for method in methods)))
-        names = [name for name in timed[0]["parts"] if name != "whole"]
-        for y, method in enumerate(timed):
-            spent = [method["parts"][name]["p50_ms"] for name in names]
-            starts = np.cumsum([0.0, *spent[:-1]])
-            for i, name in enumerate(names):
-                label = name if y == 0 else None
-                parts.barh(y, spent[i], left=starts[i], height=0.62, color=PARTS[i], linewidth=0, label=label)
-        fig.legend(
-            *parts.get_legend_handles_labels(),
-            loc="outside lower right",
-            ncols=6,
-            frameon=False,
-            fontsize=8.5,
+        whole.set(
+            xlim=(0, 1.35 * max(method["p95_ms"] for method in methods)), ylim=(len(methods) - 0.4, -0.6)
         )
-        for ax, shown, title in (
-            (whole, methods, "ms per action: p50, line to p95, × stock; tick: roofline"),
-            (parts, timed, "its parts, not compiled, ms: p50"),
-        ):
-            ax.set_ylim(len(shown) - 0.4, -0.6)
-            ax.set_yticks(range(len(shown)), [method["name"] for method in shown], color=INK)
+        whole.set_yticks(range(len(methods)), [_describe_method(m["name"]) for m in methods], color=INK)
+        names = [name for name in timed[0]["parts"] if name != "whole"]
+        starts = np.zeros(len(methods))
+        for name, colour in zip(names, PARTS, strict=True):
+            spent = [method["parts"][name]["p50_ms"] if method["parts"] else 0.0 for method in methods]
+            parts.barh(range(len(methods)), spent, left=starts, height=0.62, color=colour, label=name)
+            starts += spent
+        for ax, title in (whole, "milliseconds per action"), (parts, "where they go, without compilation"):
+            add_title(ax, title)
             ax.tick_params(axis="y", length=0)
             ax.spines["left"].set_visible(False)
-            ax.set_title(title, loc="left", fontsize=10, fontweight="bold")
+        parts.legend(loc="lower right", frameon=False, fontsize=8.5)
+        add_caption(
+            fig,
+            "bar: median; line: to the 95 % quantile; orange: not steered; dotted, ×: the policy's own code; "
+            "tick: the least time that the device's measured best allows",
+        )
         return save(fig, path)
+
+
+def _describe_method(name: str) -> str:
+    """Return a method of the latency benchmark in words."""
+    for pattern, words in METHODS.items():
+        if match := re.fullmatch(pattern, name):
+            return words.format(*match.groups())
+    return describe_arm(name)
 
 
 def _sizes(arms: Mapping[str, ArrayLike]) -> str:

@@ -12,7 +12,7 @@ from qsteer.critics import Critic
 from qsteer.data import Episodes
 from qsteer.envs import ogbench
 from qsteer.envs.rollouts import Rollouts, write_json
-from qsteer.evaluation.arms import parse
+from qsteer.evaluation.arms import describe_arm, parse
 from qsteer.evaluation.compare import compare, format_comparison
 from qsteer.evaluation.plots import plot_success
 from qsteer.evaluation.video import RenderError, side_by_side
@@ -79,9 +79,10 @@ def demo(
     write_json(report, out / "results.json")
     print("\n" + format_comparison(report) + "\n")
     print(f"results: {out / 'results.json'}")
-    successes = {run.name: run.success for run in runs}
-    controls = [arm.spec for arm in arms if arm.kind == "control"]
-    plot_success(successes, out / "success.png", base="base", controls=controls, title=environment)
+    successes = {describe_arm(run.name): run.success for run in runs}
+    base, *_ = successes
+    controls = [describe_arm(arm.spec) for arm in arms if arm.kind == "control"]
+    plot_success(successes, out / "success.png", base=base, controls=controls, title=environment)
     print(f"plot:    {out / 'success.png'}")
     print(f"trace:   {trace.plot(out / 'trace.png')}")
     _film(task, runs[0], next(run for run in runs if run.name == steered), out / "rollout.gif")
@@ -123,7 +124,8 @@ def _film(task: Task, base: Rollouts, steered: Rollouts, path: Path) -> None:
     episode = int(telling[0]) if telling.size else 0
     try:
         make_env = partial(ogbench.make, task.environment(), render=True)
-        side_by_side(make_env, [base, steered], episodes=[episode], paths=[path], camera=task.camera)
+        arms = [replace(run, name=describe_arm(run.name)) for run in (base, steered)]
+        side_by_side(make_env, arms, episodes=[episode], paths=[path], camera=task.camera)
         print(f"video:   {path} (episode {episode})")
     except RenderError as error:
         print(f"video:   none: {error}")

@@ -3,7 +3,7 @@ import torch
 
 import qsteer
 from qsteer.critics import Critic, CriticConfig
-from qsteer.evaluation.arms import Maps, parse
+from qsteer.evaluation.arms import RULES, SAMPLERS, WORDS, Maps, describe_arm, parse
 from qsteer.maps import FlowMap, GlassPosterior, MapConfig, MetaFlowMap, MetaMapConfig
 from qsteer.policies import FlowPolicy, FlowPolicyConfig
 
@@ -77,3 +77,29 @@ def test_the_base_arm_is_the_policys_own_euler_chain():
     steered = parse("tweedie=0.5").agent(policy, critic)(obs, noise)
     value = critic.bind(obs)
     assert (value(steered) > value(x.clamp(-1, 1))).float().mean() > 0.5
+
+
+def test_every_arm_has_words():
+    assert set(WORDS) == {"base", *RULES, *SAMPLERS}
+
+
+@pytest.mark.parametrize(
+    ("spec", "words"),
+    [
+        ("base", "frozen policy"),
+        ("tweedie=0.2", "Tweedie, strength 0.2"),
+        ("tweedie=auto", "Tweedie, strength automatic"),
+        ("tweedie", "Tweedie"),
+        ("tweedie-from0.3-to0.6=0.2", "Tweedie, strength 0.2, from t = 0.3, up to t = 0.6"),
+        ("qgf=0.06", "QGF, raw weight 0.06"),
+        ("fmq-best-of-32", "best of 32 of the adapted flow map"),
+        (
+            "tweedie=0.2+best-of-8+keep-best",
+            "Tweedie, strength 0.2 + best of 8 + the frozen policy's if better",
+        ),
+        ("Tweedie, half the layers", "Tweedie, half the layers"),
+        ("stock", "stock"),
+    ],
+)
+def test_an_arm_in_words(spec, words):
+    assert describe_arm(spec) == words

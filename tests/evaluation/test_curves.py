@@ -197,21 +197,42 @@ class TestPlot:
         figures: list[Any] = []
         monkeypatch.setattr(curves, "save", lambda fig, path: figures.append(fig) or path)
         plot_curves(groups, tmp_path / "c.png", base="unsteered", controls=["random"], title="t")
-        (ax,) = figures[0].axes
-        drawn = dict(
-            zip([t.get_text() for t in ax.get_legend().get_texts()], ax.get_legend().get_lines(), strict=True)
-        )
-        assert list(drawn) == ["steered", "other", "random", "unsteered"]
-        assert [line.is_dashed() for line in drawn.values()] == [False, False, True, False]
-        colours = [line.get_color() for line in drawn.values()]
-        assert colours[2:] == [curves.CONTROL, curves.BASE]
-        assert len(set(colours)) == 4
-        lines = [line for line in ax.lines if line.get_color() == colours[0]]
+        panels, legend = figures[0].axes, figures[0].legends[0]
+        assert [ax.get_title(loc="left") for ax in panels] == ["steered", "other"]
+        assert [text.get_text() for text in legend.get_texts()] == ["unsteered", "random"]
+        assert [line.is_dashed() for line in legend.get_lines()] == [False, True]
+        assert [line.get_color() for line in legend.get_lines()] == [curves.BASE, curves.CONTROL]
+        colours = [ax.lines[-1].get_color() for ax in panels]
+        assert len({*colours, curves.BASE, curves.CONTROL, curves.OTHER}) == 5
+        lines = [line for line in panels[0].lines if line.get_color() == colours[0]]
         ends = sorted((line.get_linewidth(), line.get_ydata()[-1]) for line in lines)
         assert ends == [(0.6, 60), (0.6, 100), (2.2, 80)]
-        bands = [band for band in ax.collections if isinstance(band, PolyCollection)]
-        assert bands[2].get_paths()[0].get_extents().bounds == pytest.approx((0, 0, 2000, 100))
-        assert ax.xaxis.get_major_formatter()(2000) == "2k"
+        (other,) = [line for line in panels[0].lines if line.get_color() == curves.OTHER]
+        assert other.get_ydata()[-1] == 45, "the other method's mean is there to compare with"
+        for ax, name in zip(panels, ("steered", "other"), strict=True):
+            (band,) = [drawn for drawn in ax.collections if isinstance(drawn, PolyCollection)]
+            top = {"steered": 100, "other": 50}[name]
+            assert band.get_paths()[0].get_extents().bounds == pytest.approx((0, 0, 2000, top))
+        assert panels[0].xaxis.get_major_formatter()(2000) == "2k"
+        assert "95 % bootstrap interval" in figures[0].get_supxlabel()
+
+    def test_base_and_controls_alone_have_panels(
+        self, groups: dict[str, list[Path]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        figures: list[Any] = []
+        monkeypatch.setattr(curves, "save", lambda fig, path: figures.append(fig) or path)
+        chosen = {name: groups[name] for name in ("unsteered", "random")}
+        plot_curves(chosen, tmp_path / "c.png", base="unsteered", controls=["random"])
+        assert [ax.get_title(loc="left") for ax in figures[0].axes] == ["random", "unsteered"]
+
+    def test_curves_that_were_read_before_are_drawn_alike(
+        self, groups: dict[str, list[Path]], tmp_path: Path
+    ) -> None:
+        read = {name: [read_curve(path) for path in paths] for name, paths in groups.items()}
+        assert summarize(read) == summarize(groups)
+        assert summarize(read, until=500) == summarize(groups, until=500)
+        ours, theirs = (plot_curves(g, tmp_path / f"{i}.png") for i, g in enumerate((read, groups)))
+        assert ours.read_bytes() == theirs.read_bytes()
 
     def test_levels_are_drawn_across(
         self, groups: dict[str, list[Path]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -220,14 +241,15 @@ class TestPlot:
         monkeypatch.setattr(curves, "save", lambda fig, path: figures.append(fig) or path)
         plot_curves({"steered": groups["steered"]}, tmp_path / "c.png", levels={"base": 0.06, "lucky": 0.9})
         (ax,) = figures[0].axes
-        assert [text.get_text() for text in ax.get_legend().get_texts()] == ["lucky", "steered", "base"]
+        assert ax.get_title(loc="left") == "steered"
+        assert [text.get_text() for text in figures[0].legends[0].get_texts()] == ["base", "lucky"]
         across = [list(line.get_ydata()) for line in ax.lines if line.is_dashed()]
         assert across == [[6, 6], [90, 90]]
 
     def test_files(self, groups: dict[str, list[Path]], tmp_path: Path) -> None:
         assert plot_curves(groups, tmp_path / "new" / "c.png").stat().st_size > 5_000
         drawn = plot_curves({"one": groups["steered"][:1]}, tmp_path / "c.svg").read_text()
-        assert "success rate, one seed" in drawn
+        assert "success rate; one seed" in drawn
 
     def test_mistakes(self, groups: dict[str, list[Path]], tmp_path: Path) -> None:
         with pytest.raises(ValueError, match="at least one method"):
@@ -270,3 +292,24 @@ def test_online_runs_are_compared(
     assert picture.stat().st_size > 5_000
     curves_ = json.loads(out.read_text())["curves"]
     assert curves_["theirs"] == 2 * [{"env_steps": [0.0, 10.0], "success": [0.0, 0.4]}]
+
+    again = tmp_path / "again.json"  # from what was written, without the runs
+    monkeypatch.setattr("sys.argv", [str(script), str(out), "--out", str(again)])
+    main()
+    assert again.read_bytes() == out.read_bytes()
+    assert capsys.readouterr().out.splitlines()[:4] == printed.splitlines()[:4]
+
+
+def test_online_runs_are_named_in_words() -> None:
+    script = Path(__file__).parents[2] / "examples" / "plot_online.py"
+    describe_runs = runpy.run_path(str(script))["describe_runs"]
+    assert describe_runs(["tweedie=0.2-sarsa", "best-of-8-sarsa"]) == {
+        "tweedie=0.2-sarsa": "Tweedie, strength 0.2",
+        "best-of-8-sarsa": "best of 8",
+    }
+    assert describe_runs(["tweedie-iql", "tweedie-monte_carlo"]) == {
+        "tweedie-iql": "IQL",
+        "tweedie-monte_carlo": "Monte Carlo",
+    }
+    assert describe_runs(["tweedie=0.3-td"]) == {"tweedie=0.3-td": "Tweedie, strength 0.3, TD"}
+    assert describe_runs(["ours"]) == {"ours": "ours"}

@@ -1,9 +1,7 @@
-"""Rollouts, statistics, costs, plots and films of made-up arms with known outcomes."""
+"""Rollouts and statistics of made-up arms with known outcomes."""
 
 import json
-import sys
 from collections.abc import Callable, Iterator
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,64 +9,12 @@ import gymnasium
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 from scipy.stats import binom, binomtest
 from torch import Tensor
+from walk import SEED, A, H, Walk, follow
 
 from qsteer.envs.rollouts import ChunkedAction, Rollouts, Simulators, noise_generator, rollout, tensors
-from qsteer.evaluation.plots import plot_distillation, plot_success
-from qsteer.evaluation.video import RenderError, _Film, find_gl_backend, side_by_side
-from qsteer.plotting import plot_trace
 from qsteer.statistics import paired_bootstrap, wilson_interval
-
-H, A = 3, 2
-SEED = 0  # chunks end full, and with one and with two actions; some episodes succeed
-
-
-class Walk(gymnasium.Env):
-    """A point moved by its actions from a place drawn at reset; the episode lasts ``limit(seed)`` steps."""
-
-    observation_space = gymnasium.spaces.Box(-np.inf, np.inf, (A + 1,), np.float64)
-    action_space = gymnasium.spaces.Box(-1.0, 1.0, (A,), np.float32)
-
-    def __init__(self, says: str | None = "success", reach: float = np.inf) -> None:
-        self.says, self.reach = says, reach
-
-    def _observe(self) -> np.ndarray:
-        return np.array([*self.place, self.clock], float)
-
-    def reset(
-        self, *, seed: int | None = None, options: dict[str, Any] | None = None
-    ) -> tuple[np.ndarray, dict]:
-        super().reset(seed=seed)
-        self.place, self.clock = self.np_random.uniform(-1, 1, A), 0
-        self.limit = int(self.np_random.integers(4, 12))
-        return self._observe(), {}
-
-    def step(self, action: np.ndarray) -> tuple[np.ndarray, float, bool, bool, dict]:
-        assert self.clock < self.limit, "stepped past the end"
-        self.place, self.clock = self.place + action, self.clock + 1
-        lucky = bool(self.place[0] > self.place[1])  # may come and go: success is success at any step
-        terminated = bool(np.abs(self.place).max() > self.reach)
-        info = {self.says: lucky} if self.says else {}
-        return self._observe(), float(self.place[0]), terminated, self.clock == self.limit, info
-
-    def render(self) -> np.ndarray:
-        frame = np.zeros((40, 40, 3), np.uint8)
-        frame[:, : 3 * self.clock] = 200
-        return frame
-
-
-class Longer(Walk):
-    def reset(self, **options: Any) -> tuple[np.ndarray, dict]:
-        result = super().reset(**options)
-        self.limit += 1
-        return result
-
-
-def follow(obs: Tensor, noise: Tensor) -> Tensor:
-    """Depends on the observation, on each entry of the noise, and on no other row; within the bounds."""
-    return torch.tanh(noise + 0.3 * obs[:, None, :A])
 
 
 def by_hand(env: gymnasium.Env, act: Callable, seed: int, episode: int) -> dict[str, Any]:
@@ -360,76 +306,3 @@ class TestStatistics:
             paired_bootstrap(np.zeros(3), np.zeros(4))
         with pytest.raises(ValueError, match="samples"):
             paired_bootstrap([1], [0], samples=0)
-
-
-class TestPlots:
-    def test_success(self, tmp_path: Path) -> None:
-        arms = {"base": np.arange(50) < 5, "steered": np.arange(50) < 30, "random": np.arange(40) < 4}
-        path = plot_success(arms, tmp_path / "new" / "a.png", base="base", controls=["random"], title="t")
-        assert Image.open(path).convert("RGB").getpixel((0, 0)) == (255, 255, 255)
-        assert plot_success(arms, tmp_path / "a.svg").read_text().startswith("<?xml")
-
-    def test_distillation(self, tmp_path: Path) -> None:
-        lines = [{"step": s, "diagonal": 1 / s, "semigroup": 2 / s} for s in (1, 2, 4)]
-        judged = {"posterior_error": 0.2, "floor": 0.1, "tweedie": 0.4}
-        path = plot_distillation({"seed 0": [*lines, lines[-1] | judged]}, tmp_path / "d.png")
-        assert path.stat().st_size > 5_000
-
-    def test_trace(self, tmp_path: Path) -> None:
-        rng = np.random.default_rng(0)
-        panels = [np.where(rng.random((20, 9)) < 0.1, np.nan, rng.random((20, 9))) for _ in range(3)]
-        path = plot_trace(np.linspace(0.1, 0.9, 9), *panels, np.zeros((20, 9)), path=tmp_path / "t.png")
-        assert Image.open(path).width > 1000
-
-    def test_mistakes(self, tmp_path: Path) -> None:
-        with pytest.raises(ValueError, match="expected at least one"):
-            plot_success({}, tmp_path / "a.png")
-        with pytest.raises(ValueError, match=r"expected lines with 'posterior_error'.*held_out"):
-            plot_distillation({"a": [{"step": 1, "diagonal": 1.0, "semigroup": 1.0}]}, tmp_path / "a.png")
-        with pytest.raises(ValueError, match=r"got \['bsae'\]"):
-            plot_success({"base": [True]}, tmp_path / "a.png", base="bsae")
-        with pytest.raises(ValueError, match="expected a guided action"):
-            plot_trace(np.zeros(0), *[np.zeros((0, 0))] * 4, path=tmp_path / "a.png")
-
-
-class TestFilms:
-    film = staticmethod(partial(side_by_side, size=40, stride=2, fps=10, backend="egl"))
-
-    def test_gif_of_a_replay(self, followed: Rollouts, tmp_path: Path) -> None:
-        path = tmp_path / "new" / "film.gif"
-        assert self.film(Walk, [followed, followed], episodes=[0, 1], paths=[path]) == (path,)
-        with Image.open(path) as gif:
-            length = int(followed.length[:2].max())
-            assert gif.n_frames == 1 + length // 2 + length % 2
-            assert gif.size == (2 * 44, 2 * 48)
-
-    def test_a_replay_that_ends_otherwise_is_an_error(self, followed: Rollouts, tmp_path: Path) -> None:
-        for other in (partial(Walk, "success", 0.1), partial(Walk, None), Longer):
-            film = _Film(other, (followed,), (0,), (tmp_path / "film.gif",), 40, 2, 10, None)
-            with pytest.raises(RenderError, match="episode 0 of 'policy' did not end as recorded"):
-                film.write()
-        assert not list(tmp_path.iterdir())
-
-    def test_where_nothing_can_draw(
-        self, followed: Rollouts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        monkeypatch.setattr(sys, "executable", "false")  # every child fails
-        arguments = {"episodes": [0], "paths": [tmp_path / "film.gif"]}
-        assert find_gl_backend() is None
-        with pytest.raises(RenderError, match="apt-get install libosmesa6"):
-            side_by_side(Walk, [followed], **arguments)
-        with pytest.raises(RenderError, match="MUJOCO_GL=osmesa failed"):
-            side_by_side(Walk, [followed], **arguments, backend="osmesa")
-
-    def test_mistakes(self, simulators: Simulators, followed: Rollouts, tmp_path: Path) -> None:
-        path = tmp_path / "film.gif"
-        silent = simulators.rollout(follow, episodes=8, seed=SEED, progress=False)
-        other = simulators.rollout(follow, episodes=8, seed=8, record=True, progress=False)
-        with pytest.raises(ValueError, match="record=True"):
-            self.film(Walk, [followed, silent], episodes=[0], paths=[path])
-        with pytest.raises(ValueError, match="different seeds"):
-            self.film(Walk, [followed, other], episodes=[0], paths=[path])
-        with pytest.raises(ValueError, match=r"some of 0 \.\. 7, got \[8\]"):
-            self.film(Walk, [followed], episodes=[8], paths=[path])
-        with pytest.raises(ValueError, match=r"film\.avi"):
-            self.film(Walk, [followed], episodes=[0], paths=[tmp_path / "film.avi"])
