@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import qsteer
-from qsteer.bench.latency import Subject, maps, open_action, subject
+from qsteer.bench.latency import Subject, make_maps, make_subject, open_action
 from qsteer.maps import GlassPosterior
 from qsteer.testing import hosts
 
@@ -46,7 +46,7 @@ CRITICS: dict[str, dict[str, Any]] = {
 
 @pytest.fixture(scope="module")
 def small() -> Subject:
-    return subject("mlp", "small", chunk=5)
+    return make_subject("mlp", "small", chunk=5)
 
 
 @pytest.mark.benchmark(group="rules")
@@ -66,7 +66,7 @@ def test_sampler(benchmark: Any, small: Subject, sampler: qsteer.Sampler) -> Non
 @pytest.mark.benchmark(group="maps")
 @pytest.mark.parametrize("kind", ["posterior", "gradient-free", "beam search"])
 def test_map(benchmark: Any, small: Subject, kind: str) -> None:
-    meta, flow = maps(small)
+    meta, flow = make_maps(small)
     rule = {"posterior": qsteer.Posterior, "gradient-free": qsteer.GradientFreePosterior}.get(kind)
     sampler = EULER if rule else qsteer.BeamSearch(4, 4, 1, flow_map=flow)
     field, value, noise = open_action(small)
@@ -95,6 +95,6 @@ def test_critic(benchmark: Any, kind: str, what: str) -> None:
 @pytest.mark.parametrize("host", hosts.HOSTS)
 def test_steering_a_host_costs_its_mechanism(benchmark: Any, host: str) -> None:
     """Tiny hosts: what is seen is the interception and the loop, not the network."""
-    found = subject(host, "tiny", cameras=1, chunk=6)
+    found = make_subject(host, "tiny", cameras=1, chunk=6)
     with qsteer.steer(found.policy, found.critic, EULER):
         benchmark(found.action)
