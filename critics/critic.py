@@ -21,6 +21,7 @@ from qsteer.critics.encoders import (
 )
 from qsteer.critics.networks import EnsembleMLP, Normalizer
 from qsteer.critics.targets import pessimistic
+from qsteer.types import Value
 
 type Batch = Tensor | Mapping[str, Any]  # a state; or a host's batch, of which a critic reads some entries
 
@@ -349,8 +350,8 @@ class Critic(
 
 
 @dataclass(frozen=True)
-class BoundCritic:
-    """A :class:`Critic` closed over encoded observations; a :class:`~qsteer.types.Value`."""
+class BoundCritic(Value):
+    """A :class:`Critic` closed over encoded observations."""
 
     critic: Critic
     z: Float[Tensor, "J _ D"]

@@ -11,11 +11,10 @@ from huggingface_hub import ModelCard, PyTorchModelHubMixin
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from qsteer.clock import clock_of
-from qsteer.course import known
-from qsteer.flow import begin, features_of, normal, repeat_rows, rows
+from qsteer.clock import Time
+from qsteer.flow import expand_time, factor, normal, read_features, repeat_rows
 from qsteer.maps.networks import ChunkMLP, ChunkNetwork, ChunkTransformer
-from qsteer.types import Field
+from qsteer.types import Field, Jump
 
 CARD = """---
 {{ card_data }}
@@ -171,7 +170,7 @@ class FlowMap(
         Raises:
             ValueError: the field has no features.
         """
-        return self.bind(features_of(field), field)
+        return self.bind(read_features(field), field)
 
     def average_velocity(
         self,
@@ -189,18 +188,17 @@ class FlowMap(
 
 
 @dataclass(frozen=True)
-class BoundFlowMap:
+class BoundFlowMap(Jump):
     """A :class:`FlowMap` closed over encoded observations."""
 
     flow_map: FlowMap
     z: Any
     field: Field | None = None
 
-    def __call__(
-        self, x: Float[Tensor, "B H A"], r: Float[Tensor, "B"], t: Float[Tensor, "B"]
-    ) -> Float[Tensor, "B H A"]:
+    def __call__(self, x: Float[Tensor, "B H A"], r: Time, t: Time) -> Float[Tensor, "B H A"]:
         """Jump from time r to time t. Cost: 1 forward of the map; if it is residual, 1 of the policy too."""
-        return x + rows(t - r, x) * self.flow_map.average_velocity(self.z, x, r, t, self.field)
+        r, t = expand_time(r, x), expand_time(t, x)
+        return x + factor(t - r, x) * self.flow_map.average_velocity(self.z, x, r, t, self.field)
 
     def repeat(self, k: int) -> "BoundFlowMap":
         """Return the map for ``k`` rows per observation; nothing is encoded again."""
@@ -209,7 +207,7 @@ class BoundFlowMap:
 
 
 @dataclass(frozen=True)
-class EulerMap:
+class EulerMap(Jump):
     """The frozen policy's own integration as a two-time jump, for policies without a learnt map.
 
     Cost: ``ceil((t - r) steps)`` velocity forwards.
@@ -230,20 +228,23 @@ class EulerMap:
         if self.steps is not None and self.steps < 1:
             raise ValueError(f"EulerMap: expected at least 1 step, got {self.steps}")
 
-    def __call__(
-        self, x: Float[Tensor, "B H A"], r: Float[Tensor, "B"], t: Float[Tensor, "B"]
-    ) -> Float[Tensor, "B H A"]:
-        """Integrate from time r to time t; from 0 to 1 it is the policy's own chain."""
-        field = begin(self.field, self.steps)
-        clock = clock_of(field)
-        steps = clock.steps if self.steps is None else self.steps
-        wide = torch.float32 if x.device.type == "mps" else torch.float64
-        span = (t - r).to(wide)
-        longest = known(lambda: float(span.abs().max()))
+    def __call__(self, x: Float[Tensor, "B H A"], r: Time, t: Time) -> Float[Tensor, "B H A"]:
+        """Integrate from time r to time t; from 0 to 1 it is the policy's own chain.
+
+        With times per row the longest jump is read from the device.
+        """
+        field = self.field.chain(self.steps)
+        clock, steps = field.clock, field.clock.steps if self.steps is None else self.steps
+        if isinstance(r, Tensor) or isinstance(t, Tensor):
+            wide = torch.float32 if x.device.type == "mps" else torch.float64
+            r, t = expand_time(r, x).to(wide), expand_time(t, x).to(wide)
+            longest = float((t - r).abs().max())
+        else:
+            longest = abs(t - r)
         n = max(1, math.ceil(longest * steps - 1e-4))  # float32 times miss the grid by an ulp
+        step = (t - r) / n
         for i in range(n):
-            time = clock.snap(r.to(wide) + i * (span / n)).to(clock.times(0.0, x).dtype)
-            x = x + rows(span / n, x) * field(x, time)
+            x = x + factor(step, x) * field(x, clock.snap(r + i * step))
         return x
 
     def repeat(self, k: int) -> "EulerMap":

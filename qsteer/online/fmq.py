@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from qsteer.critics.critic import Critic
 from qsteer.data.episodes import Chunks, Episodes, Source
 from qsteer.data.replay import Layout, Mixed, Replay
-from qsteer.flow import denoise, features_of, interpolate
+from qsteer.flow import denoise, interpolate, read_features
 from qsteer.maps.flow_maps import FlowMap
 from qsteer.maps.losses import fmq_target, trust_radius
 from qsteer.online.actors import Decision
@@ -324,7 +324,7 @@ def average_velocity(
     flow_map: FlowMap, field: Field, x: Float[Tensor, "B H A"], r: Float[Tensor, "B"]
 ) -> Float[Tensor, "B H A"]:
     """Return ``u_{r,1}(x)``."""
-    z = flow_map.net.encode(features_of(field))
+    z = flow_map.net.encode(read_features(field))
     return flow_map.average_velocity(z, x, r, torch.ones_like(r), field)
 
 

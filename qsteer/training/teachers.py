@@ -20,12 +20,12 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import default_collate
 
 from qsteer.data.episodes import Chunks
-from qsteer.flow import features_of, value
+from qsteer.flow import read_features
 from qsteer.policies import FlowPolicy
 from qsteer.samplers import Euler
-from qsteer.steering.handle import steer
+from qsteer.steering.opening import open_action
 from qsteer.training.loop import WHOLE, Share
-from qsteer.types import Field, Sampler, Value
+from qsteer.types import Field
 
 ACTION = "action"
 
@@ -63,7 +63,7 @@ class Teacher(ABC):
     def sizes(self) -> Sizes:
         """Return the sizes of a map of this policy: ``MetaMapConfig(*teacher.sizes(), width=512)``."""
         field, x1 = self.batch(1, torch.Generator(self.device).manual_seed(0))
-        features = features_of(field)
+        features = read_features(field)
         tokens = not isinstance(features, Tensor)
         width = (features[0] if tokens else features).shape[-1]
         return Sizes(x1.shape[1], x1.shape[2], width, "transformer" if tokens else "mlp")
@@ -297,35 +297,12 @@ def record(batches: Iterable[Mapping[str, Any]], directory: str | Path) -> None:
         os.replace(path.with_suffix(".tmp"), path)
 
 
-class _Indifferent:
-    """Stands where :func:`qsteer.steer` asks for a critic."""
-
-    def bind(self, obs: object) -> Value:
-        return value(lambda a: a.new_zeros(len(a)))
-
-
-@dataclass(frozen=True)
-class _Catch(Sampler):
-    """Keeps field and noise, and makes no action."""
-
-    caught: list[tuple[Field, Tensor]]
-
-    def __call__(self, field: Field, value: Value | None, noise: Tensor) -> Tensor:
-        self.caught.append((field, noise))
-        return noise
-
-
 def _encode(policy: Any, batch: dict[str, Any]) -> tuple[Field, Float[Tensor, "B H A"]]:
-    """Run the host's own code up to its first step; return the velocity for the batch, and the host's noise.
-
-    The host draws that noise from torch's global generator, which is left as it was.
-    """
-    catch = _Catch([])
+    """Return the policy's velocity for a batch, and noise; torch's random stream is left as it was."""
     device = next(policy.parameters()).device
-    devices = [device] if device.type == "cuda" else []
-    with torch.random.fork_rng(devices=devices), steer(policy, _Indifferent(), catch):
-        policy.predict_action_chunk(batch)
-    return catch.caught[0]
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        opened = open_action(policy, batch)
+    return opened.field, opened.noise
 
 
 def _stored_actions(policy: Any, batch: dict[str, Any]) -> Float[Tensor, "B H A"]:
