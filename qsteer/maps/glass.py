@@ -50,8 +50,8 @@ def to_polar(p: Time, s: Time) -> tuple[Time, Time, Time]:
     if isinstance(p, Tensor) and isinstance(s, Tensor):
         r = torch.hypot(p, s)
         return r, torch.where(r > 0, p / r, 0.0), torch.where(r > 0, s / r, 1.0)
-    r = math.hypot(p, s)
-    return (r, p / r, s / r) if r > 0 else (0.0, 0.0, 1.0)
+    length = math.hypot(p, s)
+    return (length, p / length, s / length) if length > 0 else (0.0, 0.0, 1.0)
 
 
 def glass_velocity(
