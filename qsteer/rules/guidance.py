@@ -35,6 +35,12 @@ class Ascent(NamedTuple):
     action_gradient: Tensor | None = None
     """(B, H, A) the value's gradient grad Q in the denoised action, where ``gradient`` is J^T grad Q."""
 
+    def detach(self) -> "Ascent":
+        """Return the same without graphs."""
+        v, g, q, a, in_action = self
+        in_action = None if in_action is None else in_action.detach()
+        return Ascent(v.detach(), g.detach(), q.detach(), a.detach(), in_action)
+
 
 type Estimate = Callable[[Tensor, Time], Ascent]
 """``(x, t) ->`` what was found there: :meth:`Guidance.ascent` for one chain."""
@@ -187,10 +193,8 @@ class Steered(Field):
     def ascend(self, x: Float[Tensor, "B H A"], t: Time) -> Ascent:
         """Step 1: return velocity and direction of ascent; entries which the critic does not see get none."""
         with torch.enable_grad():
-            found = self.estimate(x.detach(), t)
-        v, g, q, a = (part.detach() for part in found[:4])
-        in_action = None if found.action_gradient is None else found.action_gradient.detach()
-        return Ascent(v, self.seen(g), q, a, in_action)
+            found = self.estimate(x.detach(), t).detach()
+        return found._replace(gradient=self.seen(found.gradient))
 
     def push(
         self, found: Ascent, norms: tuple[Tensor, Tensor], x: Float[Tensor, "B H A"], t: Time
