@@ -210,9 +210,9 @@ def run(
     from qsteer.critics import LiveCritic
     from qsteer.data import Chunks, Episodes
     from qsteer.envs import ogbench
-    from qsteer.envs.rollouts import write_json
     from qsteer.evaluation.arms import parse
     from qsteer.evaluation.compare import compare
+    from qsteer.files import write_json
     from qsteer.online.actors import StateActor
     from qsteer.online.loop import train_online
     from qsteer.samplers import Euler

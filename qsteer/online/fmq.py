@@ -3,7 +3,6 @@
 from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import asdict, dataclass
-from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, override
 
@@ -14,6 +13,7 @@ from torch import Tensor, nn
 from qsteer.critics.critic import Critic
 from qsteer.data.episodes import Chunks, Episodes, Source
 from qsteer.data.replay import Layout, Mixed, Replay
+from qsteer.fingerprints import fingerprint
 from qsteer.flow import denoise, features_of, interpolate
 from qsteer.maps.flow_maps import FlowMap
 from qsteer.maps.losses import fmq_target, trust_radius
@@ -292,7 +292,9 @@ def adapt(
     device = next(flow_map.parameters()).device
     learner = FMQ(flow_map, critic, policy, episodes.to(device), training).to(device)
     networks: dict[str, nn.Module] = {"map": flow_map, "critic": critic, "policy": policy}
-    identity = asdict(training) | {name: fingerprint(network) for name, network in networks.items()}
+    identity = asdict(training) | {
+        name: fingerprint(network.state_dict().values()) for name, network in networks.items()
+    }
     identity["data"] = episodes.fingerprint()
     if make_env is None:
         fit(learner, out, training, identity, progress=progress)
@@ -331,11 +333,3 @@ def average_velocity(
 def norm(x: Float[Tensor, "B H A"]) -> Float[Tensor, "B"]:
     """Return the norm of each chunk."""
     return x.flatten(1).norm(dim=1)
-
-
-def fingerprint(module: nn.Module) -> str:
-    """Return a hash of a module's state: a resumed run must start from the networks that it started from."""
-    digest = sha256()
-    for tensor in module.state_dict().values():
-        digest.update(tensor.cpu().contiguous().numpy())
-    return digest.hexdigest()[:16]

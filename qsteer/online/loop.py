@@ -24,19 +24,18 @@ from qsteer.critics.encoders import FEATURES
 from qsteer.critics.live import LiveCritic
 from qsteer.data.episodes import Chunks, Transitions, joined
 from qsteer.data.replay import Layout, Mixed, Replay
+from qsteer.envs.seeds import VALIDATION_SEED
+from qsteer.files import append_json_line, trim_json_lines, write_json
 from qsteer.online.actors import Actor, Decision
 from qsteer.online.health import Health
 from qsteer.trace import Trace
 from qsteer.training.critic import ACTING, LEARNERS, Act, CriticTraining
-from qsteer.training.loop import METRICS, SPEED, append, descend, processes, resume, save, truncate
+from qsteer.training.loop import METRICS, SPEED, descend, processes, resume, save
 from qsteer.types import Observation, Rule, Sampler
 
 if TYPE_CHECKING:  # needs gymnasium
     from qsteer.envs.rollouts import MakeEnv
     from qsteer.online.collect import Collector
-
-VALIDATION_SEED = 30_000
-"""First seed of the episodes that choose the best critic, and that curves show; results come from others."""
 
 CHECK_EVERY = 10
 """Gradient steps between two looks at the critic's health, if so many are due at once."""
@@ -212,8 +211,8 @@ class _Online:
         self.identity = {"training": asdict(training), "rule": repr(rule), "sampler": repr(sampler)}
         self.update = resume(out, self.learner, self.optimizer, self.generator, self.identity)
         for directory in self.seed_directories:
-            truncate(directory / METRICS)
-            truncate(directory / SPEED)
+            trim_json_lines(directory / METRICS)
+            trim_json_lines(directory / SPEED)
         if self.update:
             critic.publish(self.learner.target)
             self.health.keep(self.learner, self.optimizer)
@@ -383,8 +382,6 @@ class _Online:
 
     def keep_best(self, directory: Path, critic: Critic, score: Mapping[str, float]) -> None:
         """Save the critic if it is the best so far, in success and then in return."""
-        from qsteer.envs.rollouts import write_json
-
         path = directory / "evaluation.json"
         former = json.loads(path.read_text()) if path.exists() else None
         order = "evaluation/success", "evaluation/return"
@@ -427,8 +424,8 @@ class _Online:
                 dict(zip(("success", "return", "length"), map(float, means), strict=True)) if mine else {}
             )
             line = episodes | {"episodes": float(len(mine))} | shared | scores[s]
-            append(directory / METRICS, counts | line)
-            append(directory / SPEED, counts | speed)
+            append_json_line(directory / METRICS, counts | line)
+            append_json_line(directory / SPEED, counts | speed)
             tracker.log({f"{directory.name}/{k}": v for k, v in (line | speed).items()}, self.env_steps)
         collector.finished.clear()
         return {k: line[k] for k in ("success", "return", "q", "strength") if k in line} | {

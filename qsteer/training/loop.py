@@ -27,6 +27,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from qsteer.files import append_json_line, trim_json_lines
+
 CHECKPOINT, METRICS, SPEED = "checkpoint.safetensors", "metrics.jsonl", "speed.jsonl"
 
 
@@ -169,8 +171,8 @@ def fit(
             torch.distributed.broadcast(tensor, 0)
     main = state.is_main_process
     if main:
-        truncate(out / METRICS, start)
-        truncate(out / SPEED, start)
+        trim_json_lines(out / METRICS, start)
+        trim_json_lines(out / SPEED, start)
 
     bar = tqdm(
         range(start + 1, training.steps + 1),
@@ -193,8 +195,8 @@ def fit(
             if main:
                 if step % training.evaluate_every == 0 or step == training.steps:
                     values |= learner.evaluate()
-                append(out / METRICS, {"step": step} | values)
-                append(out / SPEED, {"step": step} | speed)
+                append_json_line(out / METRICS, {"step": step} | values)
+                append_json_line(out / SPEED, {"step": step} | speed)
                 bar.set_postfix({name: f"{value:.4g}" for name, value in (values | speed).items()})
         if main and (step % training.checkpoint_every == 0 or step == training.steps):
             save(out, learner, optimizer, generator, step, identity)
@@ -237,13 +239,6 @@ def _average(tensors: Sequence[Tensor]) -> None:
     flat /= torch.distributed.get_world_size()
     for tensor, mean in zip(tensors, flat.split([tensor.numel() for tensor in tensors]), strict=True):
         tensor.copy_(mean.view_as(tensor))
-
-
-def append(path: Path, line: Mapping[str, float | int]) -> None:
-    """Add a line of metrics."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "a") as file:
-        file.write(json.dumps(line) + "\n")
 
 
 def save(
@@ -305,15 +300,3 @@ def resume(
 
 def _under(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
     return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
-
-
-def truncate(path: Path, step: int | None = None) -> None:
-    """Drop metrics after ``step`` (None: none), and a line that was cut in the middle."""
-    if not path.exists():
-        return
-    kept = [line for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
-    if step is not None:
-        kept = [line for line in kept if json.loads(line)["step"] <= step]
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text("".join(kept))
-    os.replace(temporary, path)
