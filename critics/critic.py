@@ -11,6 +11,7 @@ from huggingface_hub import ModelCard, PyTorchModelHubMixin
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from qsteer.checks import check_at_least, check_widths
 from qsteer.critics.encoders import (
     FEATURES,
     FeatureEncoder,
@@ -109,19 +110,14 @@ class CriticConfig:
         """Check the values; sequences read from JSON become tuples."""
         for name in ("hidden", "views", "strides"):
             object.__setattr__(self, name, tuple(getattr(self, name)))
-        for name in ("action_dim", "horizon", "members", "latent", "channels", "stack"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"CriticConfig.{name}: expected at least 1, got {getattr(self, name)}")
-        for name in ("obs_dim", "features", "shift", "rho"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"CriticConfig.{name}: expected 0 or more, got {getattr(self, name)}")
+        check_at_least(self, 1, "action_dim", "horizon", "members", "latent", "channels", "stack")
+        check_at_least(self, 0, "obs_dim", "features", "shift", "rho")
         if not self.keys:
             raise ValueError(
                 "CriticConfig.obs_dim: expected at least 1, got 0, and neither views nor features; name what "
                 "the critic is to see"
             )
-        if not self.hidden or min(self.hidden) < 1:
-            raise ValueError(f"CriticConfig.hidden: expected at least one positive width, got {self.hidden}")
+        check_widths(self, "hidden")
         if not self.strides or min(self.strides) < 1 or encoded_size(self.view_size, self.strides) < 1:
             raise ValueError(
                 "CriticConfig.strides: expected positive ones which leave something of a view of "

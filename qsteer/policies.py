@@ -13,6 +13,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from qsteer.checks import check_at_least, check_widths
 from qsteer.critics.networks import Normalizer
 from qsteer.flow import FunctionField, normal
 from qsteer.types import Field
@@ -41,11 +42,8 @@ class FlowPolicyConfig:
     def __post_init__(self) -> None:
         """Check the values; widths read from JSON become a tuple."""
         object.__setattr__(self, "hidden", tuple(self.hidden))
-        for name in ("obs_dim", "action_dim", "horizon", "harmonics"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")
-        if not self.hidden or min(self.hidden) < 1:
-            raise ValueError(f"hidden: expected at least one positive width, got {self.hidden}")
+        check_at_least(self, 1, "obs_dim", "action_dim", "horizon", "harmonics")
+        check_widths(self, "hidden")
         if self.residual and len(set(self.hidden)) > 1:
             raise ValueError(f"hidden: expected one width for residual layers, got {self.hidden}")
 

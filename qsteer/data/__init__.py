@@ -2,7 +2,9 @@
 
 from qsteer.data.batches import Batches, DatasetBatches, SafetensorsBatches, lerobot_batches, record
 from qsteer.data.episodes import Chunks, Episodes, Transitions
-from qsteer.data.replay import Layout, Mixed, Replay
+from qsteer.data.layout import Layout, Rows, Trajectory
+from qsteer.data.mixed import Mixed
+from qsteer.data.replay import Replay
 
 __all__ = [
     "Batches",
@@ -12,7 +14,9 @@ __all__ = [
     "Layout",
     "Mixed",
     "Replay",
+    "Rows",
     "SafetensorsBatches",
+    "Trajectory",
     "Transitions",
     "lerobot_batches",
     "record",

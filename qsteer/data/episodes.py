@@ -198,7 +198,7 @@ class Chunks:
         return torch.minimum(start[:, None] + self.steps, self.last[start, None])
 
 
-def joined(batches: Sequence[Transitions]) -> Transitions:
+def join_transitions(batches: Sequence[Transitions]) -> Transitions:
     """Return several batches as one."""
 
     def column(name: str) -> Any:

@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Int
 from torch.utils._pytree import tree_map
 
-from qsteer.data.replay import Rows
+from qsteer.data.layout import Rows
 from qsteer.envs.rollouts import MakeEnv, Simulators, tensors
 from qsteer.online.actors import Decision
 from qsteer.types import Observation

@@ -10,9 +10,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from qsteer.checks import check_at_least
 from qsteer.critics.critic import Critic
 from qsteer.data.episodes import Chunks, Episodes, Source
-from qsteer.data.replay import Layout, Mixed, Replay
+from qsteer.data.layout import Layout
+from qsteer.data.mixed import Mixed
+from qsteer.data.replay import Replay
 from qsteer.fingerprints import fingerprint
 from qsteer.flow import denoise, features_of, interpolate
 from qsteer.maps.flow_maps import FlowMap
@@ -59,9 +62,8 @@ class FMQTraining(Training):
     def __post_init__(self) -> None:
         """Check the values."""
         super().__post_init__()
-        for name, least in (("env_steps", 0), ("num_envs", 1), ("eta", 0), ("beta", 0)):
-            if getattr(self, name) < least:
-                raise ValueError(f"{name}: expected at least {least}, got {getattr(self, name)}")
+        check_at_least(self, 0, "env_steps", "eta", "beta")
+        check_at_least(self, 1, "num_envs")
 
 
 class ClippedTD(TD):

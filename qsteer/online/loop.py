@@ -22,8 +22,10 @@ from tqdm import tqdm
 from qsteer.critics.critic import Critic, CriticConfig
 from qsteer.critics.encoders import FEATURES
 from qsteer.critics.live import LiveCritic
-from qsteer.data.episodes import Chunks, Transitions, joined
-from qsteer.data.replay import Layout, Mixed, Replay
+from qsteer.data.episodes import Chunks, Transitions, join_transitions
+from qsteer.data.layout import Layout
+from qsteer.data.mixed import Mixed
+from qsteer.data.replay import Replay
 from qsteer.envs.seeds import VALIDATION_SEED
 from qsteer.files import append_json_line, trim_json_lines, write_json
 from qsteer.online.actors import Actor, Decision
@@ -461,8 +463,8 @@ class _Seeds:
         """Draw transitions, equally many for each seed."""
         share = batch_size // len(self.lanes)
         if self.pools is not None:
-            return joined([pool.sample(share, generator) for pool in self.pools])
-        return joined([self.replay.sample(share, generator, own) for own in self.lanes])
+            return join_transitions([pool.sample(share, generator) for pool in self.pools])
+        return join_transitions([self.replay.sample(share, generator, own) for own in self.lanes])
 
 
 class _Window:

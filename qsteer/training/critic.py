@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 from torch.utils._pytree import tree_map
 
+from qsteer.checks import check_choice, check_fraction
 from qsteer.critics.critic import Critic, CriticConfig
 from qsteer.critics.networks import EnsembleMLP
 from qsteer.critics.targets import (
@@ -62,11 +63,8 @@ class CriticTraining(Training):
     def __post_init__(self) -> None:
         """Check the values."""
         super().__post_init__()
-        if self.target not in LEARNERS:
-            raise ValueError(f"target: expected one of {sorted(LEARNERS)}, got {self.target!r}")
-        for name in ("gamma", "ema", "expectile"):
-            if not 0 < getattr(self, name) <= 1:
-                raise ValueError(f"{name}: expected a number in (0, 1], got {getattr(self, name)}")
+        check_choice(self, "target", LEARNERS)
+        check_fraction(self, "gamma", "ema", "expectile")
 
     def critic_config(self, obs_dim: int, action_dim: int) -> CriticConfig:
         """Return the shape of a critic of states."""

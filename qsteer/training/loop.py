@@ -27,6 +27,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from qsteer.checks import check_at_least, check_positive, list_differences
 from qsteer.files import append_json_line, trim_json_lines
 
 CHECKPOINT, METRICS, SPEED = "checkpoint.safetensors", "metrics.jsonl", "speed.jsonl"
@@ -92,13 +93,8 @@ class Training:
 
     def __post_init__(self) -> None:
         """Check the values."""
-        for name in ("steps", "batch_size", "log_every", "checkpoint_every", "evaluate_every"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")
-        for name in ("learning_rate", "gradient_clip"):
-            value = getattr(self, name)
-            if value is not None and value <= 0:
-                raise ValueError(f"{name}: expected more than 0, got {value}")
+        check_at_least(self, 1, "steps", "batch_size", "log_every", "checkpoint_every", "evaluate_every")
+        check_positive(self, "learning_rate", "gradient_clip")
 
     def optimizer(self, parameters: Sequence[nn.Parameter]) -> torch.optim.Optimizer:
         """Return the optimiser."""
@@ -280,12 +276,10 @@ def resume(
             f"{out / CHECKPOINT}: expected a whole checkpoint, got a broken file ({error}); delete it to "
             "start from the beginning"
         ) from None
-    found, expected = json.loads(header["identity"]), json.loads(json.dumps(identity))
-    if found != expected:
-        names = sorted(name for name in found | expected if found.get(name) != expected.get(name))
+    if differences := list_differences(json.loads(json.dumps(identity)), json.loads(header["identity"])):
+        expected, found = differences
         raise ValueError(
-            f"{out}: expected a run with {', '.join(f'{n}={expected.get(n)!r}' for n in names)}, got a "
-            f"checkpoint of one with {', '.join(f'{n}={found.get(n)!r}' for n in names)}; use another "
+            f"{out}: expected a run with {expected}, got a checkpoint of one with {found}; use another "
             "directory, go back to the former settings, or delete this one"
         )
     learner.load_state_dict(_under(tensors, "learner."))

@@ -8,6 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from qsteer.checks import check_choice
 from qsteer.data.batches import Batches
 from qsteer.data.episodes import Chunks
 from qsteer.fingerprints import fingerprint
@@ -115,8 +116,7 @@ class HostTeacher(Teacher):
 
     def __post_init__(self) -> None:
         """Check the arguments."""
-        if self.actions not in ("policy", "data"):
-            raise ValueError(f"actions: expected 'policy' or 'data', got {self.actions!r}")
+        check_choice(self, "actions", ("policy", "data"))
         if not len(self.batches):
             raise ValueError("batches: expected at least one row, got none; record some first")
 

@@ -17,7 +17,8 @@ from qsteer.data.exchange import (
     to_ogbench,
     to_transitions,
 )
-from qsteer.data.replay import Layout, Replay, Rows, Trajectory, columns_of
+from qsteer.data.layout import Layout, Rows, Trajectory, columns_of
+from qsteer.data.replay import Replay
 
 
 def collected(*, steps: int = 1, images: bool = False, lanes: int = 2, rows: int = 23) -> Replay:
