@@ -1,13 +1,11 @@
 """The action-chunk critic: a pessimistic ensemble of Q functions, bound to an observation for use."""
 
-import contextlib
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from huggingface_hub import ModelCard, PyTorchModelHubMixin
 from jaxtyping import Float
 from torch import Tensor, nn
 
@@ -22,6 +20,7 @@ from qsteer.critics.encoders import (
 )
 from qsteer.critics.networks import EnsembleMLP, Normalizer
 from qsteer.critics.targets import pessimistic
+from qsteer.hub import HubModule
 
 type Batch = Tensor | Mapping[str, Any]  # a state; or a host's batch, of which a critic reads some entries
 
@@ -141,14 +140,7 @@ class CriticConfig:
         return self.obs_dim + self.latent * (len(self.views) + (self.features > 0))
 
 
-class Critic(
-    nn.Module,
-    PyTorchModelHubMixin,
-    library_name="qsteer",
-    tags=["qsteer", "robotics", "flow-matching", "critic"],
-    pipeline_tag="robotics",
-    model_card_template=CARD,
-):
+class Critic(HubModule, tags=["qsteer", "robotics", "flow-matching", "critic"], model_card_template=CARD):
     """An ensemble of LayerNorm MLPs ``Q_j(s, a[0:H])``, evaluated in one batched call.
 
     An observation is the state alone, a tensor (B, obs_dim), or a mapping with the keys of a host's batch,
@@ -175,12 +167,6 @@ class Critic(
         chunk = config.horizon * config.action_dim
         self.net = EnsembleMLP(config.members, config.context, chunk, config.hidden, config.stack)
         self._warned = False
-
-    @classmethod
-    def _from_pretrained(cls, *, strict: bool = True, **hub: Any) -> "Critic":
-        """Load with the hub's machinery, but refuse a checkpoint that lacks weights."""
-        with contextlib.redirect_stdout(None):  # the hub says where it loads from
-            return super()._from_pretrained(strict=strict, **hub)
 
     @staticmethod
     def stacked(critics: Sequence["Critic"]) -> "Critic":
@@ -279,10 +265,6 @@ class Critic(
             )
         with torch.no_grad():
             return BoundCritic(self, self.encode(obs))
-
-    def generate_model_card(self, **card: Any) -> ModelCard:
-        """Return the model card that ``save_pretrained`` and ``push_to_hub`` write as README.md."""
-        return super().generate_model_card(config=self.config, **card)
 
     def _like(self, config: CriticConfig, state: Mapping[str, Tensor]) -> "Critic":
         """Return a critic of ``config`` with copies of the tensors in ``state``, whose axes may be split."""

@@ -1,14 +1,11 @@
 """A small chunked flow policy for state observations: the base policy of the examples and experiments."""
 
-import contextlib
 from collections.abc import Sequence
 from dataclasses import KW_ONLY, dataclass, replace
 from functools import partial
 from itertools import pairwise
-from typing import Any
 
 import torch
-from huggingface_hub import PyTorchModelHubMixin
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -16,6 +13,7 @@ from torch.nn import functional as F
 from qsteer.checks import check_at_least, check_widths
 from qsteer.critics.networks import Normalizer
 from qsteer.flow import FunctionField, normal
+from qsteer.hub import HubModule
 from qsteer.types import Field
 
 
@@ -71,13 +69,7 @@ class PolicyField(FunctionField):
         return replace(self, fn=partial(self.policy.velocity, layers=layers))
 
 
-class FlowPolicy(
-    nn.Module,
-    PyTorchModelHubMixin,
-    library_name="qsteer",
-    tags=["qsteer", "robotics", "flow-matching"],
-    pipeline_tag="robotics",
-):
+class FlowPolicy(HubModule, tags=["qsteer", "robotics", "flow-matching"]):
     """An MLP velocity ``v(x, t | s)`` over action chunks on the linear path ``x_t = (1 - t) x0 + t x1``.
 
     Example:
@@ -99,12 +91,6 @@ class FlowPolicy(
         self.rest = nn.ModuleList(nn.Linear(i, o) for i, o in pairwise(widths[1:]))
         frequencies = torch.pi * torch.arange(1.0, config.harmonics + 1)
         self.register_buffer("frequencies", frequencies, persistent=False)
-
-    @classmethod
-    def _from_pretrained(cls, *, strict: bool = True, **hub: Any) -> "FlowPolicy":
-        """Load with the hub's machinery, but refuse a checkpoint that lacks weights."""
-        with contextlib.redirect_stdout(None):  # the hub says where it loads from
-            return super()._from_pretrained(strict=strict, **hub)
 
     def encode(self, obs: Float[Tensor, "B O"]) -> Float[Tensor, "B D"]:
         """Return the observation's half of the first layer: what does not change while an action is made.

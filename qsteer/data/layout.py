@@ -211,7 +211,7 @@ class Trajectory(NamedTuple):
         return len(self.rewards)
 
 
-def columns_of(observations: Observation) -> int | dict[str, tuple[tuple[int, ...], str]]:
+def infer_columns(observations: Observation) -> int | dict[str, tuple[tuple[int, ...], str]]:
     """Return ``Layout.observations`` for observations like these (B, ...)."""
     if isinstance(observations, Tensor):
         return observations.shape[1]

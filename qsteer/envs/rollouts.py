@@ -41,7 +41,7 @@ except ModuleNotFoundError as error:
 OUTCOMES = ("success", "sum_reward", "max_reward", "length")
 
 type MakeEnv = Callable[[], gymnasium.Env]
-type Act = Callable[[Tensor, Tensor], Tensor]
+type Agent = Callable[[Tensor, Tensor], Tensor]
 
 
 @dataclass(frozen=True)
@@ -108,7 +108,7 @@ class Rollouts:
 
 def rollout(
     make_env: MakeEnv,
-    act: Act,
+    act: Agent,
     *,
     horizon: int,
     episodes: int = 100,
@@ -166,7 +166,7 @@ class Simulators:
 
     def rollout(
         self,
-        act: Act,
+        act: Agent,
         *,
         episodes: int = 100,
         seed: int = EVALUATION_SEED,

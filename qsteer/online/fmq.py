@@ -24,7 +24,7 @@ from qsteer.online.actors import Decision
 from qsteer.policies import FlowPolicy
 from qsteer.training.critic import TD, CriticTraining
 from qsteer.training.loop import Learner, Training, fit
-from qsteer.training.maps import draws
+from qsteer.training.maps import make_draws
 from qsteer.types import Field
 
 if TYPE_CHECKING:  # needs gymnasium
@@ -171,7 +171,7 @@ class FMQ(Learner):
         self.collect(generator)
         s = self.settings
         batch = self.source.sample(s.batch_size, generator)
-        uniform, normal = draws(batch.actions, generator)
+        uniform, normal = make_draws(batch.actions, generator)
         r = uniform()
         x = interpolate(normal(), batch.actions, r)
         offline, target, radius = self.improvement(batch.observations, x, r)

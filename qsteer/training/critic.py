@@ -28,7 +28,7 @@ from qsteer.maps.flow_maps import FlowMap, MapConfig
 from qsteer.training.loop import Learner, Training, fit
 from qsteer.types import Observation
 
-type Act = Callable[[Critic, Any, Tensor], Tensor]
+type SteeredPolicy = Callable[[Critic, Any, Tensor], Tensor]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,7 +86,7 @@ class CriticLearner(Learner):
     need: ClassVar[Need] = "next_state"
 
     def __init__(
-        self, critic: Critic, source: Source, settings: CriticTraining, act: Act | None = None
+        self, critic: Critic, source: Source, settings: CriticTraining, act: SteeredPolicy | None = None
     ) -> None:
         super().__init__()
         self.critic, self.target = critic, deepcopy(critic).requires_grad_(False)
@@ -125,7 +125,7 @@ class CriticLearner(Learner):
     def act(self, obs: Observation, like: Float[Tensor, "B H A"], generator: torch.Generator) -> Tensor:
         """Return what the policy does under the target critic."""
         noise = torch.randn(like.shape, generator=generator, device=like.device)
-        return cast(Act, self.frozen[0])(self.target, obs, noise)
+        return cast(SteeredPolicy, self.frozen[0])(self.target, obs, noise)
 
 
 class Sarsa(CriticLearner):
@@ -160,7 +160,7 @@ class FQL(TD):
     """
 
     def __init__(
-        self, critic: Critic, source: Source, settings: CriticTraining, act: Act | None = None
+        self, critic: Critic, source: Source, settings: CriticTraining, act: SteeredPolicy | None = None
     ) -> None:
         super().__init__(critic, source, settings, act)
         shape = critic.config
@@ -189,7 +189,7 @@ class FQL(TD):
         few = self.settings.distilled
         obs = tree_map(lambda column: column[:few], batch.observations)
         noise = torch.randn(batch.actions[:few].shape, generator=generator, device=batch.actions.device)
-        a = cast(Act, self.frozen[0])(self.target, obs, noise).detach()
+        a = cast(SteeredPolicy, self.frozen[0])(self.target, obs, noise).detach()
         student = (self.mu(obs, noise) - a).square().mean()
         return loss + student, info | {"student": student.detach()}
 
@@ -208,7 +208,7 @@ class IQL(CriticLearner):
     """``y = R + gamma^H V(s')``, V fitted to ``Qbar'(s, a)`` by expectile regression."""
 
     def __init__(
-        self, critic: Critic, source: Source, settings: CriticTraining, act: Act | None = None
+        self, critic: Critic, source: Source, settings: CriticTraining, act: SteeredPolicy | None = None
     ) -> None:
         super().__init__(critic, source, settings, act)
         self.value = EnsembleMLP(1, critic.config.context, 0, settings.hidden, critic.config.stack)
@@ -268,7 +268,7 @@ def train_critic(
     out: str | Path,
     training: CriticTraining | None = None,
     *,
-    act: Act | None = None,
+    act: SteeredPolicy | None = None,
     seeds: Sequence[int] | None = None,
     device: torch.device | str = "cpu",
     progress: bool = True,

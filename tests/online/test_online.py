@@ -23,7 +23,8 @@ from qsteer.data import Chunks, Episodes
 from qsteer.data.replay import Replay
 from qsteer.online.actors import StateActor
 from qsteer.online.collect import Collector
-from qsteer.online.loop import OnlineTraining, train_online
+from qsteer.online.loop import train_online
+from qsteer.online.settings import OnlineTraining
 from qsteer.policies import FlowPolicy, FlowPolicyConfig
 from qsteer.training.critic import LEARNERS, CriticTraining, Sarsa, fresh_critic
 
