@@ -1,7 +1,7 @@
 """Networks that can be saved, shared on the Hugging Face hub, and loaded again, whole or not at all."""
 
 import contextlib
-from typing import Any, Self
+from typing import Any
 
 from huggingface_hub import ModelCard, PyTorchModelHubMixin
 from torch import nn
@@ -18,7 +18,7 @@ class HubModule(nn.Module, PyTorchModelHubMixin, library_name="qsteer", pipeline
     config: Any
 
     @classmethod
-    def _from_pretrained(cls, *, strict: bool = True, **hub: Any) -> Self:
+    def _from_pretrained(cls, *, strict: bool = True, **hub: Any) -> "HubModule":
         """Load with the hub's machinery, but refuse a checkpoint that lacks weights."""
         with contextlib.redirect_stdout(None):  # the hub says where it loads from
             return super()._from_pretrained(strict=strict, **hub)
