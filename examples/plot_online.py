@@ -15,8 +15,8 @@ from pathlib import Path
 
 import numpy as np
 
-from qsteer.envs.rollouts import write_json
 from qsteer.evaluation.curves import plot_curves, read_curve, summary, table
+from qsteer.files import write_json
 from qsteer.training.loop import METRICS, SPEED
 
 

@@ -403,9 +403,10 @@ def _protocol(args: argparse.Namespace) -> None:
 def _evaluate(args: argparse.Namespace) -> None:
     from qsteer.critics import Critic
     from qsteer.envs import ogbench
-    from qsteer.envs.rollouts import EVALUATION_SEED, TUNING_SEED, write_json
+    from qsteer.envs.seeds import EVALUATION_SEED, TUNING_SEED
     from qsteer.evaluation.arms import Maps, parse
     from qsteer.evaluation.compare import compare, table
+    from qsteer.files import write_json
     from qsteer.policies import FlowPolicy
 
     recipe = RECIPES[args.task]
@@ -439,9 +440,9 @@ def _evaluate(args: argparse.Namespace) -> None:
 def _bench_latency(args: argparse.Namespace) -> None:
     from qsteer.bench.latency import maps, measure, methods, subject
     from qsteer.bench.report import as_json, table
-    from qsteer.envs.rollouts import write_json
     from qsteer.evaluation.arms import Maps, parse
     from qsteer.evaluation.plots import plot_latency
+    from qsteer.files import write_json
 
     if args.threads is not None:
         torch.set_num_threads(args.threads)

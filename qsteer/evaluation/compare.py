@@ -10,7 +10,8 @@ import torch
 from qsteer.bench.counting import count
 from qsteer.bench.timing import latencies
 from qsteer.critics.critic import Critic
-from qsteer.envs.rollouts import EVALUATION_SEED, MakeEnv, Rollouts, Simulators
+from qsteer.envs.rollouts import MakeEnv, Rollouts, Simulators
+from qsteer.envs.seeds import EVALUATION_SEED
 from qsteer.evaluation.arms import Arm
 from qsteer.policies import FlowPolicy
 from qsteer.statistics import paired_bootstrap, wilson_interval

@@ -26,7 +26,7 @@ from qsteer.training.critic import CriticTraining
 from qsteer.training.policy import PolicyTraining
 
 if TYPE_CHECKING:  # needs gymnasium
-    from qsteer.online.loop import OnlineTraining
+    from qsteer.online.settings import OnlineTraining
 
 TASKS = (1, 2, 3, 4, 5)
 """Numbers of the tasks of every domain."""
@@ -118,7 +118,7 @@ class Domain:
         Raises:
             ModuleNotFoundError: gymnasium is not installed.
         """
-        from qsteer.online.loop import OnlineTraining
+        from qsteer.online.settings import OnlineTraining
 
         return OnlineTraining(
             critic=self.critic(seed),
@@ -210,9 +210,9 @@ def run(
     from qsteer.critics import LiveCritic
     from qsteer.data import Chunks, Episodes
     from qsteer.envs import ogbench
-    from qsteer.envs.rollouts import write_json
     from qsteer.evaluation.arms import parse
     from qsteer.evaluation.compare import compare
+    from qsteer.files import write_json
     from qsteer.online.actors import StateActor
     from qsteer.online.loop import train_online
     from qsteer.samplers import Euler

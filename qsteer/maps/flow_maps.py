@@ -1,18 +1,17 @@
 """Flow maps: jumps between two times of the flow, learnt, or made of the frozen policy's own integration."""
 
-import contextlib
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
-from huggingface_hub import ModelCard, PyTorchModelHubMixin
 from jaxtyping import Float
-from torch import Tensor, nn
+from torch import Tensor
 
 from qsteer.clock import Time
 from qsteer.flow import expand_time, factor, normal, read_features, repeat_rows
+from qsteer.hub import HubModule
 from qsteer.maps.networks import ChunkMLP, ChunkNetwork, ChunkTransformer
 from qsteer.types import Field, Jump
 
@@ -93,7 +92,7 @@ class MapConfig:
         return ChunkTransformer(**shape, width=self.width, depth=self.depth, heads=self.heads)
 
 
-class LearntMap(nn.Module, PyTorchModelHubMixin):
+class LearntMap(HubModule):
     """What learnt maps have in common: how they are bound to observations, saved and loaded."""
 
     config: MapConfig
@@ -113,24 +112,8 @@ class LearntMap(nn.Module, PyTorchModelHubMixin):
         with torch.no_grad():
             return self.net.encode(normal(features))
 
-    @classmethod
-    def _from_pretrained(cls, *, strict: bool = True, **hub: Any) -> "LearntMap":
-        """Load with the hub's machinery, but refuse a checkpoint that lacks weights."""
-        with contextlib.redirect_stdout(None):  # the hub says where it loads from
-            return super()._from_pretrained(strict=strict, **hub)
 
-    def generate_model_card(self, **card: Any) -> ModelCard:
-        """Return the model card that ``save_pretrained`` and ``push_to_hub`` write as README.md."""
-        return super().generate_model_card(config=self.config, **card)
-
-
-class FlowMap(
-    LearntMap,
-    library_name="qsteer",
-    tags=["qsteer", "robotics", "flow-matching", "flow-map"],
-    pipeline_tag="robotics",
-    model_card_template=CARD,
-):
+class FlowMap(LearntMap, tags=["qsteer", "robotics", "flow-matching", "flow-map"], model_card_template=CARD):
     """A learnt two-time jump ``X_{r,t}(x) = x + (t - r) u_{r,t}(x)``; in one step, a policy.
 
     Bound to observations by :meth:`bind` or to a policy's field by :meth:`on`, it is called as ``(x, r, t)``.

@@ -52,11 +52,7 @@ class MetaMapConfig(MapConfig):
 
 
 class MetaFlowMap(
-    LearntMap,
-    library_name="qsteer",
-    tags=["qsteer", "robotics", "flow-matching", "meta-flow-map"],
-    pipeline_tag="robotics",
-    model_card_template=CARD,
+    LearntMap, tags=["qsteer", "robotics", "flow-matching", "meta-flow-map"], model_card_template=CARD
 ):
     """Average velocity ``vhat_{u,w}(xbar; t, x)`` of the posterior flow of outer state (x, t), from u to w.
 

@@ -85,7 +85,7 @@ class MetaDistillation(Learner):
         """Return the weighted sum of both losses on one batch."""
         s = self.settings
         field, x1 = self.teacher.batch(s.batch_size, generator, self.share)
-        uniform, normal = draws(x1, generator, self.share)
+        uniform, normal = make_draws(x1, generator, self.share)
         features = read_features(field)
 
         t = uniform() ** s.time_power
@@ -166,7 +166,7 @@ class PosteriorError:
         generator = torch.Generator(teacher.device).manual_seed(seed)
         field, x1 = teacher.batch(observations, generator)
         self.field = field.repeat(1)  # field itself remembers the rows that GLASS repeats
-        _, normal = draws(x1, generator)
+        _, normal = make_draws(x1, generator)
         exact = GlassPosterior(field, steps)
         self.directions = torch.randn(x1[0].numel(), 128, generator=generator, device=x1.device)
         self.directions /= self.directions.square().mean(0).sqrt()
@@ -237,7 +237,7 @@ class FlowMapDistillation(Learner):
         """Return the weighted sum of both losses on one batch."""
         s = self.settings
         field, x1 = self.teacher.batch(s.batch_size, generator, self.share)
-        uniform, normal = draws(x1, generator, self.share)
+        uniform, normal = make_draws(x1, generator, self.share)
         velocity = torch.no_grad()(field)
         z = self.flow_map.net.encode(read_features(field))
 
@@ -344,7 +344,7 @@ def _identity(model: MetaFlowMap | FlowMap, teacher: Teacher, training: Training
     return asdict(training) | {"map": asdict(model.config), "teacher": teacher.fingerprint()}
 
 
-def draws(
+def make_draws(
     like: Float[Tensor, "B H A"], generator: torch.Generator, share: Share = WHOLE
 ) -> tuple[Callable[[], Tensor], Callable[[], Tensor]]:
     """Return functions that draw uniform times (B,) and standard normal chunks (B, H, A).
