@@ -9,7 +9,7 @@ Notation: ``D(x, t) = x + (1 - t) v(x, t)`` is the denoised action. Costs are pe
 
 from qsteer.rules.controls import NoisyGradient, RandomDirection, ThroughTime
 from qsteer.rules.guidance import Ascent, Guidance, Steered
-from qsteer.rules.posterior import GradientFreePosterior, Posterior
+from qsteer.rules.posterior import GradientFreePosterior, Posterior, PosteriorGuidance
 from qsteer.rules.qgf import QGF
 from qsteer.rules.strength import Auto, Scaling, Strength
 from qsteer.rules.tweedie import ForwardTweedie, Tweedie
@@ -26,6 +26,7 @@ __all__ = [
     "Negated",
     "NoisyGradient",
     "Posterior",
+    "PosteriorGuidance",
     "RandomDirection",
     "Scaling",
     "Steered",

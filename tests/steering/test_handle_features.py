@@ -59,7 +59,7 @@ def test_a_host_gives_its_features_once_per_action(
     features, base = spied(policy), action(policy)
     assert features.shape[0] == 2 and (features[0] - features[1]).abs().max() > 1e-3
     critic, calls = listening(features), []
-    monkeypatch.setattr("qsteer.steering.handle.pooled", lambda given: calls.append(1) or pooled(given))
+    monkeypatch.setattr("qsteer.steering.opening.pooled", lambda given: calls.append(1) or pooled(given))
     with qsteer.steer(policy, critic, qsteer.Tweedie(alpha=0.5)):
         steered = action(policy)
         critic.deaf = True
