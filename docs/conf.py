@@ -49,6 +49,9 @@ html_theme = "pydata_sphinx_theme"
 html_static_path = ["_static"]
 html_css_files = ["qsteer.css"]
 html_show_sourcelink = False
+html_sidebars = {
+    page: [] for page in ("quickstart", "how-it-works", "troubleshooting")
+}  # no siblings to show
 html_theme_options = {
     "logo": {"text": "qsteer"},
     "navbar_end": ["theme-switcher"],

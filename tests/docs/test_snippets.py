@@ -1,6 +1,6 @@
 """The README and the documentation do what they say: snippets run, commands parse, files are there.
 
-The Python blocks of a page run one after another in one namespace. A block behind ``<!-- not run: reason -->``
+The Python blocks of a page run one after another in one namespace. A block behind a comment ``not run: why``
 needs a download, a simulator or a GPU: it is compiled, its imports and attributes are looked up, and its
 calls are compared with signatures. Shell blocks run in bash with every command replaced by a stub, so that
 loops and braces are expanded; what ``qsteer`` and the examples would get is parsed by their own parsers.
@@ -224,6 +224,14 @@ def test_links_outside_the_documentation(page):
     for link in re.findall(r"\]\(([^)#]+)[^)]*\)", page.read_text()):
         if "://" not in link:
             assert (page.parent / link).exists(), f"{page.name}: there is no {link}"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_paths_in_the_text(page):
+    """Files of the checkout that a page names in its text are there, patterns match something."""
+    folders = "benchmarks", "critics", "examples", "tests"
+    for path in re.findall(rf"`((?:{'|'.join(folders)})/[^` ]+)`", FENCE.sub("", page.read_text())):
+        assert list(ROOT.glob(path.rstrip("/"))), f"{page.name}: there is no {path}"
 
 
 def test_the_front_page_is_short():
