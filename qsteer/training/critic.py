@@ -78,7 +78,7 @@ class CriticLearner(Learner):
 
     Args:
         critic: learns. If it is a stack of S critics, every batch has S equal groups of rows.
-        source: of batches; must offer what the learner ``need``s.
+        source: of batches; must offer what the learner needs (``need``).
         settings: ``batch_size`` rows for each critic of a stack.
         act: for learners that ask for actions which are not in the data.
     """
