@@ -1,6 +1,6 @@
 # `make help` lists the targets. Each does its own set-up: all it needs is Python, pip, make and git.
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-all bench lint format package
+.PHONY: help setup demo test test-all bench docs lint format package
 
 # The environment is .venv, whatever the caller's shell has activated.
 unexport PYTHONPATH
@@ -31,6 +31,10 @@ test-all: $(READY) ## run the slow tests too
 
 bench: $(READY) ## time rules, samplers and critics, without shape checks; ARGS="..." goes to pytest-benchmark
 	@$(BIN)/python -m pytest tests/benchmarks -o addopts= --benchmark-columns=min,median,iqr,rounds $(ARGS)
+
+docs: $(READY) ## build the documentation into build/docs, without a network; warnings are errors
+	@$(BIN)/python -m sphinx -W --keep-going -n -q -d build/doctrees docs build/docs
+	@echo "documentation: build/docs/index.html"
 
 lint: $(READY) ## check style, format and types
 	@$(BIN)/ruff check

@@ -19,10 +19,11 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 from torch.nn import functional as F
 
-from qsteer.clock import Clock
-from qsteer.course import known
+from qsteer.clock import Clock, Time
+from qsteer.flow import expand_time
 from qsteer.hosts import HostField
 from qsteer.sampling import outside_inference_mode
+from qsteer.types import Field
 
 
 class Modulation(NamedTuple):
@@ -75,14 +76,13 @@ class PiExpert:
         keys, values = tuple(layer.keys for layer in layers), tuple(layer.values for layer in layers)
         return PiField(self, keys, values, context["prefix_pad_masks"], context.get("state"), field.clock)
 
-    def moment(self, u: Float[Tensor, "R"]) -> Moment:
-        """Return what the expert knows of host time u; tabulated where all rows have the same."""
-        low, high = known(lambda: (u.min().item(), u.max().item()))
-        if low != high:
+    def moment(self, u: Time, x: Float[Tensor, "R H A"]) -> Moment:
+        """Return what the expert knows of host time u; one that all rows of x share is looked up."""
+        if isinstance(u, Tensor):
             return self._evaluate(u)
-        if low not in self._moments:
-            self._moments[low] = self._evaluate(u[:1])
-        return self._moments[low]
+        if u not in self._moments:
+            self._moments[u] = self._evaluate(expand_time(u, x[:1], torch.float32))
+        return self._moments[u]
 
     @torch.no_grad()
     def _evaluate(self, u: Float[Tensor, "B"]) -> Moment:
@@ -119,8 +119,8 @@ class PiExpert:
 
 
 @dataclass(frozen=True)
-class PiField:
-    """The velocity of a pi0 or pi0.5 whose prefix is encoded; a :class:`~qsteer.types.Field`.
+class PiField(Field):
+    """The velocity of a pi0 or pi0.5 whose prefix is encoded.
 
     Up to the order of sums it is the host's own step, gradient included.
 
@@ -158,14 +158,14 @@ class PiField:
         return replace(self, through=layers)
 
     @property
-    def dtype(self) -> torch.dtype:
+    def dtype(self) -> torch.dtype:  # type: ignore[override]
         """What the expert computes in."""
         return self.expert.dtype
 
-    def __call__(self, x: Float[Tensor, "R H A"], t: Float[Tensor, "R"]) -> Float[Tensor, "R H A"]:
+    def __call__(self, x: Float[Tensor, "R H A"], t: Time) -> Float[Tensor, "R H A"]:
         """Run the expert on the chunk."""
         expert = self.expert
-        moment = expert.moment(self.clock.to_host(t))
+        moment = expert.moment(self.clock.to_host(t), x)
         h = expert.embed(x, moment)
         if self.state_token is not None:
             h = torch.cat([self.state_token, h], 1)

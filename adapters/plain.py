@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from qsteer.clock import PAPER, Clock
+from qsteer.flow import expand_time
 from qsteer.hosts import Host, HostField
 
 
@@ -98,7 +99,7 @@ class PlainPolicy(nn.Module):
             noise = torch.randn(len(first), *self.action_shape, device=first.device)
         x = noise
         for t, dt in self.clock.grid(self.steps if num_steps is None else num_steps):
-            time = self.clock.to_host(self.clock.times(t, x))
+            time = expand_time(self.clock.to_host(t), x, torch.float32)
             x = x + dt * self.clock.velocity(self.denoise_step(x_t=x, timestep=time, obs=obs))
         return x
 

@@ -1,16 +1,15 @@
 """The action-chunk critic: a pessimistic ensemble of Q functions, bound to an observation for use."""
 
-import contextlib
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from huggingface_hub import ModelCard, PyTorchModelHubMixin
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from qsteer.checks import check_at_least, check_widths
 from qsteer.critics.encoders import (
     FEATURES,
     FeatureEncoder,
@@ -21,6 +20,8 @@ from qsteer.critics.encoders import (
 )
 from qsteer.critics.networks import EnsembleMLP, Normalizer
 from qsteer.critics.targets import pessimistic
+from qsteer.hub import HubModule
+from qsteer.types import Value
 
 type Batch = Tensor | Mapping[str, Any]  # a state; or a host's batch, of which a critic reads some entries
 
@@ -109,19 +110,14 @@ class CriticConfig:
         """Check the values; sequences read from JSON become tuples."""
         for name in ("hidden", "views", "strides"):
             object.__setattr__(self, name, tuple(getattr(self, name)))
-        for name in ("action_dim", "horizon", "members", "latent", "channels", "stack"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"CriticConfig.{name}: expected at least 1, got {getattr(self, name)}")
-        for name in ("obs_dim", "features", "shift", "rho"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"CriticConfig.{name}: expected 0 or more, got {getattr(self, name)}")
+        check_at_least(self, 1, "action_dim", "horizon", "members", "latent", "channels", "stack")
+        check_at_least(self, 0, "obs_dim", "features", "shift", "rho")
         if not self.keys:
             raise ValueError(
                 "CriticConfig.obs_dim: expected at least 1, got 0, and neither views nor features; name what "
                 "the critic is to see"
             )
-        if not self.hidden or min(self.hidden) < 1:
-            raise ValueError(f"CriticConfig.hidden: expected at least one positive width, got {self.hidden}")
+        check_widths(self, "hidden")
         if not self.strides or min(self.strides) < 1 or encoded_size(self.view_size, self.strides) < 1:
             raise ValueError(
                 "CriticConfig.strides: expected positive ones which leave something of a view of "
@@ -145,14 +141,7 @@ class CriticConfig:
         return self.obs_dim + self.latent * (len(self.views) + (self.features > 0))
 
 
-class Critic(
-    nn.Module,
-    PyTorchModelHubMixin,
-    library_name="qsteer",
-    tags=["qsteer", "robotics", "flow-matching", "critic"],
-    pipeline_tag="robotics",
-    model_card_template=CARD,
-):
+class Critic(HubModule, tags=["qsteer", "robotics", "flow-matching", "critic"], model_card_template=CARD):
     """An ensemble of LayerNorm MLPs ``Q_j(s, a[0:H])``, evaluated in one batched call.
 
     An observation is the state alone, a tensor (B, obs_dim), or a mapping with the keys of a host's batch,
@@ -179,12 +168,6 @@ class Critic(
         chunk = config.horizon * config.action_dim
         self.net = EnsembleMLP(config.members, config.context, chunk, config.hidden, config.stack)
         self._warned = False
-
-    @classmethod
-    def _from_pretrained(cls, *, strict: bool = True, **hub: Any) -> "Critic":
-        """Load with the hub's machinery, but refuse a checkpoint that lacks weights."""
-        with contextlib.redirect_stdout(None):  # the hub says where it loads from
-            return super()._from_pretrained(strict=strict, **hub)
 
     @staticmethod
     def stacked(critics: Sequence["Critic"]) -> "Critic":
@@ -284,10 +267,6 @@ class Critic(
         with torch.no_grad():
             return BoundCritic(self, self.encode(obs))
 
-    def generate_model_card(self, **card: Any) -> ModelCard:
-        """Return the model card that ``save_pretrained`` and ``push_to_hub`` write as README.md."""
-        return super().generate_model_card(config=self.config, **card)
-
     def _like(self, config: CriticConfig, state: Mapping[str, Tensor]) -> "Critic":
         """Return a critic of ``config`` with copies of the tensors in ``state``, whose axes may be split."""
         with torch.device("meta"):  # no random number is drawn
@@ -349,8 +328,8 @@ class Critic(
 
 
 @dataclass(frozen=True)
-class BoundCritic:
-    """A :class:`Critic` closed over encoded observations; a :class:`~qsteer.types.Value`."""
+class BoundCritic(Value):
+    """A :class:`Critic` closed over encoded observations."""
 
     critic: Critic
     z: Float[Tensor, "J _ D"]

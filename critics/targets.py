@@ -53,7 +53,7 @@ def sarsa_target(
         mask: 0 past a terminal, else 1.
         next_q: pessimistic target value of the stored next chunk.
     """
-    return reward + discount * mask * next_q
+    return _bootstrap(reward, discount, mask, next_q)
 
 
 def td_target(
@@ -66,7 +66,7 @@ def td_target(
 
     Arguments as for :func:`sarsa_target`; only the origin of the next action differs.
     """
-    return reward + discount * mask * next_q
+    return _bootstrap(reward, discount, mask, next_q)
 
 
 def iql_target(
@@ -75,8 +75,11 @@ def iql_target(
     mask: Float[Tensor, "B"],
     next_v: Float[Tensor, "B"],
 ) -> Float[Tensor, "B"]:
-    """Return ``R + gamma^H mask V(s')`` (IQL); V is fitted with :func:`expectile_loss`, without a policy."""
-    return reward + discount * mask * next_v
+    """Return ``R + gamma^H mask V(s')`` (IQL); V is fitted with :func:`expectile_loss`, without a policy.
+
+    Arguments as for :func:`sarsa_target`, but for ``next_v``: the state value after the chunk.
+    """
+    return _bootstrap(reward, discount, mask, next_v)
 
 
 def expectile_loss(difference: Float[Tensor, "*B"], expectile: float) -> Float[Tensor, "*B"]:
@@ -122,3 +125,13 @@ def monte_carlo_target(
     for i in range(len(returns) - 1, -1, -1):
         returns[i] += gamma * (following[i] if stop[i] else returns[i + 1])
     return torch.tensor(returns, dtype=rewards.dtype, device=rewards.device)
+
+
+def _bootstrap(
+    reward: Float[Tensor, "B"],
+    discount: float | Float[Tensor, "B"],
+    mask: Float[Tensor, "B"],
+    following: Float[Tensor, "B"],
+) -> Float[Tensor, "B"]:
+    """Return what the chunk brought and, unless the task ended, the discounted value of what follows."""
+    return reward + discount * mask * following

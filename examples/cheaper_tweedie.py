@@ -27,9 +27,9 @@ from torch import Tensor
 import qsteer
 from qsteer.bench.counting import count
 from qsteer.envs import ogbench
-from qsteer.envs.rollouts import write_json
 from qsteer.evaluation.gradients import agreement
 from qsteer.experiments.tasks import TASKS
+from qsteer.files import write_json
 from qsteer.policies import FlowPolicy
 from qsteer.testing import hosts as random_hosts
 from qsteer.types import Field, Rule, Sampler, Value

@@ -4,8 +4,8 @@ import argparse
 import json
 from pathlib import Path
 
-from qsteer.envs.rollouts import write_json
 from qsteer.evaluation.plots import plot_distillation
+from qsteer.files import write_json
 from qsteer.training.loop import METRICS
 
 

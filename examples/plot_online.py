@@ -19,9 +19,9 @@ from pathlib import Path
 
 import numpy as np
 
-from qsteer.envs.rollouts import write_json
 from qsteer.evaluation.arms import describe_arm
 from qsteer.evaluation.curves import Curve, format_summary, plot_curves, read_curve, summarize
+from qsteer.files import write_json
 from qsteer.training.loop import METRICS, SPEED
 
 TARGETS = {"sarsa": "SARSA", "td": "TD", "monte_carlo": "Monte Carlo", "iql": "IQL", "fql": "FQL"}

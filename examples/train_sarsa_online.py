@@ -20,8 +20,8 @@ import torch
 import qsteer
 from qsteer.critics import CriticConfig, LiveCritic
 from qsteer.envs import libero
+from qsteer.online import OnlineTraining, train_online
 from qsteer.online.actors import HostActor
-from qsteer.online.loop import OnlineTraining, train_online
 from qsteer.training.critic import CriticTraining
 
 VIEWS = tuple(libero.VIEWS)

@@ -19,6 +19,7 @@ from qsteer.rules import (
 from qsteer.samplers import BeamSearch, BestOfN, Euler, KeepBest, RandomOfN, TrustRegion
 from qsteer.sampling import sample
 from qsteer.steering.handle import Handle, steer, unsteer
+from qsteer.steering.opening import Opened, open_action
 from qsteer.trace import Trace
 from qsteer.types import Field, Rule, Sampler, Value
 
@@ -42,6 +43,7 @@ __all__ = [
     "LiveCritic",
     "Negated",
     "NoisyGradient",
+    "Opened",
     "Posterior",
     "RandomDirection",
     "RandomOfN",
@@ -53,6 +55,7 @@ __all__ = [
     "Tweedie",
     "Value",
     "field",
+    "open_action",
     "sample",
     "steer",
     "unsteer",

@@ -8,7 +8,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from qsteer.types import Field
+type Time = float | Float[Tensor, "B"]
+"""One time for all rows, a float, or one per row. A float never travels to the device and back."""
 
 
 @dataclass(frozen=True)
@@ -44,29 +45,27 @@ class Clock:
             )
 
     def grid(self, steps: int | None = None) -> Iterator[tuple[float, float]]:
-        """Yield ``(t, dt)`` of each Euler step; ``t`` in float64 is exact for the host's float32 time."""
+        """Yield ``(t, dt)`` of each Euler step; ``t`` is exact for the host's float32 time."""
         steps = self.steps if steps is None else steps
         span = self.action - self.noise
         for i in range(steps):
             host = float(np.float32(self.noise + i * (span / steps)))
             yield abs(host - self.noise) / abs(span), 1.0 / steps  # abs: never -0.0, whose 1/t is -inf
 
-    def times(self, t: float, x: Float[Tensor, "B H A"]) -> Float[Tensor, "B"]:
-        """Return ``t`` for every row of ``x``.
+    def snap(self, t: Time) -> Time:
+        """Return the nearest times that are exact for the host's float32 time, as :meth:`grid`'s are.
 
-        Float32 cannot hold ``1 - u`` for every float32 ``u``, so a clock which is not the paper's own uses
-        float64 (where the device has it).
+        Times per row are to be float64, for float32 cannot hold ``1 - u`` for every float32 ``u``.
         """
-        exact = (self.noise, self.action) != (0.0, 1.0) and x.device.type != "mps"
-        return torch.full((x.shape[0],), t, dtype=torch.float64 if exact else x.dtype, device=x.device)
+        host = self.to_host(t)
+        if isinstance(host, Tensor) and isinstance(t, Tensor):
+            host = host.to(t.dtype)
+        return (host - self.noise) / (self.action - self.noise) + 0.0  # never -0.0
 
-    def snap(self, t: Float[Tensor, "B"]) -> Float[Tensor, "B"]:
-        """Return the nearest times that are exact for the host's float32 time, as :meth:`grid`'s are."""
-        return (self.to_host(t).to(t.dtype) - self.noise).abs() / abs(self.action - self.noise)
-
-    def to_host(self, t: Float[Tensor, "B"]) -> Float[Tensor, "B"]:
-        """Return the host time of paper time ``t``, in float32 as hosts want it."""
-        return (self.noise + t * (self.action - self.noise)).to(torch.float32)
+    def to_host(self, t: Time) -> Time:
+        """Return the host time of paper time ``t``, rounded to float32 as hosts want it."""
+        host = self.noise + t * (self.action - self.noise)
+        return host.to(torch.float32) if isinstance(host, Tensor) else float(np.float32(host))
 
     def velocity(self, host_velocity: Float[Tensor, "B H A"]) -> Float[Tensor, "B H A"]:
         """Return the paper's velocity for a host's."""
@@ -78,8 +77,3 @@ PAPER = Clock()
 
 MIRRORED = Clock(noise=1.0, action=0.0, sign=-1)
 """u = 1 noise, u = 0 action, velocity = noise - action: openpi and lerobot's pi0, pi05, smolvla, eo1."""
-
-
-def clock_of(field: Field) -> Clock:
-    """Return the clock a field declares, the paper's when it declares none."""
-    return getattr(field, "clock", PAPER)

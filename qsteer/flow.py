@@ -1,8 +1,8 @@
 """The linear path's identities, and fields and values made of plain functions.
 
 On the path ``x_t = (1 - t) x0 + t x1`` with noise ``x0 ~ N(0, I)`` the velocity
-``v(x, t) = E[x1 - x0 | x_t = x]``
-determines everything else: the denoised action, the score, the noise that was there.
+``v(x, t) = E[x1 - x0 | x_t = x]`` determines everything else: the denoised action, the score, the noise that
+was there.
 """
 
 from collections.abc import Callable
@@ -15,35 +15,46 @@ from jaxtyping import Float, Shaped
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from qsteer.clock import PAPER, Clock
-from qsteer.types import Bounds, Field, Value
+from qsteer.clock import PAPER, Clock, Time
+from qsteer.types import Bounds, Field, Jump, PosteriorSampler, Value
 
 
-def rows(t: Float[Tensor, "B"], like: Float[Tensor, "B H A"]) -> Float[Tensor, "B 1 1"]:
-    """Return times as a factor for chunks, in the chunks' dtype."""
-    return t.to(like.dtype)[:, None, None]
+def expand_time(t: Time, x: Float[Tensor, "B H A"], dtype: torch.dtype | None = None) -> Float[Tensor, "B"]:
+    """Return one time per row of ``x``; of a float ``t``, in ``dtype`` or that of x."""
+    if isinstance(t, Tensor):
+        return t
+    return torch.full((len(x),), t, dtype=dtype or x.dtype, device=x.device)
 
 
-def interpolate(
-    x0: Float[Tensor, "B H A"], x1: Float[Tensor, "B H A"], t: Float[Tensor, "B"]
-) -> Float[Tensor, "B H A"]:
+def repeat_time(t: Time, k: int) -> float | Float[Tensor, "R"]:
+    """Return the times of ``k`` rows per observation."""
+    return t.repeat_interleave(k, 0) if isinstance(t, Tensor) else t
+
+
+def clamp_time(t: Time, low: float = 0.0, high: float = float("inf")) -> Time:
+    """Return a time, or each row's, clamped."""
+    return t.clamp(low, high) if isinstance(t, Tensor) else min(max(t, low), high)
+
+
+def factor(t: Time, x: Float[Tensor, "B H A"]) -> float | Float[Tensor, "B 1 1"]:
+    """Return a number, or one per row, as a factor for chunks, in their dtype."""
+    return t.to(x.dtype)[:, None, None] if isinstance(t, Tensor) else t
+
+
+def interpolate(x0: Float[Tensor, "B H A"], x1: Float[Tensor, "B H A"], t: Time) -> Float[Tensor, "B H A"]:
     """Return ``x_t = (1 - t) x0 + t x1``, the linear path from noise ``x0`` to action ``x1``."""
-    t = rows(t, x0)
+    t = factor(t, x0)
     return (1 - t) * x0 + t * x1
 
 
-def denoise(
-    x: Float[Tensor, "B H A"], v: Float[Tensor, "B H A"], t: Float[Tensor, "B"]
-) -> Float[Tensor, "B H A"]:
+def denoise(x: Float[Tensor, "B H A"], v: Float[Tensor, "B H A"], t: Time) -> Float[Tensor, "B H A"]:
     """Return the denoised action ``D(x, t) = x + (1 - t) v = E[x1 | x_t = x]`` (Tweedie; QPILOTS eq. 14)."""
-    return x + rows(1 - t, x) * v
+    return x + factor(1 - t, x) * v
 
 
-def score(
-    x: Float[Tensor, "B H A"], v: Float[Tensor, "B H A"], t: Float[Tensor, "B"]
-) -> Float[Tensor, "B H A"]:
+def score(x: Float[Tensor, "B H A"], v: Float[Tensor, "B H A"], t: Time) -> Float[Tensor, "B H A"]:
     """Return ``grad log p_t(x) = (t v - x) / (1 - t)``; infinite at t = 1."""
-    return (rows(t, x) * v - x) / rows(1 - t, x)
+    return (factor(t, x) * v - x) / factor(1 - t, x)
 
 
 def clip_through(a: Tensor, bounds: Bounds) -> Tensor:
@@ -51,8 +62,28 @@ def clip_through(a: Tensor, bounds: Bounds) -> Tensor:
     return a if bounds is None else a + (a.clamp(*bounds) - a).detach()
 
 
+def clip_actions(a: Tensor, bounds: Bounds) -> Tensor:
+    """Clip actions; ``None`` does not clip."""
+    return a if bounds is None else a.clamp(*bounds)
+
+
+def check_bounds(bounds: Bounds) -> None:
+    """Raise ValueError unless bounds are None or (low, high)."""
+    if bounds is not None and not (
+        isinstance(bounds, tuple | list) and len(bounds) == 2 and bounds[0] < bounds[1]
+    ):
+        raise ValueError(
+            f"clip: expected (low, high) with low < high, or None for no clipping, got {bounds!r}"
+        )
+
+
+def norm(x: Float[Tensor, "B H A"]) -> Float[Tensor, "B"]:
+    """Return the norm of each row."""
+    return x.flatten(1).norm(dim=1)
+
+
 @dataclass(frozen=True)
-class FunctionField:
+class FunctionField(Field):
     """A :class:`~qsteer.types.Field` made of a function; see :func:`field`."""
 
     fn: Callable[..., Tensor]
@@ -67,15 +98,16 @@ class FunctionField:
         """The context: what the velocity knows of the observations."""
         return self.context
 
-    def __call__(self, x: Float[Tensor, "B H A"], t: Float[Tensor, "B"]) -> Float[Tensor, "B H A"]:
-        """Return the velocity at ``x`` and ``t``."""
+    def __call__(self, x: Float[Tensor, "B H A"], t: Time) -> Float[Tensor, "B H A"]:
+        """Return the velocity at ``x`` and ``t``; the function is given one time per row."""
+        t = expand_time(t, x)
         v = self.fn(x, t) if self.context is None else self.fn(x, t, self.context)
         if v.shape != x.shape:
             raise ValueError(
                 f"velocity: expected the shape of x, {tuple(x.shape)}, got {tuple(v.shape)}; return one "
                 "velocity per action entry. If the function closes over one observation per row, hand the "
-                "observations over as "
-                "qsteer.field(fn, context=obs), so that they are repeated with the candidates"
+                "observations over as qsteer.field(fn, context=obs), so that they are repeated with the "
+                "candidates"
             )
         return v
 
@@ -87,7 +119,7 @@ class FunctionField:
 
 
 @dataclass(frozen=True)
-class FunctionValue:
+class FunctionValue(Value):
     """A :class:`~qsteer.types.Value` made of a function; see :func:`value`."""
 
     fn: Callable[..., Tensor]
@@ -108,9 +140,29 @@ class FunctionValue:
         """Return the value for ``k`` rows per observation."""
         return replace(self, context=repeat_rows(self.context, k))
 
-    def members(self, a: Float[Tensor, "B H A"]) -> Float[Tensor, "1 B"]:
-        """Return the score as an ensemble of one."""
-        return self(a)[None]
+
+@dataclass(frozen=True)
+class FunctionPosterior(PosteriorSampler):
+    """A :class:`~qsteer.types.PosteriorSampler` made of a function ``(eps, x, t) -> x1``."""
+
+    fn: Callable[..., Tensor]
+
+    def __call__(
+        self, eps: Float[Tensor, "N B H A"], x: Float[Tensor, "B H A"], t: Time
+    ) -> Float[Tensor, "N B H A"]:
+        """Return N samples per row; the function is given one time per row."""
+        return self.fn(eps, x, expand_time(t, x))
+
+
+@dataclass(frozen=True)
+class FunctionJump(Jump):
+    """A :class:`~qsteer.types.Jump` made of a function ``(x, r, t) -> x_t``."""
+
+    fn: Callable[..., Tensor]
+
+    def __call__(self, x: Float[Tensor, "B H A"], r: Time, t: Time) -> Float[Tensor, "B H A"]:
+        """Return the states at time t; the function is given times per row."""
+        return self.fn(x, expand_time(r, x), expand_time(t, x))
 
 
 def field(fn: Callable[..., Tensor], context: Any = None, *, clock: Clock = PAPER) -> Field:
@@ -151,22 +203,13 @@ def value(fn: Callable[..., Tensor], context: Any = None, *, mask: Tensor | None
     return FunctionValue(fn, normal(context), mask)
 
 
-def begin(field: Field, steps: int | None) -> Field:
-    """Return the field for one chain of Euler steps, ``steps`` of them from 0 to 1; None: its own number.
-
-    Steered fields are told, for rules that count steps or remember the last one; others are themselves.
-    """
-    chain = getattr(field, "chain", None)
-    return field if chain is None else chain(steps)
-
-
-def features_of(field: Field) -> Any:
+def read_features(field: Field) -> Any:
     """Return the features of the observations which a field is closed over.
 
     Raises:
         ValueError: it has none, or something that is neither a tensor nor tokens and mask.
     """
-    features = getattr(field, "features", None)
+    features = field.features
     if not isinstance(features, Tensor) and not (isinstance(features, tuple | list) and len(features) == 2):
         got = "without" if features is None else f"with {type(features).__name__}"
         raise ValueError(

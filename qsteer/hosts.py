@@ -6,11 +6,11 @@ are repeated. A :class:`HostField` is the policy's own step, closed over one enc
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from contextvars import ContextVar
 from dataclasses import dataclass, replace
 from dataclasses import field as attribute
 from functools import cached_property
 from operator import attrgetter
+from threading import get_ident
 from types import MethodType
 from typing import Any
 
@@ -18,11 +18,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from qsteer.clock import Clock
-from qsteer.flow import repeat_rows
+from qsteer.clock import Clock, Time
+from qsteer.flow import expand_time, repeat_rows
 from qsteer.types import Field
-
-_cutting: ContextVar[object | None] = ContextVar("qsteer_cutting", default=None)
 
 
 def repeat_context(context: Any, k: int) -> Any:
@@ -113,20 +111,18 @@ def cut(modules: Sequence[nn.Module]) -> Iterator[None]:
     Raises:
         RuntimeError: some of them were not called in the block.
     """
-    mine, met = object(), set()
+    mine, met = get_ident(), set()
 
     def detach(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
-        if _cutting.get() is not mine:
+        if get_ident() != mine:
             return None  # another thread's call
         met.add(module)
         return (args[0].detach(), *args[1:])
 
     hooks = [module.register_forward_pre_hook(detach) for module in modules]
-    token = _cutting.set(mine)
     try:
         yield
     finally:
-        _cutting.reset(token)
         for hook in hooks:
             hook.remove()
     if len(met) < len(set(modules)):
@@ -137,14 +133,14 @@ def cut(modules: Sequence[nn.Module]) -> Iterator[None]:
 
 
 @dataclass(frozen=True)
-class HostField:
-    """A host's velocity for the observations it has just encoded; a :class:`~qsteer.types.Field`."""
+class HostField(Field):
+    """A host's velocity for the observations it has just encoded."""
 
     host: Host
     step: MethodType
     context: dict[str, Any]
-    clock: Clock
     policy: Any
+    clock: Clock
     bypassed: tuple[nn.Module, ...] = ()
     _repeats: dict[int, "HostField"] = attribute(default_factory=dict, init=False, repr=False, compare=False)
 
@@ -154,15 +150,15 @@ class HostField:
         return None if self.host.features is None else self.host.features(self.context)
 
     @cached_property
-    def dtype(self) -> torch.dtype | None:
+    def dtype(self) -> torch.dtype | None:  # type: ignore[override]
         """The coarsest dtype of the step's parameters; None: it has none."""
         found = {p.dtype for p in parameters_of(self.step.__self__) if p.is_floating_point()}
         return max(found, key=lambda dtype: torch.finfo(dtype).eps, default=None)
 
-    def __call__(self, x: Float[Tensor, "B H A"], t: Float[Tensor, "B"]) -> Float[Tensor, "B H A"]:
+    def __call__(self, x: Float[Tensor, "B H A"], t: Time) -> Float[Tensor, "B H A"]:
         """Run the host's step, on a context that it may change."""
         context = self.host.repeat(self.context, 1)
-        chunk = {self.host.x: x, self.host.t: self.clock.to_host(t)}
+        chunk = {self.host.x: x, self.host.t: expand_time(self.clock.to_host(t), x, torch.float32)}
         with cut(self.bypassed):
             return self.clock.velocity(self.step(**context, **chunk))
 

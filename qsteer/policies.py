@@ -1,20 +1,19 @@
 """A small chunked flow policy for state observations: the base policy of the examples and experiments."""
 
-import contextlib
 from collections.abc import Sequence
 from dataclasses import KW_ONLY, dataclass, replace
 from functools import partial
 from itertools import pairwise
-from typing import Any
 
 import torch
-from huggingface_hub import PyTorchModelHubMixin
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from qsteer.checks import check_at_least, check_widths
 from qsteer.critics.networks import Normalizer
 from qsteer.flow import FunctionField, normal
+from qsteer.hub import HubModule
 from qsteer.types import Field
 
 
@@ -41,11 +40,8 @@ class FlowPolicyConfig:
     def __post_init__(self) -> None:
         """Check the values; widths read from JSON become a tuple."""
         object.__setattr__(self, "hidden", tuple(self.hidden))
-        for name in ("obs_dim", "action_dim", "horizon", "harmonics"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")
-        if not self.hidden or min(self.hidden) < 1:
-            raise ValueError(f"hidden: expected at least one positive width, got {self.hidden}")
+        check_at_least(self, 1, "obs_dim", "action_dim", "horizon", "harmonics")
+        check_widths(self, "hidden")
         if self.residual and len(set(self.hidden)) > 1:
             raise ValueError(f"hidden: expected one width for residual layers, got {self.hidden}")
 
@@ -73,13 +69,7 @@ class PolicyField(FunctionField):
         return replace(self, fn=partial(self.policy.velocity, layers=layers))
 
 
-class FlowPolicy(
-    nn.Module,
-    PyTorchModelHubMixin,
-    library_name="qsteer",
-    tags=["qsteer", "robotics", "flow-matching"],
-    pipeline_tag="robotics",
-):
+class FlowPolicy(HubModule, tags=["qsteer", "robotics", "flow-matching"]):
     """An MLP velocity ``v(x, t | s)`` over action chunks on the linear path ``x_t = (1 - t) x0 + t x1``.
 
     Example:
@@ -101,12 +91,6 @@ class FlowPolicy(
         self.rest = nn.ModuleList(nn.Linear(i, o) for i, o in pairwise(widths[1:]))
         frequencies = torch.pi * torch.arange(1.0, config.harmonics + 1)
         self.register_buffer("frequencies", frequencies, persistent=False)
-
-    @classmethod
-    def _from_pretrained(cls, *, strict: bool = True, **hub: Any) -> "FlowPolicy":
-        """Load with the hub's machinery, but refuse a checkpoint that lacks weights."""
-        with contextlib.redirect_stdout(None):  # the hub says where it loads from
-            return super()._from_pretrained(strict=strict, **hub)
 
     def encode(self, obs: Float[Tensor, "B O"]) -> Float[Tensor, "B D"]:
         """Return the observation's half of the first layer: what does not change while an action is made.

@@ -4,20 +4,20 @@ The caller's noise is candidate 0 of every sampler, further candidates come from
 with one candidate a selecting sampler is its inner sampler, bit for bit.
 """
 
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import dataclass
 from dataclasses import field as attribute
-from typing import Any
+from typing import cast
 
 import torch
 from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor
 
-from qsteer.clock import clock_of
-from qsteer.flow import begin, finite_rows
-from qsteer.maps.flow_maps import EulerMap
+from qsteer.flow import FunctionJump, check_bounds, clip_actions, finite_rows
+from qsteer.maps.flow_maps import EulerMap, FlowMap
 from qsteer.maps.losses import fmq_target, trust_radius
-from qsteer.rules import check_bounds, gradient
+from qsteer.rules.guidance import gradient
 from qsteer.trace import report_fallbacks
 from qsteer.types import Bounds, Field, Jump, Sampler, Value
 
@@ -50,11 +50,10 @@ class Euler(Sampler):
         self, field: Field, value: Value | None, noise: Float[Tensor, "B H A"]
     ) -> Float[Tensor, "B H A"]:
         """Integrate the field from ``noise``."""
-        field = begin(field, self.steps)
-        x, clock = noise, clock_of(field)
-        for t, dt in clock.grid(self.steps):
-            x = x + dt * field(x, clock.times(t, x))
-        return x if self.clip is None else x.clamp(*self.clip)
+        field, x = field.chain(self.steps), noise
+        for t, dt in field.clock.grid(self.steps):
+            x = x + dt * field(x, t)
+        return clip_actions(x, self.clip)
 
 
 @dataclass(frozen=True)
@@ -187,11 +186,13 @@ class BeamSearch(Sampler):
         eta: norm of the move, over the whole chunk.
         flow_map: the jump (x, r, t) -> x_t on rows: a :class:`qsteer.maps.FlowMap`, or any function; None:
             the policy's own integration.
-        inner: makes the first particles where there is no flow map. If it is an :class:`Euler`, its steps and
-            its clip are those of the completions too.
+        inner: makes the first particles where there is no flow map.
+        completion: steps and clip of every other completion, and clip of a flow map's jumps; None: those of
+            ``inner``, which then is an :class:`Euler`.
 
     Raises:
         ValueError: a number is out of its range.
+        TypeError: ``inner`` is no :class:`Euler`, and ``completion`` is not given.
     """
 
     particles: int = 4
@@ -199,8 +200,9 @@ class BeamSearch(Sampler):
     rounds: int = 1
     snr: float = 1.5
     eta: float = 0.3
-    flow_map: Jump | None = None
+    flow_map: Jump | FlowMap | Callable[[Tensor, Tensor, Tensor], Tensor] | None = None
     inner: Sampler = attribute(default_factory=Euler)
+    completion: Euler | None = None
 
     def __post_init__(self) -> None:
         """Check the arguments."""
@@ -213,6 +215,11 @@ class BeamSearch(Sampler):
             raise ValueError(
                 f"snr, eta: expected a positive number and one of at least 0, got {self.snr}, {self.eta}"
             )
+        if self.completion is None and not isinstance(self.inner, Euler):
+            raise TypeError(
+                f"completion: expected the steps and the clip of completions beside {self.inner}, got None; "
+                "pass completion=Euler(...)"
+            )
 
     def __call__(
         self, field: Field, value: Value | None, noise: Float[Tensor, "B H A"]
@@ -220,12 +227,15 @@ class BeamSearch(Sampler):
         """Return the best particle."""
         value, m, n = needed(value, self), self.particles, self.particles * self.branches
         t = self.snr / (1 + self.snr)
-        bind = getattr(self.flow_map, "on", None)
-        search = self if bind is None else replace(self, flow_map=bind(field))
-        a = search._complete(field, value, rearrange(candidates(noise, m), "b m h a -> (b m) h a"), 0.0, m)
+        jump = self._jump(field)
+        a = rearrange(candidates(noise, m), "b m h a -> (b m) h a")
+        if self.flow_map is None:
+            a = self.inner(field.repeat(m), value.repeat(m), a)
+        else:
+            a = self._complete(jump.repeat(m), a, 0.0)
         for _ in range(self.rounds):
             a = a.repeat_interleave(self.branches, 0)
-            a = search._complete(field, value, t * a + (1 - t) * torch.randn_like(a), t, n)
+            a = self._complete(jump.repeat(n), t * a + (1 - t) * torch.randn_like(a), t)
             kept = scores(value, a, n).topk(m, 1).indices
             a = project(
                 take(rearrange(a, "(b n) h a -> b n h a", n=n), kept).flatten(0, 1), value.repeat(m), self.eta
@@ -234,17 +244,21 @@ class BeamSearch(Sampler):
             a = project(a, value.repeat(m), self.eta)
         return best(a, scores(value, a, m))
 
-    def _complete(self, field: Field, value: Value, x: Tensor, t: float, k: int) -> Tensor:
-        """Jump from time t to the action, k rows per observation."""
-        if self.flow_map is None and t == 0.0:
-            return self.inner(field.repeat(k), value.repeat(k), x)
-        jump: Any = (
-            EulerMap(field, getattr(self.inner, "steps", None)) if self.flow_map is None else self.flow_map
-        )
-        jump = jump.repeat(k) if hasattr(jump, "repeat") else jump
-        times = clock_of(field).times
-        a, bounds = jump(x, times(t, x), times(1.0, x)), getattr(self.inner, "clip", None)
-        return a if bounds is None else a.clamp(*bounds)
+    @property
+    def _completion(self) -> Euler:
+        return cast(Euler, self.inner) if self.completion is None else self.completion
+
+    def _jump(self, field: Field) -> Jump:
+        """Return the flow map for the observations; without one, the policy's own integration."""
+        if self.flow_map is None:
+            return EulerMap(field, self._completion.steps)
+        if isinstance(self.flow_map, Jump | FlowMap):
+            return self.flow_map.on(field)
+        return FunctionJump(self.flow_map)
+
+    def _complete(self, jump: Jump, x: Float[Tensor, "R H A"], t: float) -> Float[Tensor, "R H A"]:
+        """Jump from time t to the action."""
+        return clip_actions(jump(x, t, 1.0), self._completion.clip)
 
 
 @dataclass(frozen=True)
@@ -268,7 +282,7 @@ class KeepBest(Sampler):
         """Return the better of the two actions."""
         value = needed(value, self)
         steered = self.inner(field, value, noise)
-        base = self.inner(getattr(field, "base", field), value, noise)
+        base = self.inner(field.base, value, noise)
         q, q_base = value(steered), value(base)
         better = torch.isfinite(q) & ~(torch.isfinite(q_base) & (q_base > q))
         report_fallbacks(~torch.isfinite(q))
@@ -310,8 +324,8 @@ def project(
         x = a.detach().requires_grad_()
         q = value(x)
         g = gradient(q, x)
-    if (mask := getattr(value, "mask", None)) is not None:
-        g = torch.where(mask.bool(), g, 0.0)
+    if value.mask is not None:
+        g = torch.where(value.mask.bool(), g, 0.0)
     members = value.members(a) if beta else torch.zeros_like(a[None, :, 0, 0])
     moved = fmq_target(a, g, trust_radius(eta, members, beta, typical))
     finite = finite_rows(moved) & torch.isfinite(q)

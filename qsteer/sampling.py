@@ -8,7 +8,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from qsteer.samplers import Euler
-from qsteer.trace import Trace, recording
+from qsteer.trace import Trace, record_action
 from qsteer.types import Bindable, Field, Rule, Sampler, Value
 
 
@@ -75,7 +75,7 @@ def sample(
         )
     if rule is not None and value is None:
         raise ValueError("value: expected a value for the rule to follow, got None; pass critic.bind(obs)")
-    with outside_inference_mode(), recording(trace):
+    with outside_inference_mode(), record_action(trace):
         return steered_action(field, value, noise.clone() if noise.is_inference() else noise, rule, sampler)
 
 

@@ -7,26 +7,38 @@ tracing costs nothing when it is off.
 import os
 import warnings
 from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
-_recording: ContextVar["collecting | None"] = ContextVar("qsteer_trace", default=None)
+from qsteer.clock import Time
+
+_recording: ContextVar["ActionRecord | None"] = ContextVar("qsteer_trace", default=None)
+"""The record of the action that is being sampled. Rules report into it from inside the sampler, which knows
+nothing of traces; several threads may steer at once, each with a record of its own."""
 
 
 @dataclass(frozen=True)
 class Step:
-    """One guided Euler step; every tensor has one entry per row, NaN on rows that were not guided."""
+    """One guided Euler step at time t; tensors have one entry per row, NaN on rows that were not guided."""
 
-    t: Tensor
+    t: Time
     strength: Tensor
     gradient_norm: Tensor
     value: Tensor
     value_std: Tensor
+
+    def copy(self) -> "Step":
+        """Return it with tensors of its own."""
+        t = self.t.clone() if isinstance(self.t, Tensor) else self.t
+        stats = (self.strength, self.gradient_norm, self.value, self.value_std)
+        return Step(t, *(stat.clone() for stat in stats))
 
 
 @dataclass
@@ -68,15 +80,11 @@ class Trace:
         names = ("strength", "gradient_norm", "value", "value_std")
         if not self.actions:
             return {"t": np.zeros(0), **{name: np.zeros((0, 0)) for name in names}}
-        times = torch.stack([step.t[0] for step in self.actions[-1]])
-        alike = [
-            a
-            for a in self.actions
-            if len(a) == len(times) and torch.equal(times, torch.stack([s.t[0] for s in a]))
-        ]
+        times = [first_time(step.t) for step in self.actions[-1]]
+        alike = [a for a in self.actions if [first_time(step.t) for step in a] == times]
         columns = {name: [torch.stack([getattr(s, name) for s in a], 1) for a in alike] for name in names}
         return {
-            "t": times.cpu().numpy(),
+            "t": np.array(times, dtype=np.float32),
             **{name: torch.cat(c).float().cpu().numpy() for name, c in columns.items()},
         }
 
@@ -116,10 +124,8 @@ class Trace:
             )
 
 
-class collecting:  # noqa: N801 (used as a with statement)
-    """Collect what is reported of one action, to be handed over later.
-
-    It belongs to the action until then, so threads may share a trace.
+class ActionRecord:
+    """What is reported of one action, to be handed over to a trace later: threads may share a trace.
 
     Args:
         wanted: collect the guided steps too, not only fallbacks.
@@ -131,19 +137,19 @@ class collecting:  # noqa: N801 (used as a with statement)
         self.fell_back: list[Tensor] = []
         self.gated: list[Tensor] = []
 
-    def __enter__(self) -> "collecting":
-        """Start the action."""
-        self._token = _recording.set(self)
-        return self
+    @contextmanager
+    def collect(self) -> Iterator["ActionRecord"]:
+        """Collect what is reported in the block, in this thread."""
+        token = _recording.set(self)
+        try:
+            yield self
+        finally:
+            _recording.reset(token)
 
-    def __exit__(self, *_: object) -> None:
-        """End the action."""
-        _recording.reset(self._token)
-
-    def copied(self) -> "collecting":
+    def copy(self) -> "ActionRecord":
         """Return it with tensors of its own, where a replay will overwrite these."""
-        copy = collecting(self.wanted)
-        copy.steps = [Step(*(getattr(step, f.name).clone() for f in fields(step))) for step in self.steps]
+        copy = ActionRecord(self.wanted)
+        copy.steps = [step.copy() for step in self.steps]
         copy.fell_back, copy.gated = self.fell_back, self.gated  # read when they are handed over
         return copy
 
@@ -157,17 +163,16 @@ class collecting:  # noqa: N801 (used as a with statement)
             trace._count(*counts.tolist())
 
 
-class recording(collecting):  # noqa: N801
+@contextmanager
+def record_action(trace: Trace | None) -> Iterator[None]:
     """Record one sampled action into ``trace``; without one, only count and warn of fallbacks."""
-
-    def __init__(self, trace: Trace | None) -> None:
-        self.trace = Trace(steps=False) if trace is None else trace
-        super().__init__(self.trace.steps)
-
-    def __exit__(self, *_: object) -> None:
-        """Hand the action over."""
-        super().__exit__()
-        self.hand_over(self.trace)
+    trace = Trace(steps=False) if trace is None else trace
+    record = ActionRecord(trace.steps)
+    try:
+        with record.collect():
+            yield
+    finally:
+        record.hand_over(trace)
 
 
 def report_fallbacks(fell_back: Tensor) -> None:
@@ -182,7 +187,12 @@ def report_gated(gated: Tensor) -> None:
         action.gated.append(gated.sum())
 
 
-def recorder() -> list[Step] | None:
-    """Return the list to append guided steps to, or None when nobody looks."""
+def find_recorder() -> list[Step] | None:
+    """Return the list to append guided steps to; None: nobody has asked for them."""
     action = _recording.get()
     return action.steps if action is not None and action.wanted else None
+
+
+def first_time(t: Time) -> float:
+    """Return the time of the first row, in float32."""
+    return float(np.float32(t if isinstance(t, float) else float(t[0])))

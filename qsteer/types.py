@@ -1,4 +1,4 @@
-"""The protocols everything else is written in.
+"""The contracts everything else is written in.
 
 A policy is a velocity field. A rule turns a field and a value into a steered field. A sampler turns a field
 into an action. Times are paper times everywhere above :mod:`qsteer.clock`: ``t = 0`` is noise, ``t = 1`` is
@@ -12,85 +12,146 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from typing import Any, Protocol, runtime_checkable
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
+
+from qsteer.clock import PAPER, Clock, Time
 
 type Bounds = tuple[float, float] | None
 type Observation = Tensor | Mapping[str, Tensor]
 
 
-@runtime_checkable
-class Field(Protocol):
+class Field(ABC):
     """The frozen policy's velocity for fixed observations; it points from noise to action.
 
-    Optional attributes are read when present: ``clock`` (a :class:`qsteer.clock.Clock`, the host's own step
-    grid), ``base`` (on a steered field: the field as it was before any rule), ``features`` (what the policy
-    made of its observations, for learnt maps and critics: a tensor (B, F), or tokens (B, L, F) and their mask
-    (B, L)) and ``dtype`` (the coarsest it computes in, if that is not the dtype of x). Two optional methods
-    are used: ``truncated(layers)`` returns the same velocity, whose gradient runs through the denoiser's last
-    layers only, and ``chain(steps)``, on a steered field, the field for one chain of so many steps.
+    Make one of a function with :func:`qsteer.field`. A subclass writes :meth:`__call__` and :meth:`repeat`;
+    everything else has a default.
+
+    Attributes:
+        clock: the step grid on which a sampler integrates, and the host's time.
+        features: what the policy made of its observations, for learnt maps and critics: a tensor (B, F), or
+            tokens (B, L, F) and their mask (B, L); None: nothing.
+        dtype: the coarsest floating-point type the velocity is computed in; None: that of x.
     """
 
-    def __call__(self, x: Float[Tensor, "B H A"], t: Float[Tensor, "B"], /) -> Float[Tensor, "B H A"]:
-        """Return the velocity dx/dt at ``x`` and time ``t``."""
-        ...
+    clock: Clock = PAPER
+    features: Any = None
+    dtype: torch.dtype | None = None
 
+    @abstractmethod
+    def __call__(self, x: Float[Tensor, "B H A"], t: Time, /) -> Float[Tensor, "B H A"]:
+        """Return the velocity dx/dt at ``x`` and time ``t``.
+
+        Args:
+            x: noisy action chunks.
+            t: the time of all rows, a float in [0, 1], or one time per row, a tensor (B,).
+        """
+
+    @abstractmethod
     def repeat(self, k: int, /) -> "Field":
         """Return the field for ``k`` rows per observation: ``b*k .. b*k+k-1`` belong to observation ``b``."""
-        ...
+
+    @property
+    def base(self) -> "Field":
+        """The field before any rule: of an unsteered field, itself."""
+        return self
+
+    def chain(self, steps: int | None, /) -> "Field":
+        """Return the field for one Euler chain of ``steps`` steps from 0 to 1; None: the clock's number.
+
+        Samplers call it before the first step. A steered field counts steps, and forgets what its rule
+        remembers of an earlier chain; any other is itself.
+        """
+        return self
+
+    def truncated(self, layers: int, /) -> "Field":
+        """Return the same velocity, whose gradient runs through the denoiser's last ``layers`` layers only.
+
+        Raises:
+            ValueError: the field does not know its layers, or has fewer.
+        """
+        raise ValueError(
+            f"layers={layers}: expected the velocity of a policy whose layers are known, got "
+            f"{type(self).__name__}; name them in the policy's Host record, or leave layers out"
+        )
 
 
-@runtime_checkable
-class Value(Protocol):
+class Value(ABC):
     """A critic bound to fixed observations, its ensemble reduced to one (pessimistic) number per row.
 
-    One optional attribute is read when present: ``mask``, a tensor (H, A) that is 0 on action entries which
-    the critic
-    never sees (padding, steps that are not executed). Masked entries receive no guidance.
+    Make one of a function with :func:`qsteer.value`. A subclass writes :meth:`__call__` and :meth:`repeat`,
+    and :meth:`members` if it is an ensemble.
+
+    Attributes:
+        mask: (H, A), 0 on action entries which the critic does not see (padding, steps that are not
+            executed) and which receive no guidance; None: it sees all.
     """
 
+    mask: Tensor | None = None
+
+    @abstractmethod
     def __call__(self, a: Float[Tensor, "B H A"], /) -> Float[Tensor, "B"]:
         """Return the value of each clean action chunk."""
-        ...
 
+    @abstractmethod
     def repeat(self, k: int, /) -> "Value":
         """Return the value for ``k`` rows per observation, in the order of :meth:`Field.repeat`."""
-        ...
 
     def members(self, a: Float[Tensor, "B H A"], /) -> Float[Tensor, "J B"]:
-        """Return what each ensemble member says of each action chunk."""
-        ...
+        """Return what each ensemble member says of each action chunk; by default, an ensemble of one."""
+        return self(a)[None]
 
 
-@runtime_checkable
-class PosteriorSampler(Protocol):
+class PosteriorSampler(ABC):
     """Samples of the endpoint posterior ``p(x1 | x_t = x)``, one per noise, differentiable in x.
 
-    Two optional methods are used when present: ``on(field)`` returns the sampler for the policy and the
-    observations at hand, and ``given(v, eps, x, t)`` the same samples where the policy's ``v = v(x, t)`` is
-    known.
+    Rules also take a plain function ``(eps: (N, B, H, A), x, t: (B,)) -> x1: (N, B, H, A)``.
     """
 
+    @abstractmethod
     def __call__(
-        self, eps: Float[Tensor, "N B H A"], x: Float[Tensor, "B H A"], t: Float[Tensor, "B"], /
+        self, eps: Float[Tensor, "N B H A"], x: Float[Tensor, "B H A"], t: Time, /
     ) -> Float[Tensor, "N B H A"]:
         """Return N samples per row."""
-        ...
+
+    def on(self, field: Field, /) -> "PosteriorSampler":
+        """Return the sampler for a policy's velocity and the observations which it is closed over."""
+        return self
+
+    def repeat(self, k: int, /) -> "PosteriorSampler":
+        """Return the sampler for ``k`` rows per observation; nothing is encoded again."""
+        return self
+
+    def draw(
+        self, field: Field, eps: Float[Tensor, "N B H A"], x: Float[Tensor, "B H A"], t: Time, /
+    ) -> tuple[Float[Tensor, "B H A"], Float[Tensor, "N B H A"]]:
+        """Return the policy's velocity v(x, t) and N samples per row.
+
+        A sampler that asks the policy at (x, t) itself shares that one evaluation.
+        """
+        with torch.no_grad():
+            v = field(x, t)
+        return v, self(eps, x, t)
 
 
-@runtime_checkable
-class Jump(Protocol):
+class Jump(ABC):
     """A two-time jump of the flow: ``(x at time r, r, t) -> x at time t``.
 
-    Two optional methods are used when present: ``on(field)`` returns the jump for the policy and the
-    observations at hand, and ``repeat(k)`` the jump for k rows per observation.
+    :class:`~qsteer.BeamSearch` also takes a plain function of ``(x: (R, H, A), r: (R,), t: (R,))``.
     """
 
-    def __call__(
-        self, x: Float[Tensor, "B H A"], r: Float[Tensor, "B"], t: Float[Tensor, "B"], /
-    ) -> Float[Tensor, "B H A"]:
+    @abstractmethod
+    def __call__(self, x: Float[Tensor, "B H A"], r: Time, t: Time, /) -> Float[Tensor, "B H A"]:
         """Return the states at time t."""
-        ...
+
+    def on(self, field: Field, /) -> "Jump":
+        """Return the jump for a policy's velocity and the observations which it is closed over."""
+        return self
+
+    def repeat(self, k: int, /) -> "Jump":
+        """Return the jump for ``k`` rows per observation; nothing is encoded again."""
+        return self
 
 
 class Rule(ABC):
@@ -100,11 +161,15 @@ class Rule(ABC):
     def __call__(self, field: Field, value: Value, /) -> Field:
         """Return ``field`` steered towards higher ``value``."""
 
+    def generators(self, device: torch.device, /) -> list[torch.Generator]:
+        """Return the random generators on a device which the rule keeps for itself."""
+        return []
+
 
 class Sampler(ABC):
     """Turns a field into an action. Subclasses are frozen dataclasses.
 
-    Several candidates are the sampler's own affair.
+    A sampler that compares several candidates makes them itself.
     """
 
     @abstractmethod

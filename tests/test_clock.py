@@ -6,7 +6,9 @@ import torch
 from fields import DOUBLE, Gaussian, Host, as_installed, noise, nonlinear, total
 
 import qsteer
-from qsteer.clock import MIRRORED, PAPER, Clock, clock_of
+from qsteer.clock import MIRRORED, PAPER, Clock
+from qsteer.flow import expand_time
+from qsteer.types import Field
 
 STEPS = range(1, 51)
 RULES = [
@@ -62,7 +64,7 @@ def test_any_clock_gives_the_host_its_own_float32_times(start, end):
     clock = Clock(noise=start, action=end)
     x = torch.zeros(2, 1, 1)
     for steps in STEPS:
-        got = torch.stack([clock.to_host(clock.times(t, x)) for t, _ in clock.grid(steps)])
+        got = torch.stack([expand_time(clock.to_host(t), x, torch.float32) for t, _ in clock.grid(steps)])
         expected = np.float32([start + i * ((end - start) / steps) for i in range(steps)])
         assert torch.equal(got, torch.from_numpy(expected)[:, None].expand(-1, 2))
 
@@ -115,12 +117,11 @@ def test_guided_window_includes_both_its_edges(clock, steps):
     for first in range(1, steps - 1):
         last = first + 1
         rule = qsteer.Tweedie(start=first / steps, stop=last / steps)
-        x = torch.zeros(1, 1, 1)
-        guided = [bool(rule.guides(clock.times(t, x))) for t, _ in clock.grid(steps)]
+        guided = [rule.guides(t) for t, _ in clock.grid(steps)]
         assert [i for i, g in enumerate(guided) if g] == [first, last]
 
 
-class Plain:
+class Plain(Field):
     def __call__(self, x, t):
         return x
 
@@ -129,15 +130,15 @@ class Plain:
 
 
 def test_fields_without_a_clock_run_on_the_papers():
-    assert clock_of(qsteer.field(nonlinear)) == PAPER == Clock() == Clock(0.0, 1.0, 1, 10)
-    assert clock_of(Plain()) == PAPER
-    assert clock_of(qsteer.field(nonlinear, clock=MIRRORED)) == MIRRORED
+    assert qsteer.field(nonlinear).clock == PAPER == Clock() == Clock(0.0, 1.0, 1, 10)
+    assert Plain().clock == PAPER
+    assert qsteer.field(nonlinear, clock=MIRRORED).clock == MIRRORED
 
 
 def test_steered_and_repeated_fields_keep_the_hosts_clock():
     field, value = qsteer.field(nonlinear, clock=MIRRORED), qsteer.value(total)
     steered = qsteer.Tweedie()(field, value)
-    assert clock_of(steered) == clock_of(steered.repeat(3)) == clock_of(field.repeat(3)) == MIRRORED
+    assert steered.clock == steered.repeat(3).clock == field.repeat(3).clock == MIRRORED
 
 
 def test_number_of_steps_is_the_samplers_else_the_clocks():

@@ -351,7 +351,7 @@ def test_keep_best_trusts_no_non_finite_value_as_best_of_n_does_not(kind, bad):
     x, trace = noise(4, 1, 2), qsteer.Trace(steps=False)
     field = qsteer.field(lambda x, t: torch.zeros_like(x))
 
-    class Shifted:
+    class Shifted(qsteer.Field):
         base = field
 
         def __call__(self, x, t):

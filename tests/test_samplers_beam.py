@@ -26,6 +26,7 @@ from torch import Tensor
 import qsteer
 from qsteer.clock import MIRRORED, PAPER
 from qsteer.maps import EulerMap, FlowMap, MapConfig
+from qsteer.types import Jump
 
 SIZES = [(1, 0, 1), (3, 0, 2), (1, 1, 1), (4, 1, 4), (3, 2, 2), (2, 3, 1)]
 
@@ -210,19 +211,19 @@ def test_particles_keep_their_own_observation(k, learnt, rule):
     goals = torch.tensor([-300.0, 0.0, 500.0], dtype=DOUBLE)[:, None, None]
 
     @dataclass(frozen=True)
-    class Jump:
+    class Own(Jump):
         o: Tensor
 
         def __call__(self, x, r, t):
-            return x + (t - r)[:, None, None] * (self.o + 0.1 * torch.sin(x))
+            return x + (t - r) * (self.o + 0.1 * torch.sin(x))
 
         def repeat(self, k):
-            return Jump(self.o.repeat_interleave(k, 0))
+            return Own(self.o.repeat_interleave(k, 0))
 
     field = qsteer.field(lambda x, t, o: o + torch.sin(x), goals)
     value = qsteer.value(lambda a, o: -(a - o).square().flatten(1).sum(1), goals)
     torch.manual_seed(0)
-    sampler = beam(4, k, 3, flow_map=Jump(goals) if learnt else None)
+    sampler = beam(4, k, 3, flow_map=Own(goals) if learnt else None)
     out = qsteer.sample(field, value, noise(3, 2, 2), rule=rule, sampler=sampler)
     assert ((out - goals).abs() < 150).all()
 

@@ -120,9 +120,8 @@ def test_memory_is_bounded_by_keep_and_the_latest_actions_stay():
     np.testing.assert_array_equal(
         trace.arrays()["value"], traced(qsteer.Tweedie(), actions=7).arrays()["value"][-9:]
     )
-    assert not any(
-        tensor.requires_grad for action in trace.actions for step in action for tensor in vars(step).values()
-    )
+    parts = [part for action in trace.actions for step in action for part in vars(step).values()]
+    assert not any(part.requires_grad for part in parts if isinstance(part, torch.Tensor))
 
 
 def test_actions_guided_at_other_times_than_the_last_are_left_out_of_the_arrays():
@@ -237,5 +236,7 @@ def test_threads_may_share_a_trace():
         thread.start()
     for thread in threads:
         thread.join()
-    assert sorted({len(step.t) for step in action}.pop() for action in trace.actions) == [1, 2]
-    assert all(len(action) == 9 and len({len(step.t) for step in action}) == 1 for action in trace.actions)
+    assert sorted({len(step.value) for step in action}.pop() for action in trace.actions) == [1, 2]
+    assert all(
+        len(action) == 9 and len({len(step.value) for step in action}) == 1 for action in trace.actions
+    )

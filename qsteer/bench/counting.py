@@ -12,8 +12,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_hook
 
+from qsteer.clock import Clock, Time
 from qsteer.maps.networks import ChunkNetwork
-from qsteer.rules import truncated
 from qsteer.samplers import Euler
 from qsteer.sampling import sample
 from qsteer.types import Field, Rule, Sampler, Value
@@ -96,13 +96,13 @@ class Cost:
 
 
 @dataclass(frozen=True)
-class WatchedField:
-    """A field with something around each of its calls; it has its field's own attributes."""
+class WatchedField(Field):
+    """A field with something around each of its calls."""
 
     inner: Field
     around: Around
 
-    def __call__(self, x: Float[Tensor, "B H A"], t: Float[Tensor, "B"]) -> Float[Tensor, "B H A"]:
+    def __call__(self, x: Float[Tensor, "B H A"], t: Time) -> Float[Tensor, "B H A"]:
         """Return the velocity."""
         return self.around(lambda x: self.inner(x, t), x)
 
@@ -112,15 +112,27 @@ class WatchedField:
 
     def truncated(self, layers: int) -> "WatchedField":
         """Return the field with a truncated gradient, watched together with this one."""
-        return replace(self, inner=truncated(self.inner, layers))
+        return replace(self, inner=self.inner.truncated(layers))
 
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.inner, name)
+    @property
+    def clock(self) -> Clock:  # type: ignore[override]
+        """The field's clock."""
+        return self.inner.clock
+
+    @property
+    def features(self) -> Any:
+        """The field's features."""
+        return self.inner.features
+
+    @property
+    def dtype(self) -> torch.dtype | None:  # type: ignore[override]
+        """What the field computes in."""
+        return self.inner.dtype
 
 
 @dataclass(frozen=True)
-class WatchedValue:
-    """A value with something around each of its calls; it has its value's own attributes."""
+class WatchedValue(Value):
+    """A value with something around each of its calls."""
 
     inner: Value
     around: Around
@@ -137,8 +149,10 @@ class WatchedValue:
         """Return the repeated value, watched together with this one."""
         return replace(self, inner=self.inner.repeat(k))
 
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.inner, name)
+    @property
+    def mask(self) -> Tensor | None:  # type: ignore[override]
+        """The value's mask."""
+        return self.inner.mask
 
 
 @dataclass(frozen=True)

@@ -23,12 +23,11 @@ from qsteer.bench.counting import Cost, PassesByRows, Saved, count_into, counted
 from qsteer.bench.parts import Marks, Timed, TimedCritic, measure_parts
 from qsteer.bench.roofline import Ceilings, Work, counted_work, measure_ceilings
 from qsteer.bench.timing import Latency, Timer, peak_memory, reserved_memory, time_calls
-from qsteer.clock import clock_of
-from qsteer.flow import features_of
+from qsteer.flow import read_features
 from qsteer.maps import FlowMap, GlassPosterior, MapConfig, MetaFlowMap, MetaMapConfig
 from qsteer.steering.compiled import MismatchError, Mode
 from qsteer.testing.hosts import STATE, batch, make
-from qsteer.types import Bindable, Field, Rule, Sampler, Value
+from qsteer.types import Bindable, Rule, Sampler
 
 type Method = tuple[Rule | None, Sampler]
 
@@ -56,6 +55,10 @@ class Subject:
     def action(self) -> Tensor:
         """Return what the policy itself does."""
         return self.policy.predict_action_chunk(self.batch)
+
+    def open(self) -> qsteer.Opened:
+        """Return field, value and noise of an action before its first step."""
+        return qsteer.open_action(self.policy, self.batch, self.critic)
 
 
 @dataclass(frozen=True)
@@ -180,8 +183,8 @@ def list_methods(subject: Subject) -> dict[str, Method]:
 
 def make_maps(subject: Subject) -> tuple[MetaFlowMap, FlowMap]:
     """Return untrained maps for a policy: MLPs, or transformers of width 256 and depth 4 on its tokens."""
-    opened, _, noise = open_action(subject)
-    features = features_of(opened)
+    opened = subject.open()
+    features, noise = read_features(opened.field), opened.noise
     options: dict[str, Any] = {"horizon": noise.shape[1], "action_dim": noise.shape[2]}
     if isinstance(features, Tensor):
         options |= {"features": features.shape[-1]}
@@ -193,25 +196,6 @@ def make_maps(subject: Subject) -> tuple[MetaFlowMap, FlowMap]:
     for network in made:
         network.to(subject.device).requires_grad_(False)
     return made
-
-
-@dataclass(frozen=True)
-class _Opened(Sampler):
-    """Keeps what a sampler is given."""
-
-    seen: list[tuple[Field, Value, Tensor]]
-
-    def __call__(self, field: Field, value: Any, noise: Tensor) -> Tensor:
-        self.seen.append((field, value, noise))
-        return noise
-
-
-def open_action(subject: Subject) -> tuple[Field, Value, Tensor]:
-    """Return field, value and noise of an action before its first step."""
-    seen: list[tuple[Field, Value, Tensor]] = []
-    with qsteer.steer(subject.policy, subject.critic, _Opened(seen)):
-        subject.action()
-    return seen[0]
 
 
 def copy_sharing_weights(policy: nn.Module) -> Any:
@@ -364,7 +348,7 @@ def list_single_passes(subject: Subject, costs: Iterable[Cost]) -> dict[str, Cal
     A forward of the policy or the critic without a graph, one with a graph and its backward, on as many rows
     as they were counted with; and the critic's encoder.
     """
-    opened, value, noise = open_action(subject)
+    opened, value, noise = subject.open()
     kinds = sorted({kind for cost in costs for kind in _passes(cost, len(noise))})
     calls = {str(kind): _pass(opened if kind[0] == "policy" else value, noise, *kind) for kind in kinds}
     return calls | {"bind": partial(subject.critic.bind, subject.batch)}
@@ -403,12 +387,11 @@ def _pass(network: Any, noise: Tensor, kind: str, rows: int, backward: bool) -> 
     """Return a call of one pass on ``rows`` rows per observation."""
     network = network.repeat(rows) if rows > 1 else network
     x = noise.repeat_interleave(rows, 0)
-    t = clock_of(network).times(0.5, x)
 
     def call() -> None:
         with torch.set_grad_enabled(backward):
             entered = x.detach().requires_grad_(backward)
-            out = network(entered, t) if kind == "policy" else network(entered)
+            out = network(entered, 0.5) if kind == "policy" else network(entered)
             if backward:
                 torch.autograd.grad(out.sum(), entered)
 
@@ -417,7 +400,7 @@ def _pass(network: Any, noise: Tensor, kind: str, rows: int, backward: bool) -> 
 
 def describe_conditions(subject: Subject) -> dict[str, Any]:
     """Return what a measurement depends on."""
-    policy, device, noise = subject.policy, subject.device, open_action(subject)[2]
+    policy, device, noise = subject.policy, subject.device, subject.open().noise
     on_gpu, host = device.type == "cuda", qsteer.adapters.host_of(policy)
     name = torch.cuda.get_device_name(device) if on_gpu else platform.processor() or platform.machine()
     return {

@@ -48,9 +48,9 @@ def run_latency(args: argparse.Namespace) -> None:
     """Run the command."""
     from qsteer.bench.latency import list_methods, make_maps, make_subject, measure
     from qsteer.bench.report import as_json, format_report
-    from qsteer.envs.rollouts import write_json
     from qsteer.evaluation.arms import Maps, parse
     from qsteer.evaluation.plots import plot_latency
+    from qsteer.files import write_json
 
     if args.threads is not None:
         torch.set_num_threads(args.threads)

@@ -43,9 +43,10 @@ def run(args: argparse.Namespace) -> None:
     """Run the command."""
     from qsteer.critics import Critic
     from qsteer.envs import ogbench
-    from qsteer.envs.rollouts import EVALUATION_SEED, TUNING_SEED, write_json
+    from qsteer.envs.seeds import EVALUATION_SEED, TUNING_SEED
     from qsteer.evaluation.arms import Maps, parse
     from qsteer.evaluation.compare import compare, format_comparison
+    from qsteer.files import write_json
     from qsteer.policies import FlowPolicy
 
     task = RECIPES[args.task]

@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
-from hashlib import sha256
 from typing import Any, Literal, Protocol, runtime_checkable
 
 import numpy as np
@@ -12,6 +11,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_map
 
 from qsteer.critics.targets import chunk_return, monte_carlo_target
+from qsteer.fingerprints import fingerprint
 
 type Need = Literal["actions", "next_state", "next_actions", "returns"]
 
@@ -77,10 +77,7 @@ class Episodes:
 
     def fingerprint(self) -> str:
         """Return a hash of the content: a resumed run must see the data that it started with."""
-        digest = sha256()
-        for f in fields(self):
-            digest.update(getattr(self, f.name).cpu().contiguous().numpy())
-        return digest.hexdigest()[:16]
+        return fingerprint(getattr(self, f.name) for f in fields(self))
 
 
 @dataclass(frozen=True)
@@ -201,7 +198,7 @@ class Chunks:
         return torch.minimum(start[:, None] + self.steps, self.last[start, None])
 
 
-def joined(batches: Sequence[Transitions]) -> Transitions:
+def join_transitions(batches: Sequence[Transitions]) -> Transitions:
     """Return several batches as one."""
 
     def column(name: str) -> Any:

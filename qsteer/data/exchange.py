@@ -1,6 +1,6 @@
 """Exchange of what was collected with OGBench and LeRobot.
 
-Everything passes through :class:`~qsteer.data.replay.Trajectory`: ``Replay.trajectories()`` gives them,
+Everything passes through :class:`~qsteer.data.Trajectory`: ``Replay.trajectories()`` gives them,
 :func:`fill` takes them, and so does :func:`to_episodes`, for states that are to be offline data. OGBench's
 columns are read by ``Episodes.from_ogbench``, which also takes what ``numpy.load`` returns.
 """
@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from qsteer.data.episodes import Episodes
-from qsteer.data.replay import Replay, Rows, Trajectory
+from qsteer.data.layout import Rows, Trajectory
+from qsteer.data.replay import Replay
 from qsteer.types import Observation
 
 STATE, IMAGE, ACTION = "observation.state", "observation.image", "action"

@@ -5,186 +5,30 @@ a slot; the observation behind an episode's last row takes one more. Hence the o
 of the next slot, and no image is stored twice. Which rows may start a transition is found out once, when it
 becomes true, and kept in a queue per lane: drawing is exactly uniform and costs the same however much is
 stored.
-
-On disk each column is a memory-mapped ``.npy`` file. A new row is written to slots that nothing refers to;
-then the lanes' counters to the one of two places that does not hold; then a single aligned number, which says
-which place holds. So what :meth:`Replay.add` has returned from outlives a process that is killed at any
-instruction, and a row of which it has not returned is there for all lanes or for none.
 """
 
 import contextlib
-import fcntl
-import json
 import threading
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Int
 from torch import Tensor
 
 from qsteer.critics.targets import chunk_return, monte_carlo_target
-from qsteer.data.episodes import Chunks, Need, Transitions, joined
+from qsteer.data.episodes import Transitions
+from qsteer.data.files import ReplayFiles
+from qsteer.data.layout import Layout, Rows, Trajectory, column_name, to_numpy
 from qsteer.types import Observation
 
 SPARE = 2
 """Slots that one row may take: those which are written next are never part of what is stored."""
 
-DTYPES = ("uint8", "int32", "int64", "float16", "float32", "float64")
-
 # What a slot holds. A row's slot is 0 while its episode goes on behind it.
 TERMINAL, TRUNCATED, CUT, CLOSED, CLOSING = 1, 2, 4, 8, 16
 END = TERMINAL | TRUNCATED | CUT
-
-
-@dataclass(frozen=True, kw_only=True)
-class Layout:
-    """Shapes of a replay's rows, and what is drawn from them.
-
-    Attributes:
-        observations: O, for one float32 vector; or key -> (shape, dtype), such as
-            ``{"observation.images.image": ((3, 64, 64), "uint8")}``.
-        action_dim: A.
-        steps: n, primitive steps per row.
-        horizon: chunk length in rows; transitions have chunks of ``H = horizon * n`` actions.
-        gamma: discount per primitive step.
-        need: what the learner reads: ``"next_actions"`` (SARSA), ``"next_state"`` (TD, IQL) or ``"returns"``
-            (Monte Carlo).
-        lanes: N, environments.
-        capacity: rows and ends of episodes that a lane holds; the oldest give way.
-    """
-
-    observations: int | Mapping[str, tuple[tuple[int, ...], str]]
-    action_dim: int
-    steps: int = 1
-    horizon: int = 5
-    gamma: float = 0.99
-    need: Need = "next_actions"
-    lanes: int = 1
-    capacity: int = 100_000
-
-    def __post_init__(self) -> None:
-        """Check the values."""
-        for name in ("action_dim", "steps", "horizon", "lanes"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"Layout.{name}: expected at least 1, got {getattr(self, name)}")
-        if not 0 < self.gamma <= 1:
-            raise ValueError(f"Layout.gamma: expected a number in (0, 1], got {self.gamma}")
-        if self.need not in ("next_actions", "next_state", "returns"):
-            raise ValueError(
-                f"Layout.need: expected 'next_actions', 'next_state' or 'returns', got {self.need!r}"
-            )
-        for key, (_, dtype) in {} if isinstance(self.observations, int) else self.observations.items():
-            if dtype not in DTYPES:
-                raise ValueError(f"Layout.observations: expected {key} of one of {DTYPES}, got {dtype!r}")
-        if self.capacity <= self.span:
-            raise ValueError(
-                f"Layout.capacity: expected more than the {self.span} rows of a transition, got "
-                f"{self.capacity}; raise it, or lower the horizon"
-            )
-
-    @property
-    def span(self) -> int:
-        """Rows of a transition: those of the chunk, and with SARSA those of the next."""
-        return self.horizon * (2 if self.need == "next_actions" else 1)
-
-    @property
-    def columns(self) -> dict[str, tuple[tuple[int, ...], str]]:
-        """Name -> (shape, dtype) of a slot of each stored column."""
-        columns: dict[str, tuple[tuple[int, ...], str]] = {}
-        if isinstance(self.observations, int):
-            columns[_column("")] = (self.observations,), "float32"
-        else:
-            columns |= {
-                _column(key): (tuple(shape), dtype) for key, (shape, dtype) in self.observations.items()
-            }
-        columns |= {"actions": ((self.steps, self.action_dim), "float32"), "rewards": ((), "float32")}
-        columns |= {"executed": ((), "int32"), "codes": ((), "uint8")}
-        if self.need == "returns":
-            columns["returns"] = ((), "float32")
-        return columns
-
-    def usable(
-        self, stop: np.ndarray, over: np.ndarray, timed_out: np.ndarray, closed: np.ndarray, whole: np.ndarray
-    ) -> np.ndarray:
-        """Return the end of the rows of each episode that may start a transition: all before it may.
-
-        Args:
-            stop: slot behind the episode's last row so far.
-            over: it ended in a terminal, so what follows is not needed.
-            timed_out: it ended at a time limit.
-            closed: the observation behind the last row is stored.
-            whole: all n steps of the last row were executed.
-        """
-        if self.need == "next_actions":
-            end = stop - self.span + whole
-        elif self.need == "next_state":
-            end = stop - self.span + (closed & whole)
-        else:
-            end = np.where(timed_out, stop - self.span + whole, 0)
-        return np.where(over, stop, end)
-
-
-class Rows(NamedTuple):
-    """One row of every lane.
-
-    Attributes:
-        observations: before the row.
-        actions: what was executed, and from ``executed`` on anything.
-        rewards: ``sum_{k < executed} gamma^k r_k``.
-        terminals: the task is over after the row; nothing follows.
-        truncations: a time limit ended the episode; the world would go on.
-        executed: primitive steps, fewer than n only where the episode ends; ``None``: n.
-        next_observations: after the row; read where an episode ends, needed by nobody but ``"next_state"``
-            behind a truncation.
-    """
-
-    observations: Observation
-    actions: Float[Tensor, "N n A"]
-    rewards: Float[Tensor, "N"]
-    terminals: Bool[Tensor, "N"]
-    truncations: Bool[Tensor, "N"]
-    executed: Int[Tensor, "N"] | None = None
-    next_observations: Observation | None = None
-
-
-class Trajectory(NamedTuple):
-    """Consecutive rows of one episode, of which the first may be lost.
-
-    Attributes:
-        observations: before each of L rows.
-        actions: of each row.
-        rewards: of each row.
-        executed: primitive steps of each row.
-        terminal: the task is over after the last row.
-        truncated: a time limit ended the episode after it; if neither, nobody saw its end.
-        closing: the observation behind the last row, (1, ...), where it is stored.
-    """
-
-    observations: Observation
-    actions: Float[Tensor, "L n A"]
-    rewards: Float[Tensor, "L"]
-    executed: Int[Tensor, "L"]
-    terminal: bool
-    truncated: bool
-    closing: Observation | None
-
-    def __len__(self) -> int:
-        """Return the number of rows."""
-        return len(self.rewards)
-
-
-def columns_of(observations: Observation) -> int | dict[str, tuple[tuple[int, ...], str]]:
-    """Return ``Layout.observations`` for observations like these (B, ...)."""
-    if isinstance(observations, Tensor):
-        return observations.shape[1]
-    return {
-        key: (tuple(value.shape[1:]), str(value.dtype).removeprefix("torch."))
-        for key, value in observations.items()
-    }
 
 
 class Replay:
@@ -219,7 +63,7 @@ class Replay:
         self._slots = layout.capacity + SPARE
         self._lane = np.arange(layout.lanes)
         self._lock = threading.Lock()
-        self._files = None if directory is None else _Files(Path(directory), layout, self._slots)
+        self._files = None if directory is None else ReplayFiles(Path(directory), layout, self._slots)
         if self._files is not None:
             self._columns = {name: torch.from_numpy(column) for name, column in self._files.columns.items()}
         else:
@@ -277,34 +121,15 @@ class Replay:
             ValueError: a column has another shape or type, a row in the middle of an episode was not executed
                 to its end, or a truncated episode has no return (``"returns"`` with gamma 1).
         """
-        layout, n = self.layout, self.layout.steps
-        over = _array(rows.terminals).astype(bool)
-        timed_out = _array(rows.truncations).astype(bool) & ~over
-        ends = over | timed_out
-        executed = np.full(layout.lanes, n) if rows.executed is None else _array(rows.executed)
-        for name, value in (("terminals", over), ("truncations", timed_out), ("executed", executed)):
-            if value.shape != (layout.lanes,):
-                raise ValueError(
-                    f"Replay.add: expected {name} ({layout.lanes},), got {value.shape}; give one a lane"
-                )
-        whole = executed == n
-        if not (whole | ends).all() or executed.min() < 1 or executed.max() > n:
-            raise ValueError(
-                f"Replay.add: expected {n} executed steps, or 1 to {n} where an episode ends, got executed="
-                f"{executed.tolist()} with ends={ends.tolist()}; give rows of n steps"
-            )
-        if layout.need == "returns" and layout.gamma == 1 and timed_out.any():
-            raise ValueError(
-                "Replay.add: expected gamma < 1 for truncated episodes' returns, got 1; lower it"
-            )
+        layout = self.layout
+        over, timed_out, executed = layout.read_ends(rows)
+        ends, whole = over | timed_out, executed == layout.steps
         closed = ends if rows.next_observations is not None else np.zeros_like(ends)
-        columns = self._seen(rows.observations) | {
-            "actions": self._checked("actions", rows.actions),
-            "rewards": self._checked("rewards", rows.rewards),
+        columns = layout.read(rows.observations, {"actions": rows.actions, "rewards": rows.rewards}) | {
             "executed": executed,
             "codes": over * TERMINAL + timed_out * TRUNCATED + closed * CLOSED,
         }
-        behind = {} if rows.next_observations is None else self._seen(rows.next_observations)
+        behind = {} if rows.next_observations is None else layout.read(rows.next_observations)
 
         with self._exclusive():
             slot = self._used
@@ -327,14 +152,14 @@ class Replay:
             self._next = np.maximum(self._next, self._begin)
 
     def cut(self, lanes: Bool[Tensor, "N"] | None = None) -> None:
-        """Truncate the episodes that are running in these lanes (``None``: all).
+        """End the episodes that are running in these lanes (``None``: all); nobody saw how they went on.
 
         What can be drawn of them stays so; the next row starts an episode.
         """
         with self._exclusive():
             running = self._begin < self._used
             if lanes is not None:
-                running &= _array(lanes)
+                running &= to_numpy(lanes)
             (lane,) = running.nonzero()
             self._write({"codes": np.full(len(lane), CUT)}, lane, self._used[lane] - 1)
             self._begin[lane] = self._next[lane] = self._used[lane]
@@ -411,7 +236,7 @@ class Replay:
             for name in self.layout.columns:
                 self._columns[name][:, : state[name].shape[1]] = state[name].to(self._columns[name].device)
             self._host["codes"][:] = self._columns["codes"].cpu().numpy()
-            self._used, self.added = _array(state["used"]).copy(), int(state["added"])
+            self._used, self.added = to_numpy(state["used"]).copy(), int(state["added"])
             self._rebuild()
 
     @contextlib.contextmanager
@@ -487,40 +312,13 @@ class Replay:
 
     def _observations(self, columns: Mapping[str, Tensor], rows: Tensor) -> Observation:
         if isinstance(self.layout.observations, int):
-            return self._out(_take(columns[_column("")], rows))
-        return {key: self._out(_take(columns[_column(key)], rows)) for key in self.layout.observations}
+            return self._out(_take(columns[column_name("")], rows))
+        return {key: self._out(_take(columns[column_name(key)], rows)) for key in self.layout.observations}
 
     def _out(self, tensor: Tensor) -> Tensor:
         if self.device.type == "cuda" and not tensor.is_cuda:
             return tensor.pin_memory().to(self.device, non_blocking=True)
         return tensor.to(self.device)
-
-    def _seen(self, observations: Observation) -> dict[str, Tensor]:
-        """Return the columns of an observation."""
-        if isinstance(self.layout.observations, int):
-            if not isinstance(observations, Tensor):
-                raise ValueError(
-                    f"Replay.add: expected a tensor of observations, got {sorted(observations)}; name the "
-                    "columns in Layout.observations"
-                )
-            return {_column(""): self._checked(_column(""), observations)}
-        got = {} if isinstance(observations, Tensor) else observations
-        if missing := [key for key in self.layout.observations if key not in got]:
-            raise ValueError(
-                f"Replay.add: expected observations {sorted(self.layout.observations)}, got no {missing}; "
-                "give a mapping with the columns of Layout.observations"
-            )
-        return {_column(key): self._checked(_column(key), got[key]) for key in self.layout.observations}
-
-    def _checked(self, name: str, value: Tensor) -> Tensor:
-        column = self._columns[name]
-        expected = self.layout.lanes, *column.shape[2:]
-        if value.shape != expected or value.is_floating_point() != column.is_floating_point():
-            raise ValueError(
-                f"Replay.add: expected {name} {expected} of {column.dtype}, got {tuple(value.shape)} of "
-                f"{value.dtype}; give rows of the replay's Layout"
-            )
-        return value.to(column.dtype)
 
     def _write(self, columns: Mapping[str, Tensor | np.ndarray], lane: np.ndarray, slot: np.ndarray) -> None:
         """Write values to slots of the columns."""
@@ -528,7 +326,7 @@ class Replay:
             column = self._columns[name]
             at = slot % column.shape[1]
             if name in self._host:
-                self._host[name][lane, at] = _array(value)
+                self._host[name][lane, at] = to_numpy(value)
             if column.is_cuda:
                 index = torch.from_numpy(lane), torch.from_numpy(at)
                 column[index] = torch.as_tensor(value).to(column.device, column.dtype)
@@ -611,134 +409,6 @@ class Replay:
         return np.append(first, (stop + (code & CLOSED > 0))[:-1])[: len(stop)], stop, code
 
 
-class Mixed:
-    """Offline and online transitions in one batch: offline rows first, and alone until there are others.
-
-    Args:
-        offline: chunks of the data.
-        online: what environments do; with chunks of the same length and the same discount.
-        ratio: share of online transitions in a batch; ``None``: uniform over all transitions of both.
-        lanes: of the replay (``None``: all).
-
-    Raises:
-        ValueError: ``ratio`` is no share, or chunks or discounts differ.
-    """
-
-    def __init__(
-        self,
-        offline: Chunks,
-        online: Replay,
-        ratio: float | int | None = None,
-        lanes: slice | range | None = None,
-    ) -> None:
-        if ratio is not None and not 0 <= ratio <= 1:
-            raise ValueError(f"Mixed.ratio: expected None or a share in [0, 1], got {ratio}")
-        layout = online.layout
-        there = layout.horizon * layout.steps, layout.gamma ** (layout.horizon * layout.steps)
-        if (offline.horizon, offline.discount) != there:
-            raise ValueError(
-                f"Mixed: expected chunks (H, gamma^H) of both alike, got {there} online and "
-                f"{(offline.horizon, offline.discount)} offline; build both with the same horizon and gamma"
-            )
-        self.offline, self.online, self.ratio, self.lanes = offline, online, ratio, lanes
-
-    def __len__(self) -> int:
-        """Return the number of transitions of both."""
-        return len(self.offline) + self.online.size(self.lanes)
-
-    def sample(self, batch_size: int, generator: torch.Generator) -> Transitions:
-        """Draw transitions with replacement; ``rows`` of the replay count on from the data's last.
-
-        With ``ratio=None`` the number of online ones is drawn too: every transition is as likely as any
-        other. Otherwise it is the nearest to ``ratio * batch_size``.
-        """
-        online = self.online.size(self.lanes)
-        if not online:
-            fresh = 0
-        elif self.ratio is None:
-            device = generator.device
-            draw = torch.randint(
-                len(self.offline) + online, (batch_size,), generator=generator, device=device
-            )
-            fresh = int((draw >= len(self.offline)).sum())
-        else:
-            fresh = round(self.ratio * batch_size)
-        if not fresh:
-            return self.offline.sample(batch_size, generator)
-        new = self.online.sample(fresh, generator, self.lanes)
-        new = replace(new, rows=new.rows + len(self.offline.episodes))
-        if fresh == batch_size:
-            return new
-        return joined([self.offline.sample(batch_size - fresh, generator), new])
-
-
-class _Files:
-    """Columns of a replay in a directory, and the counters that say which of their slots hold."""
-
-    def __init__(self, path: Path, layout: Layout, slots: int) -> None:
-        path.mkdir(parents=True, exist_ok=True)
-        self._lock = (path / "lock").open("w")
-        try:
-            fcntl.lockf(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise RuntimeError(
-                f"{path}: expected a replay of this process alone, got one that another has open; stop it, "
-                "or use another directory"
-            ) from None
-        identity = json.loads(json.dumps(asdict(layout)))
-        described = path / "layout.json"
-        if existing := described.exists():
-            found = json.loads(described.read_text())
-            if names := sorted(name for name in found | identity if found.get(name) != identity.get(name)):
-                raise ValueError(
-                    f"{path}: expected a replay with {', '.join(f'{n}={identity.get(n)!r}' for n in names)}, "
-                    f"got one with {', '.join(f'{n}={found.get(n)!r}' for n in names)}; go back to the "
-                    "former layout, or use another directory"
-                )
-
-        def column(name: str, size: tuple[int, ...], dtype: str) -> np.memmap:
-            file = path / f"{name}.npy"
-            return np.lib.format.open_memmap(
-                file, "r+" if existing else "w+", **({} if existing else {"dtype": dtype, "shape": size})
-            )
-
-        sizes = {
-            name: ((layout.lanes, slots, *shape), dtype) for name, (shape, dtype) in layout.columns.items()
-        }
-        self._maps = {name: column(name, *size) for name, size in sizes.items()}
-        self._maps["counters"] = column("counters", (1 + 2 * (layout.lanes + 1),), "int64")
-        if not existing:
-            self.flush()
-            temporary = path / "layout.json.tmp"
-            temporary.write_text(json.dumps(identity, indent=2))
-            temporary.replace(described)
-        self.columns = {name: np.asarray(self._maps[name]) for name in sizes}
-        counters = np.asarray(self._maps["counters"])
-        self._commits, self._blocks = counters[:1], counters[1:].reshape(2, -1)
-
-    def committed(self) -> tuple[np.ndarray, int]:
-        """Return the slots used in each lane and the rows added."""
-        block = self._blocks[self._commits[0] % 2]
-        return block[:-1].copy(), int(block[-1])
-
-    def commit(self, used: np.ndarray, added: int) -> None:
-        """Make what was written hold: the last store is of one aligned number."""
-        commits = self._commits[0] + 1
-        block = self._blocks[commits % 2]
-        block[:-1], block[-1] = used, added
-        self._commits[0] = commits
-
-    def flush(self) -> None:
-        """Write everything to the disk, the counters last."""
-        for column in self._maps.values():
-            column.flush()
-
-
-def _column(key: str) -> str:
-    """The column of an observation's entry; ``""`` stands for an observation that is one tensor."""
-    return f"observations.{key}" if key else "observations"
-
-
 def _take(column: Tensor, rows: Tensor) -> Tensor:
     """Return ``column[rows]``, which on a CPU takes several times as long."""
     return column.index_select(0, rows.flatten()).unflatten(0, rows.shape)
@@ -748,7 +418,3 @@ def _slice(lanes: slice | range | None) -> slice:
     if lanes is None:
         return slice(None)
     return slice(lanes.start, lanes.stop) if isinstance(lanes, range) else lanes
-
-
-def _array(value: Tensor | np.ndarray) -> np.ndarray:
-    return value.detach().cpu().numpy() if isinstance(value, Tensor) else value

@@ -22,7 +22,7 @@ from typing import Any, SupportsFloat
 
 import numpy as np
 
-from qsteer.envs.simulators import choose_graphics, numpy_seed
+from qsteer.envs.platform import choose_graphics, numpy_seed
 
 try:
     import gymnasium

@@ -29,7 +29,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from qsteer.envs.simulators import numpy_seed
+from qsteer.envs.platform import numpy_seed
 
 try:
     import gymnasium

@@ -27,7 +27,7 @@ import numpy as np
 import torch
 
 from qsteer.data.episodes import Episodes
-from qsteer.envs.simulators import choose_graphics, numpy_seed
+from qsteer.envs.platform import choose_graphics, numpy_seed
 
 try:
     import gymnasium

@@ -11,7 +11,7 @@ import json
 import multiprocessing
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -27,6 +27,8 @@ from torch import Tensor
 from torch.utils._pytree import tree_map
 from tqdm import tqdm
 
+from qsteer.envs.seeds import EVALUATION_SEED
+from qsteer.files import write_json
 from qsteer.statistics import wilson_interval
 
 try:
@@ -36,14 +38,10 @@ try:
 except ModuleNotFoundError as error:
     raise ModuleNotFoundError('rollouts need gymnasium: pip install "qsteer[ogbench]"') from error
 
-EVALUATION_SEED = 10_000
-"""First seed of the episodes that are reported."""
-TUNING_SEED = 20_000
-"""First seed of the episodes on which strengths are chosen. Never report what was tuned on."""
 OUTCOMES = ("success", "sum_reward", "max_reward", "length")
 
 type MakeEnv = Callable[[], gymnasium.Env]
-type Act = Callable[[Tensor, Tensor], Tensor]
+type Agent = Callable[[Tensor, Tensor], Tensor]
 
 
 @dataclass(frozen=True)
@@ -110,7 +108,7 @@ class Rollouts:
 
 def rollout(
     make_env: MakeEnv,
-    act: Act,
+    act: Agent,
     *,
     horizon: int,
     episodes: int = 100,
@@ -125,16 +123,6 @@ def rollout(
         return simulators.rollout(
             act, episodes=episodes, seed=seed, name=name, record=record, progress=progress
         )
-
-
-def write_json(report: Mapping[str, Any], path: str | Path) -> Path:
-    """Write a report, whole or not at all."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(json.dumps(report, indent=1) + "\n")
-    os.replace(temporary, path)
-    return path
 
 
 class Simulators:
@@ -178,7 +166,7 @@ class Simulators:
 
     def rollout(
         self,
-        act: Act,
+        act: Agent,
         *,
         episodes: int = 100,
         seed: int = EVALUATION_SEED,

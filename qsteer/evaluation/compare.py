@@ -10,7 +10,8 @@ import torch
 from qsteer.bench.counting import count
 from qsteer.bench.timing import time_calls
 from qsteer.critics.critic import Critic
-from qsteer.envs.rollouts import EVALUATION_SEED, MakeEnv, Rollouts, Simulators
+from qsteer.envs.rollouts import MakeEnv, Rollouts, Simulators
+from qsteer.envs.seeds import EVALUATION_SEED
 from qsteer.evaluation.arms import Arm
 from qsteer.policies import FlowPolicy
 from qsteer.statistics import paired_bootstrap, wilson_interval
@@ -45,9 +46,10 @@ def compare(
         progress: show progress bars.
 
     Returns:
-        A JSON-able report ``{"seed", "arms": [{"name", "spec", "kind", "success", "low", "high", "episodes",
-        ...}]}`` (rates in [0, 1] with 95 % Wilson intervals; ``difference`` with a paired bootstrap interval;
-        evaluations and milliseconds per action of one observation) and the rollouts.
+        A JSON-able report and the rollouts. The report holds ``seed`` and ``arms``, and of each arm ``name``,
+        ``spec``, ``kind``, ``success``, ``low``, ``high``, ``episodes`` and more (rates in [0, 1] with 95 %
+        Wilson intervals; ``difference`` with a paired bootstrap interval; evaluations and milliseconds per
+        action of one observation).
     """
     with Simulators(make_env, horizon=policy.config.horizon, num_envs=min(num_envs, episodes)) as simulators:
         runs = [

@@ -7,9 +7,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from qsteer.clock import clock_of
-from qsteer.flow import begin
-from qsteer.rules import Guidance, Tweedie
+from qsteer.rules import Guidance, Steered, Tweedie
 from qsteer.sampling import outside_inference_mode
 from qsteer.types import Field, Value
 
@@ -60,17 +58,16 @@ def agreement(
     Raises:
         ValueError: it guides none.
     """
-    asked = {name: rule.on(field) for name, rule in {**rules, "": truth}.items()}
-    steered, x = begin(truth(field, value), steps), noise
-    clock, times, found = clock_of(steered), [], []
+    asked = {
+        name: Steered(rule.on(field), field, value, steps) for name, rule in {**rules, "": truth}.items()
+    }
+    steered, x = truth(field, value).chain(steps), noise
+    clock, times, found = steered.clock, [], []
     with outside_inference_mode():
-        for moment, dt in clock.grid(steps):
-            t = clock.times(moment, x)
-            if truth.guides(t, clock.steps).all():
-                times.append(moment)
-                found.append(
-                    {n: direction(rule, field, value, x, t, clock.steps) for n, rule in asked.items()}
-                )
+        for t, dt in clock.grid(steps):
+            if truth.guides(t, clock.steps):
+                times.append(t)
+                found.append({name: direction(rule, x, t) for name, rule in asked.items()})
             x = x + dt * steered(x, t)
     if not found:
         raise ValueError(
@@ -89,15 +86,8 @@ def agreement(
     return result
 
 
-def direction(
-    rule: Guidance, field: Field, value: Value, x: Tensor, t: Tensor, steps: int
-) -> Float[Tensor, "B HA"]:
-    """Return a rule's unscaled gradient on the entries which the critic sees; NaN on unguided rows."""
-    guided = rule.guides(t, steps)
-    if not guided.any():
+def direction(steered: Steered, x: Float[Tensor, "B H A"], t: float) -> Float[Tensor, "B HA"]:
+    """Return a rule's unscaled gradient on the entries which the critic sees; NaN at unguided times."""
+    if not steered.rule.guides(t, steered.clock.steps):
         return torch.full_like(x.flatten(1), torch.nan, dtype=torch.float64, device="cpu")
-    with torch.enable_grad():
-        g = rule.ascent(field, value, x.detach(), t).gradient
-    if (mask := getattr(value, "mask", None)) is not None:
-        g = torch.where(mask.bool(), g, 0.0)
-    return torch.where(guided[:, None], g.flatten(1), torch.nan).double().cpu()
+    return steered.ascend(x.detach(), t).gradient.flatten(1).double().cpu()

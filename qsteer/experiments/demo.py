@@ -11,12 +11,13 @@ from pathlib import Path
 from qsteer.critics import Critic
 from qsteer.data import Episodes
 from qsteer.envs import ogbench
-from qsteer.envs.rollouts import Rollouts, write_json
+from qsteer.envs.rollouts import Rollouts
 from qsteer.evaluation.arms import describe_arm, parse
 from qsteer.evaluation.compare import compare, format_comparison
 from qsteer.evaluation.plots import plot_success
 from qsteer.evaluation.video import RenderError, side_by_side
 from qsteer.experiments.tasks import RECIPES, Task, run_directory
+from qsteer.files import write_json
 from qsteer.policies import FlowPolicy
 from qsteer.trace import Trace
 from qsteer.training import train_critic, train_policy

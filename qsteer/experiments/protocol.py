@@ -21,7 +21,7 @@ from pathlib import Path
 import numpy as np
 
 from qsteer.experiments.tasks import TASKS, Task
-from qsteer.online.loop import OnlineTraining
+from qsteer.online.settings import OnlineTraining
 from qsteer.statistics import interquartile_mean, seed_bootstrap, stratified_bootstrap
 from qsteer.training.critic import CriticTraining
 from qsteer.training.policy import PolicyTraining
@@ -124,9 +124,9 @@ def run_protocol(
     from qsteer.critics import LiveCritic
     from qsteer.data import Chunks, Episodes
     from qsteer.envs import ogbench
-    from qsteer.envs.rollouts import write_json
     from qsteer.evaluation.arms import parse
     from qsteer.evaluation.compare import compare
+    from qsteer.files import write_json
     from qsteer.online.actors import StateActor
     from qsteer.online.loop import train_online
     from qsteer.samplers import Euler

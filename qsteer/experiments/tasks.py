@@ -4,7 +4,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from qsteer.online.fmq import FMQTraining
-from qsteer.online.loop import OnlineTraining
+from qsteer.online.settings import OnlineTraining
 from qsteer.rules import Tweedie
 from qsteer.training.critic import CriticTraining
 from qsteer.training.maps import FlowMapTraining, MetaTraining

@@ -1,21 +1,19 @@
 """Flow maps: jumps between two times of the flow, learnt, or made of the frozen policy's own integration."""
 
-import contextlib
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
-from huggingface_hub import ModelCard, PyTorchModelHubMixin
 from jaxtyping import Float
-from torch import Tensor, nn
+from torch import Tensor
 
-from qsteer.clock import clock_of
-from qsteer.course import known
-from qsteer.flow import begin, features_of, normal, repeat_rows, rows
+from qsteer.clock import Time
+from qsteer.flow import expand_time, factor, normal, read_features, repeat_rows
+from qsteer.hub import HubModule
 from qsteer.maps.networks import ChunkMLP, ChunkNetwork, ChunkTransformer
-from qsteer.types import Field
+from qsteer.types import Field, Jump
 
 CARD = """---
 {{ card_data }}
@@ -94,7 +92,7 @@ class MapConfig:
         return ChunkTransformer(**shape, width=self.width, depth=self.depth, heads=self.heads)
 
 
-class LearntMap(nn.Module, PyTorchModelHubMixin):
+class LearntMap(HubModule):
     """What learnt maps have in common: how they are bound to observations, saved and loaded."""
 
     config: MapConfig
@@ -114,24 +112,8 @@ class LearntMap(nn.Module, PyTorchModelHubMixin):
         with torch.no_grad():
             return self.net.encode(normal(features))
 
-    @classmethod
-    def _from_pretrained(cls, *, strict: bool = True, **hub: Any) -> "LearntMap":
-        """Load with the hub's machinery, but refuse a checkpoint that lacks weights."""
-        with contextlib.redirect_stdout(None):  # the hub says where it loads from
-            return super()._from_pretrained(strict=strict, **hub)
 
-    def generate_model_card(self, **card: Any) -> ModelCard:
-        """Return the model card that ``save_pretrained`` and ``push_to_hub`` write as README.md."""
-        return super().generate_model_card(config=self.config, **card)
-
-
-class FlowMap(
-    LearntMap,
-    library_name="qsteer",
-    tags=["qsteer", "robotics", "flow-matching", "flow-map"],
-    pipeline_tag="robotics",
-    model_card_template=CARD,
-):
+class FlowMap(LearntMap, tags=["qsteer", "robotics", "flow-matching", "flow-map"], model_card_template=CARD):
     """A learnt two-time jump ``X_{r,t}(x) = x + (t - r) u_{r,t}(x)``; in one step, a policy.
 
     Bound to observations by :meth:`bind` or to a policy's field by :meth:`on`, it is called as ``(x, r, t)``.
@@ -171,7 +153,7 @@ class FlowMap(
         Raises:
             ValueError: the field has no features.
         """
-        return self.bind(features_of(field), field)
+        return self.bind(read_features(field), field)
 
     def average_velocity(
         self,
@@ -189,18 +171,17 @@ class FlowMap(
 
 
 @dataclass(frozen=True)
-class BoundFlowMap:
+class BoundFlowMap(Jump):
     """A :class:`FlowMap` closed over encoded observations."""
 
     flow_map: FlowMap
     z: Any
     field: Field | None = None
 
-    def __call__(
-        self, x: Float[Tensor, "B H A"], r: Float[Tensor, "B"], t: Float[Tensor, "B"]
-    ) -> Float[Tensor, "B H A"]:
+    def __call__(self, x: Float[Tensor, "B H A"], r: Time, t: Time) -> Float[Tensor, "B H A"]:
         """Jump from time r to time t. Cost: 1 forward of the map; if it is residual, 1 of the policy too."""
-        return x + rows(t - r, x) * self.flow_map.average_velocity(self.z, x, r, t, self.field)
+        r, t = expand_time(r, x), expand_time(t, x)
+        return x + factor(t - r, x) * self.flow_map.average_velocity(self.z, x, r, t, self.field)
 
     def repeat(self, k: int) -> "BoundFlowMap":
         """Return the map for ``k`` rows per observation; nothing is encoded again."""
@@ -209,7 +190,7 @@ class BoundFlowMap:
 
 
 @dataclass(frozen=True)
-class EulerMap:
+class EulerMap(Jump):
     """The frozen policy's own integration as a two-time jump, for policies without a learnt map.
 
     Cost: ``ceil((t - r) steps)`` velocity forwards.
@@ -230,20 +211,23 @@ class EulerMap:
         if self.steps is not None and self.steps < 1:
             raise ValueError(f"EulerMap: expected at least 1 step, got {self.steps}")
 
-    def __call__(
-        self, x: Float[Tensor, "B H A"], r: Float[Tensor, "B"], t: Float[Tensor, "B"]
-    ) -> Float[Tensor, "B H A"]:
-        """Integrate from time r to time t; from 0 to 1 it is the policy's own chain."""
-        field = begin(self.field, self.steps)
-        clock = clock_of(field)
-        steps = clock.steps if self.steps is None else self.steps
-        wide = torch.float32 if x.device.type == "mps" else torch.float64
-        span = (t - r).to(wide)
-        longest = known(lambda: float(span.abs().max()))
+    def __call__(self, x: Float[Tensor, "B H A"], r: Time, t: Time) -> Float[Tensor, "B H A"]:
+        """Integrate from time r to time t; from 0 to 1 it is the policy's own chain.
+
+        With times per row the longest jump is read from the device.
+        """
+        field = self.field.chain(self.steps)
+        clock, steps = field.clock, field.clock.steps if self.steps is None else self.steps
+        if isinstance(r, Tensor) or isinstance(t, Tensor):
+            wide = torch.float32 if x.device.type == "mps" else torch.float64
+            r, t = expand_time(r, x).to(wide), expand_time(t, x).to(wide)
+            longest = float((t - r).abs().max())
+        else:
+            longest = abs(t - r)
         n = max(1, math.ceil(longest * steps - 1e-4))  # float32 times miss the grid by an ulp
+        step = (t - r) / n
         for i in range(n):
-            time = clock.snap(r.to(wide) + i * (span / n)).to(clock.times(0.0, x).dtype)
-            x = x + rows(span / n, x) * field(x, time)
+            x = x + factor(step, x) * field(x, clock.snap(r + i * step))
         return x
 
     def repeat(self, k: int) -> "EulerMap":

@@ -5,6 +5,7 @@ posterior p(x1 | x_t = x) at u = 1. Its state ``xbar = (1 - u) x0' + u x1`` and 
 the same x1; together they are one look ``x*`` of the better time ``t*``, where the policy can be asked.
 """
 
+import math
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -13,15 +14,16 @@ from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor
 
-from qsteer.flow import denoise, rows
-from qsteer.types import Field
+from qsteer.clock import Time
+from qsteer.flow import clamp_time, denoise, factor, repeat_time
+from qsteer.types import Field, PosteriorSampler
 
 
 class Glass(NamedTuple):
     """The posterior flow at one point: the policy's answer v at (x*, t*), and what makes a velocity of it."""
 
     offset: Float[Tensor, "B H A"]
-    gain: Float[Tensor, "B 1 1"]
+    gain: float | Float[Tensor, "B 1 1"]
     v: Float[Tensor, "B H A"]
 
     @property
@@ -30,33 +32,34 @@ class Glass(NamedTuple):
         return self.offset + self.gain * self.v
 
 
-def glass(
-    field: Field,
-    x: Float[Tensor, "B H A"],
-    t: Float[Tensor, "B"],
-    xbar: Float[Tensor, "B H A"],
-    u: Float[Tensor, "B"],
-) -> Glass:
+def glass(field: Field, x: Float[Tensor, "B H A"], t: Time, xbar: Float[Tensor, "B H A"], u: Time) -> Glass:
     """Ask the policy where outer and inner state are one look, see :func:`glass_velocity`.
 
     Written with ``p / r`` and ``s / r``, so that nothing is divided by the r that vanishes at t = u = 0.
     """
     p, s, q = t * (1 - u), (1 - t) * u, (1 - t) * (1 - u)
-    r = torch.hypot(p, s)
-    outer = torch.where(r > 0, p / r, 0.0)
-    inner = torch.where(r > 0, s / r, 1.0)
-    total = (r + q).clamp(min=1e-12)
-    best = rows((1 - u) * outer / total, x) * x + rows((1 - t) * inner / total, x) * xbar
-    offset = rows(outer / total, x) * x + rows(((1 - t) * (inner - 1) - t * outer) / total, x) * xbar
-    return Glass(offset, rows((1 - t) / total, x), field(best, r / total))
+    r, outer, inner = to_polar(p, s)
+    total = clamp_time(r + q, low=1e-12)
+    best = factor((1 - u) * outer / total, x) * x + factor((1 - t) * inner / total, x) * xbar
+    offset = factor(outer / total, x) * x + factor(((1 - t) * (inner - 1) - t * outer) / total, x) * xbar
+    return Glass(offset, factor((1 - t) / total, x), field(best, r / total))
+
+
+def to_polar(p: Time, s: Time) -> tuple[Time, Time, Time]:
+    """Return ``r = hypot(p, s)``, ``p / r`` and ``s / r``; 0 and 1 where r vanishes."""
+    if isinstance(p, Tensor) and isinstance(s, Tensor):
+        r = torch.hypot(p, s)
+        return r, torch.where(r > 0, p / r, 0.0), torch.where(r > 0, s / r, 1.0)
+    length = math.hypot(p, s)
+    return (length, p / length, s / length) if length > 0 else (0.0, 0.0, 1.0)
 
 
 def glass_velocity(
     field: Field,
     x: Float[Tensor, "B H A"],
-    t: Float[Tensor, "B"],
+    t: Time,
     xbar: Float[Tensor, "B H A"],
-    u: Float[Tensor, "B"],
+    u: Time,
 ) -> Float[Tensor, "B H A"]:
     """Return the velocity of the posterior flow at inner time u and state ``xbar``, given (x, t).
 
@@ -76,7 +79,7 @@ def glass_velocity(
 
 
 @dataclass(frozen=True)
-class GlassPosterior:
+class GlassPosterior(PosteriorSampler):
     """Samples of the endpoint posterior from the frozen policy alone: no training, exact as steps grow.
 
     A :class:`~qsteer.types.PosteriorSampler`: ``(eps: (N, B, H, A), x, t) -> x1: (N, B, H, A)``,
@@ -105,23 +108,30 @@ class GlassPosterior:
         """Return the same posterior of another policy: inside a rule, of the policy which is steered."""
         return replace(self, field=field)
 
+    def repeat(self, k: int) -> "GlassPosterior":
+        """Return the posterior for ``k`` rows per observation."""
+        return self if self.field is None else replace(self, field=self.field.repeat(k))
+
     def __call__(
-        self, eps: Float[Tensor, "N B H A"], x: Float[Tensor, "B H A"], t: Float[Tensor, "B"]
+        self, eps: Float[Tensor, "N B H A"], x: Float[Tensor, "B H A"], t: Time
     ) -> Float[Tensor, "N B H A"]:
         """Return one posterior sample per noise."""
         return self._flow(None, eps, x, t)
 
+    def draw(
+        self, field: Field, eps: Float[Tensor, "N B H A"], x: Float[Tensor, "B H A"], t: Time
+    ) -> tuple[Float[Tensor, "B H A"], Float[Tensor, "N B H A"]]:
+        """Return v(x, t) and the samples; the first inner step asks for nothing else."""
+        v = field(x, t)
+        return v, self.given(v, eps, x, t)
+
     def given(
-        self,
-        v: Float[Tensor, "B H A"],
-        eps: Float[Tensor, "N B H A"],
-        x: Float[Tensor, "B H A"],
-        t: Float[Tensor, "B"],
+        self, v: Float[Tensor, "B H A"], eps: Float[Tensor, "N B H A"], x: Float[Tensor, "B H A"], t: Time
     ) -> Float[Tensor, "N B H A"]:
         """Return the same samples for t > 0, where the first inner step asks only for ``v = v(x, t)``."""
         return self._flow(v, eps, x, t)
 
-    def _flow(self, v: Tensor | None, eps: Tensor, x: Tensor, t: Tensor) -> Tensor:
+    def _flow(self, v: Tensor | None, eps: Tensor, x: Tensor, t: Time) -> Tensor:
         if self.field is None:
             raise ValueError(
                 "GlassPosterior: expected a policy to sample from, got none; give it the field, "
@@ -129,12 +139,11 @@ class GlassPosterior:
             )
         n = len(eps)
         field = self.field.repeat(n)
-        x_n, t_n = x.repeat_interleave(n, 0), t.repeat_interleave(n, 0)
+        x_n, t_n = x.repeat_interleave(n, 0), repeat_time(t, n)
         xbar = rearrange(eps, "n b h a -> (b n) h a")
         for step in range(self.steps):
             if step == 0 and v is not None:
                 xbar = torch.lerp(xbar, denoise(x, v, t).repeat_interleave(n, 0), 1 / self.steps)
             else:
-                u = torch.full_like(t_n, step / self.steps)
-                xbar = xbar + glass_velocity(field, x_n, t_n, xbar, u) / self.steps
+                xbar = xbar + glass_velocity(field, x_n, t_n, xbar, step / self.steps) / self.steps
         return rearrange(xbar, "(b n) h a -> n b h a", n=n)

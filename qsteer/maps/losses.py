@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.func import jvp
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from qsteer.flow import interpolate, rows
+from qsteer.flow import factor, interpolate, norm
 
 type AverageVelocity = Callable[[Tensor, Tensor, Tensor], Tensor]
 
@@ -23,7 +23,7 @@ def jump(
     u: AverageVelocity, x: Float[Tensor, "B H A"], r: Float[Tensor, "B"], t: Float[Tensor, "B"]
 ) -> Float[Tensor, "B H A"]:
     """Return ``X_{r,t}(x) = x + (t - r) u(x, r, t)``."""
-    return x + rows(t - r, x) * u(x, r, t)
+    return x + factor(t - r, x) * u(x, r, t)
 
 
 def diagonal_loss(
@@ -82,7 +82,7 @@ def eulerian_loss(
         with torch.no_grad():
             velocity = u(x, r, r)
     average, slope = _derivative(lambda x, r: u(x, r, t), (x, r), (velocity, torch.ones_like(r)))
-    target = velocity + rows(t - r, x) * slope
+    target = velocity + factor(t - r, x) * slope
     return _squares(average - (target.detach() if stop == "target" else target))
 
 
@@ -101,8 +101,8 @@ def progressive_loss(
     """
     with torch.no_grad():
         first = u(x, r, w)
-        second = u(x + rows(w - r, x) * first, w, t)
-        g = rows(torch.where(t > r, (w - r) / (t - r), 0.0), x)
+        second = u(x + factor(w - r, x) * first, w, t)
+        g = factor(torch.where(t > r, (w - r) / (t - r), 0.0), x)
         teacher = g * first + (1 - g) * second
     return _squares(u(x, r, t) - teacher)
 
@@ -153,7 +153,7 @@ def fmq_target(
         kappa: keeps a vanishing gradient finite.
     """
     eta = torch.as_tensor(eta, dtype=grad.dtype, device=grad.device).expand(len(grad))
-    return u_ref + rows(eta / (grad.flatten(1).norm(dim=1) + kappa), grad) * grad
+    return u_ref + factor(eta / (norm(grad) + kappa), grad) * grad
 
 
 def trust_radius(

@@ -1,7 +1,7 @@
 """Meta flow maps: one forward pass from noise to a sample of the endpoint posterior p(x1 | x_t = x)."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -9,11 +9,12 @@ from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor
 
-from qsteer.flow import denoise, features_of, repeat_rows, rows
+from qsteer.clock import Time
+from qsteer.flow import denoise, expand_time, factor, read_features, repeat_rows
 from qsteer.maps.flow_maps import LearntMap, MapConfig
 from qsteer.maps.glass import Glass
 from qsteer.maps.networks import ChunkNetwork
-from qsteer.types import Field
+from qsteer.types import Field, PosteriorSampler
 
 CARD = """---
 {{ card_data }}
@@ -51,11 +52,7 @@ class MetaMapConfig(MapConfig):
 
 
 class MetaFlowMap(
-    LearntMap,
-    library_name="qsteer",
-    tags=["qsteer", "robotics", "flow-matching", "meta-flow-map"],
-    pipeline_tag="robotics",
-    model_card_template=CARD,
+    LearntMap, tags=["qsteer", "robotics", "flow-matching", "meta-flow-map"], model_card_template=CARD
 ):
     """Average velocity ``vhat_{u,w}(xbar; t, x)`` of the posterior flow of outer state (x, t), from u to w.
 
@@ -106,7 +103,7 @@ class MetaFlowMap(
         Raises:
             ValueError: the field has no features.
         """
-        return self.bind(features_of(field), field)
+        return self.bind(read_features(field), field)
 
     def velocity(
         self,
@@ -135,21 +132,25 @@ class MetaFlowMap(
 
 
 @dataclass(frozen=True)
-class BoundMetaFlowMap:
-    """A map that stands alone, closed over encoded observations; a ``PosteriorSampler``."""
+class BoundMetaFlowMap(PosteriorSampler):
+    """A map that stands alone, closed over encoded observations."""
 
     meta: MetaFlowMap
     z: Any
 
     def __call__(
-        self, eps: Float[Tensor, "N B H A"], x: Float[Tensor, "B H A"], t: Float[Tensor, "B"]
+        self, eps: Float[Tensor, "N B H A"], x: Float[Tensor, "B H A"], t: Time
     ) -> Float[Tensor, "N B H A"]:
         """Return one posterior sample per noise. Cost: 1 forward of the map on N rows."""
-        return eps + _branches(self.meta.net, self.z, eps, (x,), t)
+        return eps + run_branches(self.meta.net, self.z, eps, (x,), t)
+
+    def repeat(self, k: int) -> "BoundMetaFlowMap":
+        """Return the map for ``k`` rows per observation; nothing is encoded again."""
+        return replace(self, z=repeat_rows(self.z, k))
 
 
 @dataclass(frozen=True)
-class ResidualMetaFlowMap:
+class ResidualMetaFlowMap(PosteriorSampler):
     """A residual map, closed over encoded observations and the policy's velocity on them."""
 
     meta: MetaFlowMap
@@ -157,29 +158,36 @@ class ResidualMetaFlowMap:
     field: Field
 
     def __call__(
-        self, eps: Float[Tensor, "N B H A"], x: Float[Tensor, "B H A"], t: Float[Tensor, "B"]
+        self, eps: Float[Tensor, "N B H A"], x: Float[Tensor, "B H A"], t: Time
     ) -> Float[Tensor, "N B H A"]:
         """Return one posterior sample per noise. Cost: 1 velocity forward, 1 forward of the map on N rows."""
         return self.given(self.field(x, t), eps, x, t)
 
+    def draw(
+        self, field: Field, eps: Float[Tensor, "N B H A"], x: Float[Tensor, "B H A"], t: Time
+    ) -> tuple[Float[Tensor, "B H A"], Float[Tensor, "N B H A"]]:
+        """Return v(x, t) and the samples, which add to it."""
+        v = field(x, t)
+        return v, self.given(v, eps, x, t)
+
     def given(
-        self,
-        v: Float[Tensor, "B H A"],
-        eps: Float[Tensor, "N B H A"],
-        x: Float[Tensor, "B H A"],
-        t: Float[Tensor, "B"],
+        self, v: Float[Tensor, "B H A"], eps: Float[Tensor, "N B H A"], x: Float[Tensor, "B H A"], t: Time
     ) -> Float[Tensor, "N B H A"]:
         """Return the same samples where ``v = v(x, t)`` is known."""
-        return denoise(x, v, t) + rows(1 - t, x) * _branches(self.meta.net, self.z, eps, (x, v), t)
+        return denoise(x, v, t) + factor(1 - t, x) * run_branches(self.meta.net, self.z, eps, (x, v), t)
+
+    def repeat(self, k: int) -> "ResidualMetaFlowMap":
+        """Return the map for ``k`` rows per observation; nothing is encoded again."""
+        return replace(self, z=repeat_rows(self.z, k), field=self.field.repeat(k))
 
 
-def _branches(
-    net: ChunkNetwork, z: Any, eps: Tensor, chunks: Sequence[Tensor], t: Tensor
+def run_branches(
+    net: ChunkNetwork, z: Any, eps: Float[Tensor, "N B H A"], chunks: Sequence[Tensor], t: Time
 ) -> Float[Tensor, "N B H A"]:
     """Run the network from inner time 0 to 1 on every noise of every row."""
     n = len(eps)
     noise = rearrange(eps, "n b h a -> (b n) h a")
-    t = t.repeat_interleave(n, 0)
     inputs = (noise, *(chunk.repeat_interleave(n, 0) for chunk in chunks))
+    t = expand_time(t, eps[0]).repeat_interleave(n, 0)
     out = net(repeat_rows(z, n), inputs, (t, torch.zeros_like(t), torch.ones_like(t)))
     return rearrange(out, "(b n) h a -> n b h a", n=n)

@@ -9,12 +9,12 @@ import torch
 from jaxtyping import Int
 from torch.utils._pytree import tree_map
 
-from qsteer.data.replay import Rows
+from qsteer.data.layout import Rows
 from qsteer.envs.rollouts import MakeEnv, Simulators, tensors
 from qsteer.online.actors import Decision
 from qsteer.types import Observation
 
-type Act = Callable[[Any, Int[np.ndarray, "N"]], Decision]
+type LaneActor = Callable[[Any, Int[np.ndarray, "N"]], Decision]
 
 
 class Collector(Simulators):
@@ -65,7 +65,7 @@ class Collector(Simulators):
     def __enter__(self) -> "Collector":
         return self
 
-    def send(self, act: Act, generator: torch.Generator) -> None:
+    def send(self, act: LaneActor, generator: torch.Generator) -> None:
         """Start the next row in every environment, and return while the simulators work.
 
         Args:
@@ -119,7 +119,7 @@ class Collector(Simulators):
         """Give up all running episodes; the next row begins new ones."""
         self._over = np.ones(self.num_envs, bool)
 
-    def step(self, act: Act, generator: torch.Generator) -> Rows:
+    def step(self, act: LaneActor, generator: torch.Generator) -> Rows:
         """Return one row of every environment. Cost: one round trip to the environments."""
         self.send(act, generator)
         return self.receive()

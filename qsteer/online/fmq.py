@@ -3,7 +3,6 @@
 from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import asdict, dataclass
-from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, override
 
@@ -11,17 +10,21 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from qsteer.checks import check_at_least
 from qsteer.critics.critic import Critic
 from qsteer.data.episodes import Chunks, Episodes, Source
-from qsteer.data.replay import Layout, Mixed, Replay
-from qsteer.flow import denoise, features_of, interpolate
+from qsteer.data.layout import Layout
+from qsteer.data.mixed import Mixed
+from qsteer.data.replay import Replay
+from qsteer.fingerprints import fingerprint
+from qsteer.flow import denoise, interpolate, read_features
 from qsteer.maps.flow_maps import FlowMap
 from qsteer.maps.losses import fmq_target, trust_radius
 from qsteer.online.actors import Decision
 from qsteer.policies import FlowPolicy
 from qsteer.training.critic import TD, CriticTraining
 from qsteer.training.loop import Learner, Training, fit
-from qsteer.training.maps import draws
+from qsteer.training.maps import make_draws
 from qsteer.types import Field
 
 if TYPE_CHECKING:  # needs gymnasium
@@ -59,9 +62,8 @@ class FMQTraining(Training):
     def __post_init__(self) -> None:
         """Check the values."""
         super().__post_init__()
-        for name, least in (("env_steps", 0), ("num_envs", 1), ("eta", 0), ("beta", 0)):
-            if getattr(self, name) < least:
-                raise ValueError(f"{name}: expected at least {least}, got {getattr(self, name)}")
+        check_at_least(self, 0, "env_steps", "eta", "beta")
+        check_at_least(self, 1, "num_envs")
 
 
 class ClippedTD(TD):
@@ -169,7 +171,7 @@ class FMQ(Learner):
         self.collect(generator)
         s = self.settings
         batch = self.source.sample(s.batch_size, generator)
-        uniform, normal = draws(batch.actions, generator)
+        uniform, normal = make_draws(batch.actions, generator)
         r = uniform()
         x = interpolate(normal(), batch.actions, r)
         offline, target, radius = self.improvement(batch.observations, x, r)
@@ -292,7 +294,9 @@ def adapt(
     device = next(flow_map.parameters()).device
     learner = FMQ(flow_map, critic, policy, episodes.to(device), training).to(device)
     networks: dict[str, nn.Module] = {"map": flow_map, "critic": critic, "policy": policy}
-    identity = asdict(training) | {name: fingerprint(network) for name, network in networks.items()}
+    identity = asdict(training) | {
+        name: fingerprint(network.state_dict().values()) for name, network in networks.items()
+    }
     identity["data"] = episodes.fingerprint()
     if make_env is None:
         fit(learner, out, training, identity, progress=progress)
@@ -324,18 +328,10 @@ def average_velocity(
     flow_map: FlowMap, field: Field, x: Float[Tensor, "B H A"], r: Float[Tensor, "B"]
 ) -> Float[Tensor, "B H A"]:
     """Return ``u_{r,1}(x)``."""
-    z = flow_map.net.encode(features_of(field))
+    z = flow_map.net.encode(read_features(field))
     return flow_map.average_velocity(z, x, r, torch.ones_like(r), field)
 
 
 def norm(x: Float[Tensor, "B H A"]) -> Float[Tensor, "B"]:
     """Return the norm of each chunk."""
     return x.flatten(1).norm(dim=1)
-
-
-def fingerprint(module: nn.Module) -> str:
-    """Return a hash of a module's state: a resumed run must start from the networks that it started from."""
-    digest = sha256()
-    for tensor in module.state_dict().values():
-        digest.update(tensor.cpu().contiguous().numpy())
-    return digest.hexdigest()[:16]

@@ -12,6 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import get_total_norm
 
+from qsteer.checks import check_at_least
+
 VALUES = ("q", "q_min", "q_max", "v", "y")
 """Entries of a learner's metrics that are values of actions or states."""
 
@@ -80,9 +82,7 @@ class Health:
             raise ValueError(
                 f"margin, explosion: expected at least 0 and more than 1, got {self.margin}, {self.explosion}"
             )
-        for name in ("window", "keep_every", "recovery"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")
+        check_at_least(self, 1, "window", "keep_every", "recovery")
         self._losses = deque(maxlen=self.window)
 
     @property

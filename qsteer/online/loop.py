@@ -1,12 +1,10 @@
 """The online loop: a frozen policy acts, a critic learns from it, and steers it better by the minute."""
 
 import json
-import time
-from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager, nullcontext
+from collections.abc import Mapping, Sequence
+from contextlib import closing, nullcontext
 from copy import deepcopy
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from functools import partial
 from operator import itemgetter
 from pathlib import Path
@@ -14,78 +12,32 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from accelerate.tracking import LOGGER_TYPE_TO_CLASS, filter_trackers
 from torch import Tensor
 from torch.utils._pytree import tree_map
 from tqdm import tqdm
 
-from qsteer.critics.critic import Critic, CriticConfig
-from qsteer.critics.encoders import FEATURES
+from qsteer.critics.critic import Critic
 from qsteer.critics.live import LiveCritic
-from qsteer.data.episodes import Chunks, Transitions, joined
-from qsteer.data.replay import Layout, Mixed, Replay
+from qsteer.data.episodes import Chunks
+from qsteer.data.replay import Replay
+from qsteer.envs.seeds import VALIDATION_SEED
+from qsteer.files import append_json_line, trim_json_lines, write_json
 from qsteer.online.actors import Actor, Decision
 from qsteer.online.health import Health
+from qsteer.online.logs import LogWindow, Tracker
+from qsteer.online.settings import OnlineTraining
+from qsteer.online.sources import StackedSource, make_layout
 from qsteer.trace import Trace
-from qsteer.training.critic import ACTING, LEARNERS, Act, CriticTraining
-from qsteer.training.loop import METRICS, SPEED, append, descend, processes, resume, save, truncate
+from qsteer.training.critic import ACTING, LEARNERS, SteeredPolicy
+from qsteer.training.loop import METRICS, SPEED, descend, processes, resume, save
 from qsteer.types import Observation, Rule, Sampler
 
 if TYPE_CHECKING:  # needs gymnasium
     from qsteer.envs.rollouts import MakeEnv
     from qsteer.online.collect import Collector
 
-VALIDATION_SEED = 30_000
-"""First seed of the episodes that choose the best critic, and that curves show; results come from others."""
-
 CHECK_EVERY = 10
 """Gradient steps between two looks at the critic's health, if so many are due at once."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class OnlineTraining:
-    """How to learn online. Steps are environment steps (actions), and are counted for each seed by itself.
-
-    Attributes:
-        critic: what the critic learns, how, and from which seed; its ``steps`` and cadences are not used.
-        env_steps: in all.
-        num_envs: environments of each seed.
-        row: actions per stored row: 1, every state is observed; the horizon, only decisions are (images,
-            features of the policy).
-        warmup: steps of the unsteered policy, before the critic learns from them and steers.
-        updates_per_step: gradient steps per environment step, those of the warm-up included.
-        offline_share: of offline data in each batch; None: uniform over all transitions.
-        capacity: rows kept per environment; the oldest give way; None: all.
-        evaluate_every: steps between evaluations; 0: none.
-        episodes: of an evaluation, on fixed seeds.
-        log_every: steps between lines of metrics.
-        checkpoint_every: steps between checkpoints of the learner. What was acted is safe at once.
-    """
-
-    critic: CriticTraining = field(default_factory=lambda: CriticTraining(target="sarsa", ema=0.005))
-    env_steps: int = 50_000
-    num_envs: int = 8
-    row: int = 1
-    warmup: int = 2_000
-    updates_per_step: float = 1.0
-    offline_share: float | None = None
-    capacity: int | None = None
-    evaluate_every: int = 5_000
-    episodes: int = 20
-    log_every: int = 500
-    checkpoint_every: int = 5_000
-
-    def __post_init__(self) -> None:
-        """Check the values."""
-        least = {"env_steps": 1, "num_envs": 1, "row": 1, "warmup": 0, "evaluate_every": 0}
-        least |= {"episodes": 1, "log_every": 1, "checkpoint_every": 1}
-        for name, low in least.items():
-            if getattr(self, name) < low:
-                raise ValueError(f"{name}: expected at least {low}, got {getattr(self, name)}")
-        if self.updates_per_step <= 0:
-            raise ValueError(f"updates_per_step: expected more than 0, got {self.updates_per_step}")
-        if self.offline_share is not None and not 0 <= self.offline_share < 1:
-            raise ValueError(f"offline_share: expected a number in [0, 1), got {self.offline_share}")
 
 
 def train_online(
@@ -98,7 +50,7 @@ def train_online(
     rule: Rule | None = None,
     sampler: Sampler | None = None,
     offline: Chunks | None = None,
-    act: Act | None = None,
+    act: SteeredPolicy | None = None,
     tracker: str | None = None,
     progress: bool = True,
 ) -> Critic:
@@ -147,7 +99,7 @@ def train_online(
             f"target {training.critic.target!r}"
         )
     processes(critic.device)
-    loop = _Online(actor, critic, Path(out), training, rule, sampler, offline, act)
+    loop = OnlineLoop(actor, critic, Path(out), training, rule, sampler, offline, act)
     seeds = critic.config.stack
     if loop.finished:
         return loop.learner.target
@@ -160,7 +112,7 @@ def train_online(
             gamma=training.critic.gamma,
             closing=LEARNERS[training.critic.target].need == "next_state",
         ) as collector,
-        closing(_Tracker(tracker, loop.out, training)) as log,
+        closing(Tracker(tracker, loop.out)) as log,
         tqdm(
             total=training.env_steps, initial=loop.env_steps, desc=loop.out.name, disable=not progress
         ) as bar,
@@ -169,7 +121,7 @@ def train_online(
     return loop.learner.target
 
 
-class _Online:
+class OnlineLoop:
     """The state of a run: counters, learner, replay, and where they are kept."""
 
     def __init__(
@@ -181,7 +133,7 @@ class _Online:
         rule: Rule | None,
         sampler: Sampler | None,
         offline: Chunks | None,
-        act: Act | None,
+        act: SteeredPolicy | None,
     ) -> None:
         self.actor, self.live, self.out, self.training = actor, critic, out, training
         self.rule, self.sampler = rule, sampler
@@ -189,19 +141,9 @@ class _Online:
         self.stack = config.stack
         out.mkdir(parents=True, exist_ok=True)
         kind = LEARNERS[settings.target]
-        layout = Layout(
-            observations=_columns(config),
-            action_dim=config.action_dim,
-            steps=training.row,
-            horizon=config.horizon // training.row,
-            gamma=settings.gamma,
-            need=kind.need,
-            lanes=self.stack * training.num_envs,
-            capacity=training.capacity or -(-training.env_steps // training.num_envs) + 1_000,
-        )
-        self.replay = Replay(layout, directory=out / "replay", device=critic.device)
+        self.replay = Replay(make_layout(config, training), directory=out / "replay", device=critic.device)
         own = [range(s * training.num_envs, (s + 1) * training.num_envs) for s in range(self.stack)]
-        self.source = _Seeds(self.replay, own, offline, training.offline_share)
+        self.source = StackedSource(self.replay, own, offline, training.offline_share)
         learning = deepcopy(critic.critic).requires_grad_(True)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(settings.seed)
@@ -212,8 +154,8 @@ class _Online:
         self.identity = {"training": asdict(training), "rule": repr(rule), "sampler": repr(sampler)}
         self.update = resume(out, self.learner, self.optimizer, self.generator, self.identity)
         for directory in self.seed_directories:
-            truncate(directory / METRICS)
-            truncate(directory / SPEED)
+            trim_json_lines(directory / METRICS)
+            trim_json_lines(directory / SPEED)
         if self.update:
             critic.publish(self.learner.target)
             self.health.keep(self.learner, self.optimizer)
@@ -241,10 +183,10 @@ class _Online:
         """Where the metrics and critics of each seed go."""
         return [self.out] if self.stack == 1 else [self.out / f"seed{s}" for s in range(self.stack)]
 
-    def run(self, collector: "Collector", log: "_Tracker", bar: tqdm) -> None:
+    def run(self, collector: "Collector", log: Tracker, bar: tqdm) -> None:
         """Act and learn until the environment steps are used up."""
         training = self.training
-        window = _Window(self.env_steps, self.update)
+        window = LogWindow(self.env_steps, self.update)
         self.learn(window)  # what a killed run had not learnt yet
         while (before := self.env_steps) < training.env_steps:
             self.round(collector, window)
@@ -256,7 +198,7 @@ class _Online:
             )
             if evaluates or logs:
                 self.report(window, collector, log, bar, evaluates)
-                window = _Window(self.env_steps, self.update)
+                window = LogWindow(self.env_steps, self.update)
             if saves:
                 self.save()
         self.learn(window)
@@ -264,7 +206,7 @@ class _Online:
         self.save()
 
     def report(
-        self, window: "_Window", collector: "Collector", log: "_Tracker", bar: tqdm, evaluates: bool
+        self, window: LogWindow, collector: "Collector", log: Tracker, bar: tqdm, evaluates: bool
     ) -> None:
         """Write a line of metrics, after an evaluation if it is due."""
         scores: list[dict[str, float]] = [{} for _ in range(self.stack)]
@@ -274,7 +216,7 @@ class _Online:
         shown = self.log(window, collector, scores, log)
         bar.set_postfix({name: f"{value:.3g}" for name, value in shown.items()}, refresh=False)
 
-    def round(self, collector: "Collector", window: "_Window") -> None:
+    def round(self, collector: "Collector", window: LogWindow) -> None:
         """Send a row of actions to every simulator, learn while they work, and store what they say."""
         self.steer()
         with window.share("act"):
@@ -311,7 +253,7 @@ class _Online:
         device = self.generator.device
         return torch.randn(n, *self.actor.noise_shape, generator=self.generator, device=device)
 
-    def learn(self, window: "_Window") -> None:
+    def learn(self, window: LogWindow) -> None:
         """Make the gradient steps that are due, and publish the moving average."""
         due = self.due
         if self.update >= due or not self.source.ready():
@@ -319,7 +261,7 @@ class _Online:
         with torch.cuda.stream(self.stream) if self.stream else nullcontext():
             self.catch_up(due, window)
 
-    def catch_up(self, due: int, window: "_Window") -> None:
+    def catch_up(self, due: int, window: LogWindow) -> None:
         """Make the gradient steps up to number ``due``; on CUDA on a stream of their own."""
         if self.stream is not None:
             self.stream.wait_stream(torch.cuda.default_stream(self.live.device))
@@ -334,7 +276,7 @@ class _Online:
             self.watch({"loss": loss.detach()} | info, window)
         self.live.publish(self.learner.target)
 
-    def watch(self, info: dict[str, Tensor], window: "_Window") -> None:
+    def watch(self, info: dict[str, Tensor], window: LogWindow) -> None:
         """Bring the last good state back if the critic is ill."""
         if reason := self.health.check(info, self.learner.parameters()):
             tqdm.write(
@@ -383,8 +325,6 @@ class _Online:
 
     def keep_best(self, directory: Path, critic: Critic, score: Mapping[str, float]) -> None:
         """Save the critic if it is the best so far, in success and then in return."""
-        from qsteer.envs.rollouts import write_json
-
         path = directory / "evaluation.json"
         former = json.loads(path.read_text()) if path.exists() else None
         order = "evaluation/success", "evaluation/return"
@@ -402,10 +342,10 @@ class _Online:
 
     def log(
         self,
-        window: "_Window",
+        window: LogWindow,
         collector: "Collector",
         scores: Sequence[dict[str, float]],
-        tracker: "_Tracker",
+        tracker: Tracker,
     ) -> dict[str, float]:
         """Write a line of metrics for each seed; return the last one, for the progress bar."""
         counts = {"step": self.update, "env_steps": self.env_steps}
@@ -427,8 +367,8 @@ class _Online:
                 dict(zip(("success", "return", "length"), map(float, means), strict=True)) if mine else {}
             )
             line = episodes | {"episodes": float(len(mine))} | shared | scores[s]
-            append(directory / METRICS, counts | line)
-            append(directory / SPEED, counts | speed)
+            append_json_line(directory / METRICS, counts | line)
+            append_json_line(directory / SPEED, counts | speed)
             tracker.log({f"{directory.name}/{k}": v for k, v in (line | speed).items()}, self.env_steps)
         collector.finished.clear()
         return {k: line[k] for k in ("success", "return", "q", "strength") if k in line} | {
@@ -443,94 +383,5 @@ class _Online:
             critic.save_pretrained(directory / "last")
 
 
-class _Seeds:
-    """A source for a stack: of each batch a group of rows from each seed's own environments."""
-
-    def __init__(
-        self, replay: Replay, lanes: Sequence[range], offline: Chunks | None, share: float | None
-    ) -> None:
-        self.replay, self.lanes = replay, lanes
-        self.pools = (
-            [Mixed(offline, replay, ratio=None if share is None else 1 - share, lanes=own) for own in lanes]
-            if offline
-            else None
-        )
-
-    def ready(self) -> bool:
-        """Whether there is something to learn from for every seed."""
-        return self.pools is not None or all(self.replay.ready(own) for own in self.lanes)
-
-    def sample(self, batch_size: int, generator: torch.Generator) -> Transitions:
-        """Draw transitions, equally many for each seed."""
-        share = batch_size // len(self.lanes)
-        if self.pools is not None:
-            return joined([pool.sample(share, generator) for pool in self.pools])
-        return joined([self.replay.sample(share, generator, own) for own in self.lanes])
-
-
-class _Window:
-    """What happened between two lines of metrics, and where its time went."""
-
-    def __init__(self, env_steps: int, update: int) -> None:
-        self.start, self.env_steps, self.update = time.perf_counter(), env_steps, update
-        self.seconds: defaultdict[str, float] = defaultdict(float)
-        self.info: dict[str, Tensor] = {}
-
-    @contextmanager
-    def share(self, name: str) -> Iterator[None]:
-        """Count the time inside under ``name``."""
-        since = time.perf_counter()
-        yield
-        self.seconds[name] += time.perf_counter() - since
-
-    def speed(self, env_steps: int, update: int) -> dict[str, float]:
-        """Return rates, and the share of the time that each part took."""
-        total = time.perf_counter() - self.start
-        rates = {
-            "env_steps/s": (env_steps - self.env_steps) / total,
-            "updates/s": (update - self.update) / total,
-        }
-        return rates | {f"time/{name}": seconds / total for name, seconds in self.seconds.items()}
-
-
-class _Tracker:
-    """One of accelerate's trackers, or none."""
-
-    def __init__(self, name: str | None, out: Path, training: OnlineTraining) -> None:
-        self.tracker = None
-        if name is not None:
-            kinds = filter_trackers([name], logging_dir=out)
-            if not kinds:
-                raise ModuleNotFoundError(f"tracker: expected {name!r} to be installed: pip install {name}")
-            kind = LOGGER_TYPE_TO_CLASS[str(kinds[0])]
-            where = {"logging_dir": out} if kind.requires_logging_directory else {}
-            self.tracker = kind("qsteer", **where)
-
-    def log(self, values: Mapping[str, float], step: int) -> None:
-        """Pass on a line."""
-        if self.tracker is not None:
-            self.tracker.log(dict(values), step=step)
-
-    def close(self) -> None:
-        """Finish the run."""
-        if self.tracker is not None:
-            self.tracker.finish()
-
-
 def _executed(actor: Actor, obs: Observation, noise: Tensor) -> Tensor:
     return actor.act(obs, noise).executed
-
-
-def _columns(config: CriticConfig) -> int | dict[str, tuple[tuple[int, ...], str]]:
-    """Return the columns of the critic's observation."""
-    if not config.views and not config.features:
-        return config.obs_dim
-    size = config.view_size
-    columns: dict[str, tuple[tuple[int, ...], str]] = {
-        view: ((3, size, size), "uint8") for view in config.views
-    }
-    if config.obs_dim:
-        columns[config.observation_key] = ((config.obs_dim,), "float32")
-    if config.features:
-        columns[FEATURES] = ((config.features,), "float32")
-    return columns

@@ -21,10 +21,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from qsteer.clock import clock_of
-from qsteer.course import Course
 from qsteer.sampling import steered_action
-from qsteer.trace import Trace, collecting
+from qsteer.trace import ActionRecord, Trace
 from qsteer.types import Field, Rule, Sampler, Value
 
 Mode = Literal["static", "graph"]
@@ -111,9 +109,9 @@ class Compiled:
         oldest = self._runs.popitem(last=False)[1] if len(self._runs) == KEPT else None
         if self.mode == "static":
             return Run(inputs, rule, sampler, steps)
-        stream = oldest.stream if isinstance(oldest, Replay) else torch.cuda.Stream(self.device)
+        stream = oldest.stream if isinstance(oldest, GraphRun) else torch.cuda.Stream(self.device)
         del oldest
-        return Replay(inputs, rule, sampler, steps, stream)
+        return GraphRun(inputs, rule, sampler, steps, stream)
 
     @contextmanager
     def _in_order(self, device: torch.device) -> Iterator[None]:
@@ -146,7 +144,7 @@ class Run:
         self.buffers = [tensor.clone() for tensor in tensors_in(inputs)]
         self.inputs = rebuilt(inputs, iter(self.buffers))
         self.rule, self.sampler, self.steps = rule, sampler, steps
-        self.device, self.course = inputs[-1].device, Course()
+        self.device = inputs[-1].device
         self.autocast = autocast(self.device)
 
     def __call__(self, tensors: list[Tensor], trace: Trace) -> Float[Tensor, "B H A"]:
@@ -160,16 +158,16 @@ class Run:
         """Copy tensors into the buffers."""
         torch._foreach_copy_(self.buffers, tensors)
 
-    def act(self) -> tuple[Float[Tensor, "B H A"], collecting]:
+    def act(self) -> tuple[Float[Tensor, "B H A"], ActionRecord]:
         """Compute the action of what is in the buffers, and what is reported of it."""
         field, value, noise = rebuilt(self.inputs, iter(self.buffers))  # which have cached nothing
         enabled, dtype = self.autocast
         cast = torch.autocast(self.device.type, dtype, enabled, cache_enabled=False)
-        with cast, self.course.follow(), collecting(self.steps) as found:
+        with cast, ActionRecord(self.steps).collect() as found:
             return steered_action(field, value, noise, self.rule, self.sampler), found
 
 
-class Replay(Run):
+class GraphRun(Run):
     """A :class:`Run` that is captured as a CUDA graph when it is made, and checked.
 
     Networks are part of the graph by address: a :class:`~qsteer.critics.LiveCritic` that learns in place is
@@ -202,7 +200,7 @@ class Replay(Run):
             with torch.cuda.stream(stream):
                 for _ in range(REHEARSALS):
                     self.act()
-                for generator in generators(rule, self.device):
+                for generator in own_generators(rule, self.device):
                     self.graph.register_generator_state(generator)
                 with torch.cuda.graph(self.graph, stream=stream, capture_error_mode="thread_local"):
                     self.action, self.found = self.act()
@@ -213,7 +211,7 @@ class Replay(Run):
         """Return the action for these tensors in the buffers."""
         self.fill(tensors)
         self.graph.replay()
-        self.found.copied().hand_over(trace)
+        self.found.copy().hand_over(trace)
         return self.action.clone()
 
     def check(self) -> None:
@@ -278,8 +276,8 @@ def check_field(field: Field, host_field: Field, noise: Float[Tensor, "B H A"]) 
         return
     draw = torch.Generator(noise.device).manual_seed(0)
     x, direction = (torch.randn(noise.shape, generator=draw, device=noise.device).to(noise) for _ in range(2))
-    times = [t for t, _ in clock_of(host_field).grid()]
-    t = clock_of(host_field).times(times[len(times) // 3], x)
+    times = [t for t, _ in host_field.clock.grid()]
+    t = times[len(times) // 3]
     found = []
     for each in (field, host_field):
         with torch.enable_grad():
@@ -310,10 +308,9 @@ def unlike(x: Tensor) -> Tensor:
     return x * (1 + 0.01 * torch.randn_like(x)) if x.is_floating_point() else x
 
 
-def generators(rule: Any, device: torch.device) -> list[torch.Generator]:
-    """Return the random generators on a device that a rule, or the rule within it, has of its own."""
-    own = [g for g in getattr(rule, "_generators", {}).values() if g.device == device]
-    return own if (inner := getattr(rule, "rule", None)) is None else own + generators(inner, device)
+def own_generators(rule: Rule | None, device: torch.device) -> list[torch.Generator]:
+    """Return the random generators on a device that a rule has of its own."""
+    return [] if rule is None else rule.generators(device)
 
 
 def autocast(device: torch.device) -> tuple[bool, torch.dtype]:
@@ -324,10 +321,10 @@ def autocast(device: torch.device) -> tuple[bool, torch.dtype]:
 @contextmanager
 def unmoved(rule: Rule | None, device: torch.device) -> Iterator[None]:
     """Leave all random generators as they were before the block."""
-    before = {generator: generator.get_state() for generator in generators(rule, device)}
+    before = {generator: generator.get_state() for generator in own_generators(rule, device)}
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         yield
-    for generator in generators(rule, device):
+    for generator in own_generators(rule, device):
         if generator in before:
             generator.set_state(before[generator])
         else:

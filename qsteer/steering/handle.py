@@ -1,83 +1,34 @@
-"""Steer a pretrained policy in place.
+"""Steer a pretrained policy in place."""
 
-:func:`steer` puts three bound methods on the policy *instance* and nothing anywhere else:
-
-* the *batch* method remembers the observation for the critic and runs the class's own;
-* the *entry* runs the class's own until it asks for its first step, whose arguments (noise, key-value cache,
-  masks) are all that steering needs: the prefix is computed once, by the host's code on its random stream;
-* the *step* interrupts the entry there, and is the class's own at any other time.
-
-The arguments become a :class:`~qsteer.types.Field`, rule and sampler make the action of it, and the host goes
-on to its own post-processing. :class:`Host` says where a policy keeps these three.
-"""
-
-import inspect
-from collections.abc import Callable, Mapping
-from contextvars import ContextVar
-from dataclasses import dataclass, is_dataclass, replace
+from collections.abc import Callable
+from dataclasses import is_dataclass
 from types import EllipsisType
-from typing import Any, cast, get_args
+from typing import Any, get_args
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from qsteer.critics.encoders import FEATURES, pooled
+from qsteer.adapters import host_of
 from qsteer.flow import normal
 from qsteer.hosts import Host, HostField, parameters_of
-from qsteer.samplers import Euler
 from qsteer.sampling import acting, outside_inference_mode, sample
+from qsteer.steering.checks import (
+    check_critic,
+    check_methods,
+    check_rtc,
+    checked_rule,
+    checked_sampler,
+    config_of,
+    read_sizes,
+)
 from qsteer.steering.compiled import Compiled, Mode
+from qsteer.steering.opening import Executed, Interception, bind_critic, interception_of
 from qsteer.trace import Trace
 from qsteer.types import Bindable, Rule, Sampler, Value
 
-_observed: ContextVar["tuple[Handle, Any] | None"] = ContextVar("qsteer_observed", default=None)
-_interrupting: ContextVar["Handle | None"] = ContextVar("qsteer_interrupting", default=None)
 
-
-@dataclass(frozen=True)
-class Executed:
-    """A critic's value on a host's padded chunk: it sees the first ``steps`` steps and ``dim`` dimensions."""
-
-    value: Value
-    steps: int
-    dim: int
-    mask: Float[Tensor, "H A"]
-
-    @classmethod
-    def of(cls, value: Value, chunk: Float[Tensor, "B H A"], steps: int, dim: int) -> "Executed":
-        """Return the value for chunks like ``chunk``; a mask of the value's own is kept."""
-        mask = torch.zeros_like(chunk[0])
-        own = getattr(value, "mask", None)
-        mask[:steps, :dim] = 1.0 if own is None else own
-        return cls(value, steps, dim, mask)
-
-    def seen(self, a: Float[Tensor, "B H A"]) -> Float[Tensor, "B h d"]:
-        """Return the part of ``a`` which the critic sees."""
-        return a[:, : self.steps, : self.dim]
-
-    def __call__(self, a: Float[Tensor, "B H A"]) -> Float[Tensor, "B"]:
-        """Return the value of what the critic sees."""
-        return self.value(self.seen(a))
-
-    def repeat(self, k: int) -> "Executed":
-        """Return the value for ``k`` rows per observation."""
-        return replace(self, value=self.value.repeat(k))
-
-    def members(self, a: Float[Tensor, "B H A"]) -> Float[Tensor, "J B"]:
-        """Return what each ensemble member says."""
-        return self.value.members(self.seen(a))
-
-
-class _FirstStep(BaseException):
-    """Carries the first step's arguments out of the host's loop; no Exception, for a host may catch those."""
-
-    def __init__(self, arguments: dict[str, Any]) -> None:
-        super().__init__()
-        self.arguments = arguments
-
-
-class Handle:
+class Handle(Interception):
     """What :func:`steer` installed; :meth:`swap` changes it, :meth:`remove` or leaving ``with`` removes it.
 
     Attributes:
@@ -101,14 +52,10 @@ class Handle:
         trace: Trace,
         compiled: Compiled | None,
     ) -> None:
-        self.policy, self.host, self.critic, self.rule, self.sampler = policy, host, critic, rule, sampler
+        self.critic, self.rule, self.sampler = critic, rule, sampler
         self.critic_inputs, self.trace, self._compiled = critic_inputs, trace, compiled
         self._frozen = [parameter for parameter in parameters_of(policy) if parameter.requires_grad]
-        self._replaced: list[tuple[Any, str, Any]] = []
-        for path, method in ((host.entry, self._entry), (host.step, self._step), (host.batch, self._batch)):
-            owner, name = host.site(policy, path)
-            self._replaced.append((owner, name, vars(owner).get(name)))
-            setattr(owner, name, method)
+        super().__init__(policy, host)
         for parameter in self._frozen:
             parameter.requires_grad_(False)
 
@@ -125,13 +72,10 @@ class Handle:
 
     def remove(self) -> None:
         """Restore the policy exactly; removing twice does nothing."""
-        for owner, name, former in self._replaced:
-            delattr(owner, name)
-            if former is not None:
-                setattr(owner, name, former)
+        self.restore()
         for parameter in self._frozen:
             parameter.requires_grad_(True)
-        self._replaced, self._frozen = [], []
+        self._frozen = []
 
     def swap(
         self,
@@ -159,30 +103,8 @@ class Handle:
             self.critic = critic
         self.rule, self.sampler = new_rule, new_sampler
 
-    def _batch(self, batch: Any, *args: Any, **kwargs: Any) -> Any:
-        """Stand in for the host's batch method: remember the batch while the class's own runs."""
-        token = _observed.set((self, batch))
-        try:
-            return self.host.own(self.policy, self.host.batch)(batch, *args, **kwargs)
-        finally:
-            _observed.reset(token)
-
-    def _step(self, *args: Any, **kwargs: Any) -> Any:
-        """Stand in for the host's step: interrupt the entry that waits for it, else run the class's own."""
-        step = self.host.own(self.policy, self.host.step)
-        if _interrupting.get() is not self:
-            return step(*args, **kwargs)
-        raise _FirstStep(dict(inspect.signature(step).bind(*args, **kwargs).arguments))
-
-    def _entry(self, *args: Any, **kwargs: Any) -> Float[Tensor, "B H A"]:
-        """Stand in for the host's entry: the class's own up to its first step, then rule and sampler."""
-        check_rtc(self.policy, self.host)
-        observer, batch = _observed.get() or (None, None)
-        if observer is not self:
-            raise RuntimeError(
-                f"{self.host.entry}: expected a call by {self.host.batch}, which has the critic's batch, "
-                f"got a direct one; call policy.{self.host.batch}(batch), or remove the handle first"
-            )
+    def act(self, batch: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Float[Tensor, "B H A"]:
+        """Stand in for the host's entry: encode, then rule and sampler."""
         critic = self.critic
         with acting(critic), outside_inference_mode():
             args, kwargs, batch = normal((args, kwargs, batch))
@@ -195,69 +117,27 @@ class Handle:
         self, critic: Bindable, batch: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[HostField, Executed, Float[Tensor, "B H A"]]:
         """Encode the observation for policy and critic; before a graph, each on a stream of its own."""
-        seen = seen_by(critic, self.policy, self.host)
-        if self._compiled is None or self._compiled.mode != "graph" or sees_features(critic):
-            field, noise = self._field(args, kwargs)
+        sizes = read_sizes(critic, self.policy, self.host)
+        if self._compiled is None or self._compiled.mode != "graph" or config_of(critic).features:
+            field, noise = self.encode(args, kwargs)
             value = self._bind(critic, batch, field)
         else:
             # What the second stream allocates is free for it again only after the first has used it.
             first, second = self._compiled.streams
             second.wait_stream(first)
             with torch.cuda.stream(second):
-                value = self._bind(critic, batch)
-            field, noise = self._field(args, kwargs)
+                value = self._bind(critic, batch, None)
+            field, noise = self.encode(args, kwargs)
             first.wait_stream(second)
-        return field, Executed.of(value, noise, *seen), noise
+        return field, Executed.of(value, noise, *sizes), noise
 
-    def _field(
-        self, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[HostField, Float[Tensor, "B H A"]]:
-        """Encode the observation by the host's own code; return its velocity and its noise."""
-        entry, step = (self.host.own(self.policy, path) for path in (self.host.entry, self.host.step))
-        token = _interrupting.set(self)
-        try:
-            entry(*args, **kwargs)
-        except _FirstStep as first:
-            context = first.arguments
-        else:
-            raise RuntimeError(
-                f"{self.host.entry}: expected it to call {self.host.step}, got an action without a call; "
-                "correct the Host record"
-            )
-        finally:
-            _interrupting.reset(token)
-        noise = context.pop(self.host.x)
-        del context[self.host.t]
-        override = inspect.signature(entry).bind(*args, **kwargs).arguments.get(self.host.num_steps)
-        steps = self.host.read(self.policy, self.host.steps) if override is None else override
-        clock = replace(self.host.clock, steps=steps)
-        return HostField(self.host, step, context, clock, self.policy), noise
-
-    def _bind(self, critic: Bindable, batch: Any, field: HostField | None = None) -> Value:
-        """Bind the critic to the observation, and to what the field knows of it."""
-        obs = batch if self.critic_inputs is None else self.critic_inputs(batch)
-        if field is not None and sees_features(critic):
-            key = cast(Any, critic).config.observation_key
-            inputs = obs if isinstance(obs, Mapping) else {key: obs}
-            obs = {**inputs, FEATURES: pooled(field.features)}
-        try:
-            value = critic.bind(obs)
-        except KeyError as error:
-            keys = list(obs) if isinstance(obs, Mapping) else type(obs).__name__
-            error.add_note(
-                f"the critic was given {keys}; translate the host's batch with steer(critic_inputs=...)"
-            )
-            raise
+    def _bind(self, critic: Bindable, batch: Any, field: HostField | None) -> Value:
+        value = bind_critic(critic, batch, self.critic_inputs, field)
         if self._compiled is not None and not is_dataclass(value):
             raise TypeError(
                 "critic.bind: expected a frozen dataclass, whose tensors are all that depends on the "
                 f"observation, for the fast path, got {type(value).__name__}; return "
                 "qsteer.value(fn, context=obs), or leave compile out"
-            )
-        if not isinstance(value, Value):
-            raise TypeError(
-                f"critic.bind: expected a Value, got {type(value).__name__}; return an object with __call__, "
-                "repeat and members, such as qsteer.value(fn, context=obs)"
             )
         return value
 
@@ -323,8 +203,6 @@ def steer(
         >>> with qsteer.steer(policy, critic, qsteer.Tweedie(alpha=0.2)):  # doctest: +SKIP
         ...     action = policy.select_action(batch)
     """
-    from qsteer.adapters import host_of
-
     host = host_of(policy)
     if isinstance(rule_or_sampler, Sampler):
         if sampler is not None:
@@ -334,7 +212,12 @@ def steer(
             )
         rule_or_sampler, sampler = None, rule_or_sampler
     rule, sampler = checked_rule(rule_or_sampler), checked_sampler(sampler)
-    check_untouched(policy, host)
+    if (handle := handle_of(policy, host)) is not None:
+        raise RuntimeError(
+            f"policy: expected one that is not steered, got {handle} on it; change that with its swap(...), "
+            "or call qsteer.unsteer(policy) first"
+        )
+    check_methods(policy, host)
     check_rtc(policy, host)
     check_critic(critic, policy, host)
     compiled = checked_compile(compile, policy, host)
@@ -343,37 +226,14 @@ def steer(
 
 def unsteer(policy: Any) -> None:
     """Remove what :func:`steer` installed on ``policy``; a policy that is not steered is left as it is."""
-    from qsteer.adapters import host_of
-
     if (handle := handle_of(policy, host_of(policy))) is not None:
         handle.remove()
 
 
 def handle_of(policy: Any, host: Host) -> Handle | None:
     """Return the handle that steers ``policy``."""
-    owner, name = host.site(policy, host.batch)
-    handle = getattr(vars(owner).get(name), "__self__", None)
-    return handle if isinstance(handle, Handle) else None
-
-
-def checked_rule(rule: Any) -> Rule | None:
-    """Return ``rule`` if it is one or None."""
-    if rule is None or isinstance(rule, Rule):
-        return rule
-    if isinstance(rule, Sampler):
-        raise TypeError(f"rule: expected a rule, got the sampler {rule}; pass sampler={rule}")
-    raise TypeError(f"rule: expected a Rule such as qsteer.Tweedie(alpha=0.2) or a Sampler, got {rule!r}")
-
-
-def checked_sampler(sampler: Any) -> Sampler:
-    """Return ``sampler`` if it is one, Euler for None."""
-    if sampler is None:
-        return Euler()
-    if isinstance(sampler, Rule):
-        raise TypeError(f"sampler: expected a sampler, got the rule {sampler}; pass it in the rule's place")
-    if not isinstance(sampler, Sampler):
-        raise TypeError(f"sampler: expected a Sampler such as qsteer.BestOfN(8), got {sampler!r}")
-    return sampler
+    present = interception_of(policy, host)
+    return present if isinstance(present, Handle) else None
 
 
 def checked_compile(mode: Mode | None, policy: Any, host: Host) -> Compiled | None:
@@ -395,68 +255,3 @@ def checked_compile(mode: Mode | None, policy: Any, host: Host) -> Compiled | No
             "none"
         )
     return Compiled(mode, host.prepare(policy), next(iter(devices), None))
-
-
-def check_untouched(policy: Any, host: Host) -> None:
-    """Raise unless the instance has the classes' own methods, compiled or not."""
-    if (handle := handle_of(policy, host)) is not None:
-        raise RuntimeError(
-            f"policy: expected one that is not steered, got {handle} on it; change that with its swap(...), "
-            "or call qsteer.unsteer(policy) first"
-        )
-    for path in (host.entry, host.step, host.batch):
-        host.read(policy, path)
-        owner, name = host.site(policy, path)
-        present = vars(owner).get(name)
-        if present is not None and not hasattr(present, "_torchdynamo_orig_callable"):
-            raise TypeError(
-                f"{path}: expected the class's own method, got {present!r} on the instance; remove what "
-                "put it there first"
-            )
-
-
-def check_rtc(policy: Any, host: Host) -> None:
-    """Raise if real-time chunking is on, which would guide the same velocity towards the previous chunk."""
-    if host.rtc is not None and host.read(policy, host.rtc)():
-        raise RuntimeError(
-            "policy: expected real-time chunking to be off, got it enabled; both guide the same velocity and "
-            "one of them would be lost: set policy.config.rtc_config.enabled = False, or remove the steering"
-        )
-
-
-def check_critic(critic: Any, policy: Any, host: Host) -> None:
-    """Raise unless the critic can be bound, sits where the policy sits, and sees what the policy executes."""
-    if isinstance(critic, type) or not isinstance(critic, Bindable):
-        raise TypeError(
-            f"critic: expected an object with bind(obs) -> Value, got {critic!r}; use a qsteer.Critic, or "
-            "write a class whose bind returns qsteer.value(fn, context=obs)"
-        )
-    mine, its = parameters_of(policy), parameters_of(critic)
-    if any(parameter.is_inference() for parameter in (*mine, *its)):
-        raise TypeError(
-            "policy, critic: expected ordinary parameters, got some made under torch.inference_mode, through "
-            "which no gradient flows; load both outside of it"
-        )
-    if mine and its and mine[0].device != its[0].device:
-        raise ValueError(
-            f"critic: expected it on the policy's device, {mine[0].device}, got {its[0].device}; move either"
-        )
-    seen_by(critic, policy, host)
-
-
-def sees_features(critic: Any) -> bool:
-    """Return whether the critic sees what the policy makes of its observations."""
-    return bool(getattr(getattr(critic, "config", None), "features", 0))
-
-
-def seen_by(critic: Bindable, policy: Any, host: Host) -> tuple[int, int]:
-    """Return how many steps and dimensions the critic sees: those executed, unless its horizon is less."""
-    executed, dim = host.read(policy, host.executed), host.read(policy, host.action_shape)[-1]
-    config = getattr(critic, "config", None)
-    steps, width = getattr(config, "horizon", executed), getattr(config, "action_dim", dim)
-    if steps > executed or width != dim:
-        raise ValueError(
-            f"critic: expected one that sees at most the {executed} executed steps and all {dim} dimensions, "
-            f"got {steps} steps and {width} dimensions; train one for this policy's {host.executed}"
-        )
-    return steps, dim

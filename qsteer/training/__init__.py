@@ -1,5 +1,6 @@
 """Training on recorded data: policies, critics and maps, by one resumable loop."""
 
+from qsteer.data.batches import DatasetBatches, SafetensorsBatches, lerobot_batches, record
 from qsteer.training.critic import CriticTraining, train_critic
 from qsteer.training.maps import (
     FlowMapTraining,
@@ -9,15 +10,7 @@ from qsteer.training.maps import (
     distil_flow_map,
 )
 from qsteer.training.policy import PolicyTraining, train_policy
-from qsteer.training.teachers import (
-    DatasetBatches,
-    HostTeacher,
-    SafetensorsBatches,
-    StateTeacher,
-    Teacher,
-    lerobot_batches,
-    record,
-)
+from qsteer.training.teachers import HostTeacher, StateTeacher, Teacher
 
 __all__ = [
     "CriticTraining",

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 from torch.utils._pytree import tree_map
 
+from qsteer.checks import check_choice, check_fraction
 from qsteer.critics.critic import Critic, CriticConfig
 from qsteer.critics.networks import EnsembleMLP
 from qsteer.critics.targets import (
@@ -27,7 +28,7 @@ from qsteer.maps.flow_maps import FlowMap, MapConfig
 from qsteer.training.loop import Learner, Training, fit
 from qsteer.types import Observation
 
-type Act = Callable[[Critic, Any, Tensor], Tensor]
+type SteeredPolicy = Callable[[Critic, Any, Tensor], Tensor]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,11 +63,8 @@ class CriticTraining(Training):
     def __post_init__(self) -> None:
         """Check the values."""
         super().__post_init__()
-        if self.target not in LEARNERS:
-            raise ValueError(f"target: expected one of {sorted(LEARNERS)}, got {self.target!r}")
-        for name in ("gamma", "ema", "expectile"):
-            if not 0 < getattr(self, name) <= 1:
-                raise ValueError(f"{name}: expected a number in (0, 1], got {getattr(self, name)}")
+        check_choice(self, "target", LEARNERS)
+        check_fraction(self, "gamma", "ema", "expectile")
 
     def critic_config(self, obs_dim: int, action_dim: int) -> CriticConfig:
         """Return the shape of a critic of states."""
@@ -80,7 +78,7 @@ class CriticLearner(Learner):
 
     Args:
         critic: learns. If it is a stack of S critics, every batch has S equal groups of rows.
-        source: of batches; must offer what the learner ``need``s.
+        source: of batches; must offer what the learner needs (``need``).
         settings: ``batch_size`` rows for each critic of a stack.
         act: for learners that ask for actions which are not in the data.
     """
@@ -88,7 +86,7 @@ class CriticLearner(Learner):
     need: ClassVar[Need] = "next_state"
 
     def __init__(
-        self, critic: Critic, source: Source, settings: CriticTraining, act: Act | None = None
+        self, critic: Critic, source: Source, settings: CriticTraining, act: SteeredPolicy | None = None
     ) -> None:
         super().__init__()
         self.critic, self.target = critic, deepcopy(critic).requires_grad_(False)
@@ -127,7 +125,7 @@ class CriticLearner(Learner):
     def act(self, obs: Observation, like: Float[Tensor, "B H A"], generator: torch.Generator) -> Tensor:
         """Return what the policy does under the target critic."""
         noise = torch.randn(like.shape, generator=generator, device=like.device)
-        return cast(Act, self.frozen[0])(self.target, obs, noise)
+        return cast(SteeredPolicy, self.frozen[0])(self.target, obs, noise)
 
 
 class Sarsa(CriticLearner):
@@ -162,7 +160,7 @@ class FQL(TD):
     """
 
     def __init__(
-        self, critic: Critic, source: Source, settings: CriticTraining, act: Act | None = None
+        self, critic: Critic, source: Source, settings: CriticTraining, act: SteeredPolicy | None = None
     ) -> None:
         super().__init__(critic, source, settings, act)
         shape = critic.config
@@ -191,7 +189,7 @@ class FQL(TD):
         few = self.settings.distilled
         obs = tree_map(lambda column: column[:few], batch.observations)
         noise = torch.randn(batch.actions[:few].shape, generator=generator, device=batch.actions.device)
-        a = cast(Act, self.frozen[0])(self.target, obs, noise).detach()
+        a = cast(SteeredPolicy, self.frozen[0])(self.target, obs, noise).detach()
         student = (self.mu(obs, noise) - a).square().mean()
         return loss + student, info | {"student": student.detach()}
 
@@ -210,7 +208,7 @@ class IQL(CriticLearner):
     """``y = R + gamma^H V(s')``, V fitted to ``Qbar'(s, a)`` by expectile regression."""
 
     def __init__(
-        self, critic: Critic, source: Source, settings: CriticTraining, act: Act | None = None
+        self, critic: Critic, source: Source, settings: CriticTraining, act: SteeredPolicy | None = None
     ) -> None:
         super().__init__(critic, source, settings, act)
         self.value = EnsembleMLP(1, critic.config.context, 0, settings.hidden, critic.config.stack)
@@ -270,7 +268,7 @@ def train_critic(
     out: str | Path,
     training: CriticTraining | None = None,
     *,
-    act: Act | None = None,
+    act: SteeredPolicy | None = None,
     seeds: Sequence[int] | None = None,
     device: torch.device | str = "cpu",
     progress: bool = True,

@@ -27,6 +27,9 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from qsteer.checks import check_at_least, check_positive, list_differences
+from qsteer.files import append_json_line, trim_json_lines
+
 CHECKPOINT, METRICS, SPEED = "checkpoint.safetensors", "metrics.jsonl", "speed.jsonl"
 
 
@@ -90,13 +93,8 @@ class Training:
 
     def __post_init__(self) -> None:
         """Check the values."""
-        for name in ("steps", "batch_size", "log_every", "checkpoint_every", "evaluate_every"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")
-        for name in ("learning_rate", "gradient_clip"):
-            value = getattr(self, name)
-            if value is not None and value <= 0:
-                raise ValueError(f"{name}: expected more than 0, got {value}")
+        check_at_least(self, 1, "steps", "batch_size", "log_every", "checkpoint_every", "evaluate_every")
+        check_positive(self, "learning_rate", "gradient_clip")
 
     def optimizer(self, parameters: Sequence[nn.Parameter]) -> torch.optim.Optimizer:
         """Return the optimiser."""
@@ -169,8 +167,8 @@ def fit(
             torch.distributed.broadcast(tensor, 0)
     main = state.is_main_process
     if main:
-        truncate(out / METRICS, start)
-        truncate(out / SPEED, start)
+        trim_json_lines(out / METRICS, start)
+        trim_json_lines(out / SPEED, start)
 
     bar = tqdm(
         range(start + 1, training.steps + 1),
@@ -193,8 +191,8 @@ def fit(
             if main:
                 if step % training.evaluate_every == 0 or step == training.steps:
                     values |= learner.evaluate()
-                append(out / METRICS, {"step": step} | values)
-                append(out / SPEED, {"step": step} | speed)
+                append_json_line(out / METRICS, {"step": step} | values)
+                append_json_line(out / SPEED, {"step": step} | speed)
                 bar.set_postfix({name: f"{value:.4g}" for name, value in (values | speed).items()})
         if main and (step % training.checkpoint_every == 0 or step == training.steps):
             save(out, learner, optimizer, generator, step, identity)
@@ -239,13 +237,6 @@ def _average(tensors: Sequence[Tensor]) -> None:
         tensor.copy_(mean.view_as(tensor))
 
 
-def append(path: Path, line: Mapping[str, float | int]) -> None:
-    """Add a line of metrics."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "a") as file:
-        file.write(json.dumps(line) + "\n")
-
-
 def save(
     out: Path,
     learner: Learner,
@@ -285,12 +276,10 @@ def resume(
             f"{out / CHECKPOINT}: expected a whole checkpoint, got a broken file ({error}); delete it to "
             "start from the beginning"
         ) from None
-    found, expected = json.loads(header["identity"]), json.loads(json.dumps(identity))
-    if found != expected:
-        names = sorted(name for name in found | expected if found.get(name) != expected.get(name))
+    if differences := list_differences(json.loads(json.dumps(identity)), json.loads(header["identity"])):
+        expected, found = differences
         raise ValueError(
-            f"{out}: expected a run with {', '.join(f'{n}={expected.get(n)!r}' for n in names)}, got a "
-            f"checkpoint of one with {', '.join(f'{n}={found.get(n)!r}' for n in names)}; use another "
+            f"{out}: expected a run with {expected}, got a checkpoint of one with {found}; use another "
             "directory, go back to the former settings, or delete this one"
         )
     learner.load_state_dict(_under(tensors, "learner."))
@@ -305,15 +294,3 @@ def resume(
 
 def _under(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
     return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
-
-
-def truncate(path: Path, step: int | None = None) -> None:
-    """Drop metrics after ``step`` (None: none), and a line that was cut in the middle."""
-    if not path.exists():
-        return
-    kept = [line for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
-    if step is not None:
-        kept = [line for line in kept if json.loads(line)["step"] <= step]
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text("".join(kept))
-    os.replace(temporary, path)

@@ -12,7 +12,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
-from qsteer.flow import denoise, features_of, interpolate
+from qsteer.flow import denoise, interpolate, read_features
 from qsteer.maps.flow_maps import FlowMap
 from qsteer.maps.glass import Glass, GlassPosterior, glass
 from qsteer.maps.losses import (
@@ -85,8 +85,8 @@ class MetaDistillation(Learner):
         """Return the weighted sum of both losses on one batch."""
         s = self.settings
         field, x1 = self.teacher.batch(s.batch_size, generator, self.share)
-        uniform, normal = draws(x1, generator, self.share)
-        features = features_of(field)
+        uniform, normal = make_draws(x1, generator, self.share)
+        features = read_features(field)
 
         t = uniform() ** s.time_power
         t = torch.where(uniform() < s.zero_share, 0.0, t)
@@ -166,7 +166,7 @@ class PosteriorError:
         generator = torch.Generator(teacher.device).manual_seed(seed)
         field, x1 = teacher.batch(observations, generator)
         self.field = field.repeat(1)  # field itself remembers the rows that GLASS repeats
-        _, normal = draws(x1, generator)
+        _, normal = make_draws(x1, generator)
         exact = GlassPosterior(field, steps)
         self.directions = torch.randn(x1[0].numel(), 128, generator=generator, device=x1.device)
         self.directions /= self.directions.square().mean(0).sqrt()
@@ -237,9 +237,9 @@ class FlowMapDistillation(Learner):
         """Return the weighted sum of both losses on one batch."""
         s = self.settings
         field, x1 = self.teacher.batch(s.batch_size, generator, self.share)
-        uniform, normal = draws(x1, generator, self.share)
+        uniform, normal = make_draws(x1, generator, self.share)
         velocity = torch.no_grad()(field)
-        z = self.flow_map.net.encode(features_of(field))
+        z = self.flow_map.net.encode(read_features(field))
 
         def u(x: Tensor, r: Tensor, t: Tensor) -> Tensor:
             return self.flow_map.average_velocity(z, x, r, t, field)
@@ -327,7 +327,7 @@ def _fit_normalisation(model: MetaFlowMap | FlowMap, teacher: Teacher, size: int
     if isinstance(model.net, ChunkMLP):
         device = model.net.last.weight.device
         field, _ = teacher.batch(size, torch.Generator(device).manual_seed(0))
-        model.net.fit_normalisation(features_of(field))
+        model.net.fit_normalisation(read_features(field))
 
 
 def _finish[M: (MetaFlowMap, FlowMap)](model: M, out: Path) -> M:
@@ -344,7 +344,7 @@ def _identity(model: MetaFlowMap | FlowMap, teacher: Teacher, training: Training
     return asdict(training) | {"map": asdict(model.config), "teacher": teacher.fingerprint()}
 
 
-def draws(
+def make_draws(
     like: Float[Tensor, "B H A"], generator: torch.Generator, share: Share = WHOLE
 ) -> tuple[Callable[[], Tensor], Callable[[], Tensor]]:
     """Return functions that draw uniform times (B,) and standard normal chunks (B, H, A).

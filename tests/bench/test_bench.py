@@ -25,7 +25,6 @@ from qsteer.bench.latency import (
     list_single_passes,
     make_subject,
     measure,
-    open_action,
     predict,
     steer_copy,
     time_parts,
@@ -483,7 +482,7 @@ class TestBenchmark:
     def test_views_are_qpilots_critic(self) -> None:
         found = make_subject("pi05", "tiny", cameras=2, chunk=6, views=True)
         assert found.critic.config.members == 10 and len(found.critic.config.views) == 2
-        value = open_action(found)[1]
+        value = found.open().value
         assert value(torch.zeros(1, 6, 5)).shape == (1,)
 
     def test_prediction_is_stock_and_the_counted_passes(self) -> None:

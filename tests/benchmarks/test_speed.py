@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import qsteer
-from qsteer.bench.latency import Subject, make_maps, make_subject, open_action
+from qsteer.bench.latency import Subject, make_maps, make_subject
 from qsteer.maps import GlassPosterior
 from qsteer.testing import hosts
 
@@ -52,14 +52,14 @@ def small() -> Subject:
 @pytest.mark.benchmark(group="rules")
 @pytest.mark.parametrize("rule", RULES, ids=lambda rule: str(rule).split("(")[0])
 def test_rule(benchmark: Any, small: Subject, rule: qsteer.Rule | None) -> None:
-    field, value, noise = open_action(small)
+    field, value, noise = small.open()
     benchmark(qsteer.sample, field, value, noise, rule=rule)
 
 
 @pytest.mark.benchmark(group="samplers")
 @pytest.mark.parametrize("sampler", SAMPLERS, ids=lambda sampler: str(sampler).split(", inner")[0])
 def test_sampler(benchmark: Any, small: Subject, sampler: qsteer.Sampler) -> None:
-    field, value, noise = open_action(small)
+    field, value, noise = small.open()
     benchmark(qsteer.sample, field, value, noise, sampler=sampler)
 
 
@@ -69,7 +69,7 @@ def test_map(benchmark: Any, small: Subject, kind: str) -> None:
     meta, flow = make_maps(small)
     rule = {"posterior": qsteer.Posterior, "gradient-free": qsteer.GradientFreePosterior}.get(kind)
     sampler = EULER if rule else qsteer.BeamSearch(4, 4, 1, flow_map=flow)
-    field, value, noise = open_action(small)
+    field, value, noise = small.open()
     benchmark(
         qsteer.sample, field, value, noise, rule=rule(meta, samples=4) if rule else None, sampler=sampler
     )

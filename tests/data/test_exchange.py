@@ -17,7 +17,8 @@ from qsteer.data.exchange import (
     to_ogbench,
     to_transitions,
 )
-from qsteer.data.replay import Layout, Replay, Rows, Trajectory, columns_of
+from qsteer.data.layout import Layout, Rows, Trajectory, infer_columns
+from qsteer.data.replay import Replay
 
 
 def collected(*, steps: int = 1, images: bool = False, lanes: int = 2, rows: int = 23) -> Replay:
@@ -32,7 +33,7 @@ def collected(*, steps: int = 1, images: bool = False, lanes: int = 2, rows: int
         return {"observation.state": state, "observation.images.front": pictures}
 
     seen = observe()
-    columns = columns_of(seen) if images else 4
+    columns = infer_columns(seen) if images else 4
     layout = Layout(
         observations=columns,
         action_dim=2,

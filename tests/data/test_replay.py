@@ -13,8 +13,10 @@ import torch
 from torch import Tensor
 
 from qsteer.data import Chunks, Episodes, Transitions
-from qsteer.data.episodes import joined
-from qsteer.data.replay import SPARE, Layout, Mixed, Replay, Rows
+from qsteer.data.episodes import join_transitions
+from qsteer.data.layout import Layout, Rows
+from qsteer.data.mixed import Mixed
+from qsteer.data.replay import SPARE, Replay
 
 GAMMA = 0.9
 NEEDS = ("next_actions", "next_state", "returns")
@@ -251,7 +253,7 @@ def test_every_transition_is_drawn_by_exactly_one_number(monkeypatch: pytest.Mon
     whole = replay.sample(9, torch.Generator().manual_seed(0), [slice(0, 1), range(1, 3)])
     generator = torch.Generator().manual_seed(0)
     parts = [replay.sample(9, generator, lanes) for lanes in (range(0, 1), slice(1, 3))]
-    assert_same(whole, joined(parts), skip=())
+    assert_same(whole, join_transitions(parts), skip=())
     draws = [replay.sample(500, torch.Generator().manual_seed(s)).rows for s in (0, 0, 1)]
     assert torch.equal(draws[0], draws[1])
     assert not torch.equal(draws[0], draws[2])
@@ -385,7 +387,7 @@ def test_a_row_that_was_not_acknowledged_leaves_no_trace(
 
             with monkeypatch.context() as patch:
                 patch.setattr(Replay, "_write", dying)
-                patch.setattr("qsteer.data.replay._Files.commit", dead)
+                patch.setattr("qsteer.data.files.ReplayFiles.commit", dead)
                 with pytest.raises(Killed):
                     replay.add(row)
             del replay

@@ -18,7 +18,7 @@ import torch
 
 pytest.importorskip("gymnasium")
 
-from qsteer.envs import libero, simulators
+from qsteer.envs import libero, platform
 
 installed = pytest.mark.skipif(find_spec("libero") is None, reason="needs hf-libero (the extra libero)")
 SUBSET = Path(__file__).parents[3] / "shared" / "data" / "libero_assets_subset.zip"  # of the six tasks
@@ -111,18 +111,18 @@ def test_missing_assets_are_named_with_where_to_get_them(home: Path):
     ],
 )
 def test_a_graphics_library_that_is_there_is_chosen(home, monkeypatch, preset, libraries, chosen):
-    monkeypatch.setattr(simulators, "find_library", lambda name: name if name in libraries else None)
+    monkeypatch.setattr(platform, "find_library", lambda name: name if name in libraries else None)
     if preset:
         monkeypatch.setenv("MUJOCO_GL", preset)
-    simulators.choose_graphics()
+    platform.choose_graphics()
     assert os.environ["MUJOCO_GL"] == chosen
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="elsewhere there is one choice")
 def test_no_graphics_library_is_an_error_that_names_two(home: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(simulators, "find_library", lambda name: None)
+    monkeypatch.setattr(platform, "find_library", lambda name: None)
     with pytest.raises(RuntimeError, match=r"neither EGL nor OSMesa; install one.*libegl1.*libosmesa6"):
-        simulators.choose_graphics()
+        platform.choose_graphics()
 
 
 def test_without_libero_the_extra_is_named(monkeypatch: pytest.MonkeyPatch):

@@ -15,7 +15,7 @@ import torch
 pytest.importorskip("gymnasium")
 
 from qsteer.data.episodes import Chunks
-from qsteer.envs import robomimic, simulators
+from qsteer.envs import platform, robomimic
 
 SIZES = dict(zip(robomimic.KEYS, (3, 4, 2, 14), strict=True))
 
@@ -110,14 +110,14 @@ class TestLoad:
 )
 def test_graphics(preset: str, libraries: set[str], chosen: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "platform", "linux")
-    monkeypatch.setattr(simulators, "find_library", lambda name: name if name in libraries else None)
+    monkeypatch.setattr(platform, "find_library", lambda name: name if name in libraries else None)
     monkeypatch.setenv("MUJOCO_GL", preset)
-    simulators.choose_graphics()
+    platform.choose_graphics()
     assert os.environ["MUJOCO_GL"] == chosen
     libraries.clear()
     monkeypatch.delenv("MUJOCO_GL")
     with pytest.raises(RuntimeError, match="neither EGL nor OSMesa"):
-        simulators.choose_graphics()
+        platform.choose_graphics()
 
 
 def test_without_robosuite(monkeypatch: pytest.MonkeyPatch) -> None:

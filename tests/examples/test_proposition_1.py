@@ -31,7 +31,7 @@ def times(t: float, x: Tensor) -> Tensor:
     return torch.full((len(x),), t, dtype=x.dtype)
 
 
-def against_steps(name: str, sampler: qsteer.rules.PosteriorSampler = example.posterior) -> list[float]:
+def against_steps(name: str, sampler: qsteer.types.PosteriorSampler = example.posterior) -> list[float]:
     """W2 to the tilted law for K = 3, 6, 12, 24."""
     star = example.tilted_quantiles(example.levels(256))
     return [example.w2(example.laws(name, sampler, k, 64, 256, [0]), star) for k in (3, 6, 12, 24)]

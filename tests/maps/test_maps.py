@@ -25,7 +25,7 @@ from fields import (
 )
 
 import qsteer
-from qsteer.clock import MIRRORED, PAPER, clock_of
+from qsteer.clock import MIRRORED, PAPER
 from qsteer.maps import (
     EulerMap,
     FlowMap,
@@ -256,11 +256,12 @@ def test_glass_without_steps_or_policy_is_refused():
 @pytest.mark.parametrize("steps", [3, 7, 10])
 @pytest.mark.parametrize("field", [BASE, Host(nonlinear)], ids=["paper", "mirrored"])
 def test_euler_map_from_noise_to_action_is_the_policys_chain_bit_for_bit(field, steps, dtype):
-    x, times = noise(4, 2, 2, dtype=dtype), clock_of(field).times
-    got = EulerMap(field, steps)(x, times(0.0, x), times(1.0, x))
-    assert torch.equal(got, qsteer.Euler(steps)(field, None, x))
-    if steps == 10:
-        assert torch.equal(got, EulerMap(field)(x, times(0.0, x), times(1.0, x)))
+    x = noise(4, 2, 2, dtype=dtype)
+    for ends in ((0.0, 1.0), (fixed_times(0.0, 4), fixed_times(1.0, 4))):
+        got = EulerMap(field, steps)(x, *ends)
+        assert torch.equal(got, qsteer.Euler(steps)(field, None, x))
+        if steps == 10:
+            assert torch.equal(got, EulerMap(field)(x, *ends))
 
 
 @pytest.mark.parametrize("clock", [PAPER, MIRRORED], ids=["paper", "mirrored"])
@@ -270,9 +271,11 @@ def test_euler_map_from_noise_to_action_is_the_policys_chain_bit_for_bit(field, 
 )
 @pytest.mark.parametrize("dtype", [torch.float32, DOUBLE])
 def test_a_part_of_the_chain_takes_its_share_of_the_steps(clock, r, t, steps, calls, dtype):
-    field, x = CountingField(nonlinear, clock=clock), noise(3, 2, 2, dtype=dtype)
-    EulerMap(field, steps)(x, clock.times(r, x), clock.times(t, x))
-    assert field.tally.rows == [3] * calls
+    x = noise(3, 2, 2, dtype=dtype)
+    for ends in ((r, t), (fixed_times(r, 3, dtype), fixed_times(t, 3, dtype))):
+        field = CountingField(nonlinear, clock=clock)
+        EulerMap(field, steps)(x, *ends)
+        assert field.tally.rows == [3] * calls
 
 
 @pytest.mark.parametrize("w", [0.2, 0.5, 0.9])

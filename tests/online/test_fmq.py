@@ -1,24 +1,19 @@
 """FMQ against critics with known gradients, its replay by hand, and a toy task that it learns online."""
 
 import json
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from bandit import Bandit
 from torch import Tensor, nn
 
-from qsteer.cli import main
 from qsteer.critics import Critic, CriticConfig
 from qsteer.data import Chunks, Episodes
 from qsteer.evaluation.plots import plot_adaptation
 from qsteer.maps import FlowMap, MapConfig
-from qsteer.online.actors import Decision
-from qsteer.online.collect import Collector
 from qsteer.online.fmq import FMQ, ClippedTD, FMQTraining, adapt
 from qsteer.policies import FlowPolicy, FlowPolicyConfig
 
@@ -27,12 +22,6 @@ ETA = 0.3
 OFFLINE = FMQTraining(
     steps=12, env_steps=0, batch_size=8, log_every=2, checkpoint_every=5, evaluate_every=4, seed=3
 )
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    torch.set_num_threads(1)
-    yield
 
 
 def data(rows: int = 60, length: int = 10, seed: int = 0, spread: float = 0.5) -> Episodes:
@@ -318,50 +307,6 @@ class TestOnline:
         assert lines[-1]["start_cosine"] > 0.8
         assert sum(line.get("episodes", 0) for line in lines) == 3 * (17 // 2 + 25 // 2)
 
-    def test_what_the_collector_says_happened_happened(self) -> None:
-        generator = torch.Generator().manual_seed(0)
-        asked: list[tuple[Tensor, np.ndarray]] = []
-
-        def act(obs: Tensor, lanes: np.ndarray) -> Decision:
-            asked.append((obs, lanes))
-            ramp = torch.linspace(-0.4, 2.0, 3)[:, None].expand(len(obs), 3, 1) + obs[:, :1, None] / 100
-            return Decision(ramp, -ramp, obs)
-
-        with Collector(Bandit, horizon=3, num_envs=2) as collector:
-            rows = [collector.step(act, generator) for _ in range(5)]
-        place, clock = (torch.stack([r.observations[:, i] for r in rows]) for i in (0, 1))
-        assert clock.tolist() == [[0, 0], [1, 1], [0, 0], [1, 1], [0, 0]]
-        assert [r.terminals.tolist() for r in rows] == [[c == 1] * 2 for c in (0, 1, 0, 1, 0)]
-        assert place.unique().numel() == 6 and torch.equal(place[0], place[1])
-        assert [lanes.tolist() for _, lanes in asked] == [[0, 1]] * 3  # chunks of three, cut after two
-        for r, t in zip(rows, (0, 1, 0, 1, 0), strict=True):
-            planned = -0.4 + 1.2 * t + r.observations[:, 0] / 100
-            torch.testing.assert_close(r.actions[:, 0, 0], -planned)
-            torch.testing.assert_close(r.rewards, -(planned.clamp(-1, 1) - 0.6).square())
-            torch.testing.assert_close(r.next_observations[:, 1], r.observations[:, 1] + 1)
-            assert r.executed.tolist() == [1, 1] and not r.truncations.any()
-        assert [outcome[0] for outcome in collector.finished] == [0, 1, 0, 1]
-        assert collector.finished[0][2] == pytest.approx(float(rows[0].rewards[0] + rows[1].rewards[0]))
-        assert all(length == 2 for *_, length in collector.finished)
-
-    def test_rows_of_a_whole_chunk_are_decisions(self) -> None:
-        """The reward is discounted within the row, the rest of the chunk is not executed."""
-
-        def act(obs: Tensor, lanes: np.ndarray) -> Decision:
-            zero = obs.new_zeros(len(obs), 3, 1)
-            return Decision(zero, zero + 0.5, obs + 10)
-
-        with Collector(Bandit, horizon=3, num_envs=2, row=3, gamma=0.5) as collector:
-            rows = collector.step(act, torch.Generator().manual_seed(0))
-        assert rows.actions.shape == (2, 3, 1) and bool((rows.actions == 0.5).all())
-        torch.testing.assert_close(rows.rewards, torch.full((2,), -1.5 * 0.36))
-        assert rows.executed.tolist() == [2, 2] and rows.terminals.all()
-        assert rows.observations[:, 1].tolist() == [10, 10] and rows.next_observations[:, 1].tolist() == [
-            12,
-            12,
-        ]
-        assert collector.finished[0][1:] == (True, pytest.approx(-0.72), 2)
-
 
 def test_clipped_double_q_is_the_least_of_two() -> None:
     learner = ClippedTD(
@@ -374,12 +319,3 @@ def test_clipped_double_q_is_the_least_of_two() -> None:
 
 def untrained() -> tuple[FlowMap, Critic, FlowPolicy, Episodes, FMQTraining]:
     return flow_map(hidden=(8,)), critic(), policy(), data(), OFFLINE
-
-
-def test_the_command_parses(capsys: pytest.CaptureFixture, tmp_path: Path) -> None:
-    with pytest.raises(SystemExit, match="0"):
-        main(["adapt", "--help"])
-    assert "--env-steps" in capsys.readouterr().out
-    data = ["--data", str(tmp_path / "none.npz"), "--task", "pointmaze-medium"]
-    with pytest.raises(SystemExit, match="generate"):
-        main(["adapt", *data, "--env-steps", "30"])

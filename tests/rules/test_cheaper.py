@@ -109,10 +109,10 @@ def test_a_fields_own_number_of_steps_counts_without_another():
 
 
 def test_jumps_by_the_policys_own_integration_count_their_steps_from_noise():
-    x, times, trace = noise(2, 2, 2), fixed_times(0.6, 2), qsteer.Trace()
+    x, trace = noise(2, 2, 2), qsteer.Trace()
     steered = qsteer.Tweedie(0.1, every=2)(BASE, VALUE)
-    with qsteer.trace.recording(trace), torch.no_grad():
-        EulerMap(steered, 20)(x, times, torch.ones_like(times))
+    with qsteer.trace.record_action(trace), torch.no_grad():
+        EulerMap(steered, 20)(x, 0.6, 1.0)
     assert indices(trace, 20) == [13, 15, 17, 19]
 
 
@@ -343,7 +343,7 @@ def test_the_trace_shows_its_strength(stale):
     assert trace.arrays()["strength"] == pytest.approx(np.full((3, 9), 0.25), rel=1e-5)
 
 
-class Network(torch.nn.Module):
+class Network(torch.nn.Module, qsteer.Field):
     """A velocity computed in another dtype than it is asked in."""
 
     def __init__(self, dtype: torch.dtype) -> None:
@@ -365,6 +365,8 @@ class Network(torch.nn.Module):
 
     def repeat(self, k: int) -> "Network":
         return self
+
+    __call__ = torch.nn.Module.__call__
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])

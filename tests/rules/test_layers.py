@@ -39,7 +39,7 @@ def bound(policy: nn.Module, rows: int = 2) -> Iterator[tuple[HostField, Any, Te
     with steer(policy, hosts.Target(), hosts.Spy(seen)):
         chunk(policy, rows)
         field, value, x = seen[0]
-        yield field, value, x, field.clock.times(0.5, x)
+        yield field, value, x, 0.5
 
 
 def layers_of(field: HostField) -> nn.ModuleList:
@@ -179,7 +179,7 @@ def test_nothing_is_left_behind(policy: nn.Module):
 def test_repeated_rows_are_truncated_too(policy: nn.Module):
     with bound(policy) as (field, value, x, t):
         alone = gradient_of(field.truncated(1), value, x, t)
-        rows = x.repeat_interleave(2, 0), t.repeat_interleave(2)
+        rows = x.repeat_interleave(2, 0), t
         for many in (field.truncated(1).repeat(2), field.repeat(2).truncated(1)):
             together = gradient_of(many, value.repeat(2), *rows)
             torch.testing.assert_close(together, alone.repeat_interleave(2, 0), rtol=1e-4, atol=1e-5)
@@ -346,9 +346,7 @@ def test_more_layers_than_there_are(layers: int):
 def test_fields_without_layers_say_so():
     x, rule = torch.randn(1, 3, 2), qsteer.Tweedie(layers=2)
     value = qsteer.value(lambda a: a.flatten(1).sum(1))
-    with pytest.raises(
-        ValueError, match=r"Tweedie\(layers=2\).*got FunctionField; name them in.*Host record"
-    ):
+    with pytest.raises(ValueError, match=r"layers=2: expected.*got FunctionField; name them in.*Host record"):
         qsteer.sample(qsteer.field(lambda x, t: -x), value, x, rule=rule)
     plain = hosts.build("plain")
     with steer(plain, hosts.Target(), rule):

@@ -33,7 +33,7 @@ import qsteer
 from qsteer.bench.counting import count
 from qsteer.evaluation.arms import parse
 from qsteer.maps import GlassPosterior
-from qsteer.rules import improvements
+from qsteer.rules.strength import improvements
 
 FREE = qsteer.Auto(1.0, trust=math.inf)
 CONSTANT = qsteer.field(constant)
@@ -275,7 +275,7 @@ def test_rows_whose_value_is_not_finite_on_the_ray_keep_the_base_velocity(bad):
 
     value = Ensemble((lambda a, at: total(a), broken), torch.where(flag[:, None, None], d, -100.0))
     rule, trace = qsteer.Tweedie("auto", clip=None), qsteer.Trace(steps=False)
-    with qsteer.trace.recording(trace):
+    with qsteer.trace.record_action(trace):
         out = rule(CONSTANT, value)(x, times)
     assert torch.equal(out[flag], CONSTANT(x, times)[flag])
     assert torch.equal(out[~flag], rule(CONSTANT, qsteer.value(total))(x, times)[~flag])
@@ -299,7 +299,7 @@ def test_masked_entries_are_neither_pushed_nor_measured():
 def test_the_trace_shows_the_strength_used():
     x, trace = noise(5, 2, 2), qsteer.Trace()
     rule = qsteer.Tweedie(FREE, clip=None)
-    with qsteer.trace.recording(trace):
+    with qsteer.trace.record_action(trace):
         rule(CONSTANT, members())(x, fixed_times(0.5, 5))
     expected = strength(rule, members(), x, 0.5)
     np.testing.assert_allclose(trace.arrays()["strength"][:, 0], expected.float(), rtol=1e-5)

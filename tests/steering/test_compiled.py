@@ -1,10 +1,9 @@
-"""The fast path: the host's own function, on buffers that stay, on a course that asks the device nothing."""
+"""The fast path: the host's own function, on buffers that stay, asking the device nothing."""
 
 from collections import OrderedDict
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from copy import deepcopy
-from dataclasses import fields as fields_of
 from dataclasses import replace
 from typing import Any, ClassVar, NamedTuple
 
@@ -19,11 +18,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import qsteer
 from qsteer.adapters import PlainPolicy
 from qsteer.adapters.pi import PiExpert, PiField
-from qsteer.course import Course, known
 from qsteer.critics import Critic, CriticConfig, LiveCritic
 from qsteer.hosts import HostField
 from qsteer.maps import FlowMap, GlassPosterior, MapConfig, MetaFlowMap, MetaMapConfig
-from qsteer.steering.compiled import KEPT, Replay, rebuilt, signature, tensors_in
+from qsteer.steering.compiled import KEPT, GraphRun, rebuilt, signature, tensors_in
 from qsteer.steering.handle import steer, unsteer
 
 PI = ("pi0", "pi05")
@@ -279,7 +277,7 @@ def test_fallbacks_are_counted_for_every_action(policy: nn.Module) -> None:
     assert counts == [36, 36]  # 9 guided steps, 2 rows, 2 actions
 
 
-# Buffers, kinds and courses
+# Buffers and kinds
 
 
 def runs(handle: Any) -> list[Any]:
@@ -388,22 +386,6 @@ def test_a_tree_is_taken_apart_and_put_together() -> None:
         assert signature(value, []) != signature(different, [])
 
 
-def test_a_course_repeats_its_answers_and_forgets_a_broken_one() -> None:
-    course, asked = Course(), []
-
-    def ask(answer: int) -> int:
-        return known(lambda: asked.append(answer) or answer)
-
-    with pytest.raises(ZeroDivisionError), course.follow():
-        ask(7)
-        raise ZeroDivisionError
-    for _ in range(3):
-        with course.follow():
-            assert (ask(1), ask(2)) == (1, 2)
-    assert asked == [7, 1, 2]
-    assert ask(3) == 3
-
-
 class Asking(TorchDispatchMode):
     """Refuses what would wait for a device: reading a number, selecting by a mask, copying from the host."""
 
@@ -419,7 +401,7 @@ class Asking(TorchDispatchMode):
 
 
 @pytest.mark.parametrize(("name", "method"), CASES)
-def test_a_course_that_was_taken_asks_the_device_nothing(
+def test_an_action_asks_the_device_nothing(
     name: str, method: tuple[qsteer.Rule | None, qsteer.Sampler]
 ) -> None:
     policy = hosts.shared(name)
@@ -428,16 +410,8 @@ def test_a_course_that_was_taken_asks_the_device_nothing(
     with steer(policy, critic(policy), rule, sampler=sampler, compile="static", trace=True) as handle:
         policy.predict_action_chunk(hosts.observe(policy))
         (run,) = runs(handle)
-        with torch.no_grad():
-            with Asking():
-                run.act()
-            asked, run.course = run.course._answers, Course()
-            assert asked or name == "plain"
-            with (
-                pytest.raises(AssertionError, match="cannot be captured") if asked else nullcontext(),
-                Asking(),
-            ):
-                run.act()
+        with torch.no_grad(), Asking():
+            run.act()
 
 
 # Checks
@@ -469,15 +443,24 @@ def test_a_prepared_step_that_is_not_the_hosts_is_refused(
 def test_a_value_that_hides_the_observation_is_refused() -> None:
     """A graph would steer every action by the first one's."""
 
+    class Hidden(qsteer.Value):
+        def __init__(self, obs: Any) -> None:
+            self.obs = obs
+
+        def __call__(self, a: Tensor) -> Tensor:
+            return a.flatten(1).sum(1)
+
+        def repeat(self, k: int) -> "Hidden":
+            return self
+
     class Hiding(hosts.Target):
         def bind(self, obs: Any) -> Any:
-            self.members = self.repeat = self.__call__ = lambda a: a.flatten(1).sum(1)
-            return self
+            return Hidden(obs)
 
     policy = hosts.shared("pi05")
     with (
         steer(policy, Hiding(), qsteer.Tweedie(), compile="static"),
-        pytest.raises(TypeError, match=r"expected a frozen dataclass, .* got Hiding"),
+        pytest.raises(TypeError, match=r"expected a frozen dataclass, .* got Hidden"),
     ):
         policy.predict_action_chunk(hosts.observe(policy))
 
@@ -503,7 +486,7 @@ def test_what_cannot_be_is_refused() -> None:
 class Recorder:
     """Stands in for torch.cuda: what is captured is computed again by each replay."""
 
-    captured: Replay | None = None
+    captured: GraphRun | None = None
     seen: ClassVar[list[str]] = []
 
     class CUDAGraph:
@@ -519,8 +502,9 @@ class Recorder:
                 action, found = Recorder.captured.act()
                 Recorder.captured.action.copy_(action)
                 for kept, fresh in zip(Recorder.captured.found.steps, found.steps, strict=True):
-                    for part in fields_of(kept):
-                        getattr(kept, part.name).copy_(getattr(fresh, part.name))
+                    assert kept.t == fresh.t
+                    for part in ("strength", "gradient_norm", "value", "value_std"):
+                        getattr(kept, part).copy_(getattr(fresh, part))
 
     class Stream:
         __class__ = torch.cuda.Stream  # to type checks at run time
@@ -549,13 +533,13 @@ def recorded(monkeypatch: pytest.MonkeyPatch) -> None:
         ("device", Recorder.nothing),
     ):
         monkeypatch.setattr(torch.cuda, name, stand_in)
-    check = Replay.check
+    check = GraphRun.check
 
-    def known_by_the_graph(self: Replay) -> None:
+    def known_by_the_graph(self: GraphRun) -> None:
         Recorder.captured = self
         check(self)
 
-    monkeypatch.setattr(Replay, "check", known_by_the_graph)
+    monkeypatch.setattr(GraphRun, "check", known_by_the_graph)
 
 
 @pytest.mark.parametrize(

@@ -17,6 +17,7 @@ import qsteer
 from qsteer.adapters import HOSTS, Host, PlainPolicy, host_of
 from qsteer.clock import MIRRORED, PAPER
 from qsteer.critics import Critic, CriticConfig
+from qsteer.flow import expand_time
 from qsteer.steering.handle import steer
 
 STRONG = qsteer.Tweedie(alpha=0.3, clip=None)
@@ -72,7 +73,7 @@ def test_the_first_step_is_the_hosts_noise_at_the_hosts_time(policy: nn.Module):
         assert torch.equal(policy.predict_action_chunk(hosts.observe(policy), noise=noise), base)
     field, _, start = seen[0]
     assert torch.equal(start, noise)
-    times = [field.clock.to_host(field.clock.times(t, start)) for t, _ in field.clock.grid()]
+    times = [expand_time(field.clock.to_host(t), start, torch.float32) for t, _ in field.clock.grid()]
     assert all(torch.equal(mine, its) for mine, (_, its) in zip(times, calls, strict=True))
 
 

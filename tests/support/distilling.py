@@ -6,11 +6,13 @@
 
 import os
 import signal
+import subprocess
 import sys
 from pathlib import Path
 
 import torch
 from play_data import A, H, episodes
+from safetensors.torch import load_file
 from torch import Tensor
 
 from qsteer.data import Chunks
@@ -63,6 +65,28 @@ def kill_at(step: int, kind: str) -> None:
         return loss(self, generator)
 
     learner.loss = counted
+
+
+def weights(run: Path) -> dict[str, Tensor]:
+    return load_file(run / "checkpoint.safetensors")
+
+
+def run_python(*arguments: str | Path) -> None:
+    found = [str(Path(__file__).parent), *filter(None, [os.environ.get("PYTHONPATH")])]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(found)}
+    subprocess.run([sys.executable, *arguments], env=environment, check=True, timeout=280)
+
+
+def make_learner(kind: str, residual: bool = True) -> Learner:
+    torch.manual_seed(1)
+    sizes = teacher().sizes()
+    if kind == "meta":
+        config = MetaMapConfig(*sizes, hidden=(8,), harmonics=2, residual=residual)
+        return MetaDistillation(MetaFlowMap(config), teacher(), META)
+    config = MapConfig(*sizes, hidden=(8,), residual=residual)
+    flow = FlowMapDistillation(FlowMap(config), teacher(), FLOW)
+    flow.step += 8
+    return flow
 
 
 def main(out: Path, kill: bool) -> None:

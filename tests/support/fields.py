@@ -17,13 +17,15 @@ import torch
 from torch import Tensor
 
 import qsteer
-from qsteer.clock import MIRRORED, PAPER, Clock
+from qsteer.clock import MIRRORED, PAPER, Clock, Time
+from qsteer.flow import expand_time
+from qsteer.types import Field, Value
 
 DOUBLE = torch.float64
 
 
-def column(t: Tensor, x: Tensor) -> Tensor:
-    return t.to(x.dtype)[:, None, None]
+def column(t: Time, x: Tensor) -> Tensor:
+    return expand_time(t, x).to(x.dtype)[:, None, None]
 
 
 @dataclass(frozen=True)
@@ -150,14 +152,14 @@ def total(a: Tensor) -> Tensor:
     return a.flatten(1).sum(1)
 
 
-class Host:
+class Host(Field):
     """A field that serves a mirrored host: time u = 1 - t in float32, velocity w = noise - action."""
 
     def __init__(self, network: Callable[[Tensor, Tensor], Tensor], clock: Clock = MIRRORED) -> None:
         self.network, self.clock, self.times = network, clock, []
 
-    def __call__(self, x: Tensor, t: Tensor) -> Tensor:
-        time = self.clock.to_host(t)
+    def __call__(self, x: Tensor, t: Time) -> Tensor:
+        time = expand_time(self.clock.to_host(t), x, torch.float32)
         self.times.append(time)
         return self.clock.velocity(self.network(x, time))
 
@@ -180,16 +182,16 @@ class Tally:
 
 
 @dataclass(frozen=True)
-class CountingField:
+class CountingField(Field):
     """Counts forwards, rows of each and backwards, repeated copies included."""
 
     fn: Callable[[Tensor, Tensor], Tensor]
     tally: Tally = field(default_factory=Tally)
     clock: Clock = PAPER
 
-    def __call__(self, x: Tensor, t: Tensor) -> Tensor:
+    def __call__(self, x: Tensor, t: Time) -> Tensor:
         self.tally.rows.append(len(x))
-        v = self.fn(x, t)
+        v = self.fn(x, expand_time(t, x))
         if v.requires_grad:
             v.register_hook(self.tally.backward)
         return v
@@ -199,7 +201,7 @@ class CountingField:
 
 
 @dataclass(frozen=True)
-class CountingValue:
+class CountingValue(Value):
     """Counts forwards, rows of each, backwards and calls of members, repeated copies included."""
 
     fn: Callable[[Tensor], Tensor]
@@ -221,7 +223,7 @@ class CountingValue:
 
 
 @dataclass(frozen=True)
-class Ensemble:
+class Ensemble(Value):
     """The mean of several values; ``context`` has one row per observation and is handed to each."""
 
     fns: tuple[Callable[..., Tensor], ...]
@@ -302,9 +304,8 @@ def fixed_times(t: float, rows: int, dtype: torch.dtype = DOUBLE) -> Tensor:
 
 def guidance(rule: Any, field: Any, value: Any, x: Tensor, t: float) -> Tensor:
     """Return what the rule adds to the velocity at (x, t)."""
-    times = fixed_times(t, len(x), x.dtype)
     with torch.no_grad():
-        return rule(field, value)(x, times) - field(x, times)
+        return rule(field, value)(x, t) - field(x, t)
 
 
 BASE = qsteer.field(nonlinear)

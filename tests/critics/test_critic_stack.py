@@ -8,10 +8,12 @@ from torch import Tensor
 
 import qsteer
 from qsteer.critics import Critic, CriticConfig, LiveCritic
-from qsteer.critics.networks import EnsembleMLP, Normalizer
+from qsteer.critics.networks import Normalizer
 from qsteer.types import Sampler, Value
 
 S, J, B, N, H, A = 3, 4, 5, 6, 2, 3
+
+
 CONFIG = CriticConfig(obs_dim=N, action_dim=A, horizon=H, hidden=(16, 8), members=J, rho=0.5)
 
 
@@ -129,20 +131,6 @@ def test_every_seed_is_normalised_by_its_own_data() -> None:
         alone.fit(rows)
         torch.testing.assert_close(part, alone(rows), rtol=0, atol=1e-12)
         torch.testing.assert_close(part.mean(0), torch.zeros(N).double(), rtol=0, atol=1e-12)
-
-
-def test_a_state_value_has_groups_too() -> None:
-    torch.manual_seed(0)
-    ones = [EnsembleMLP(1, N, 0, (8,)) for _ in range(S)]
-    stack = EnsembleMLP(1, N, 0, (8,), groups=S)
-    stack.load_state_dict(
-        {name: torch.cat([one.state_dict()[name] for one in ones]) for name in stack.state_dict()}
-    )
-    s = torch.randn(S * B, N)
-    v = stack(stack.encode(s))
-    assert v.shape == (1, S * B)
-    expected = torch.cat([one(one.encode(x)) for one, x in zip(ones, s.chunk(S), strict=True)], dim=1)
-    torch.testing.assert_close(v, expected)
 
 
 def test_a_checkpoint_carries_a_stack(tmp_path: object) -> None:

@@ -6,15 +6,15 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import bandit
 import numpy as np
+import online_runs
 import pytest
 import torch
+from online_runs import CRITIC, GOAL, RULE, TRAINING, ThreeSteps, metrics, parts, policy, run
 from torch import Tensor
 
 import qsteer
@@ -23,57 +23,8 @@ from qsteer.data import Chunks, Episodes
 from qsteer.data.replay import Replay
 from qsteer.online.actors import StateActor
 from qsteer.online.collect import Collector
-from qsteer.online.loop import OnlineTraining, train_online
-from qsteer.policies import FlowPolicy, FlowPolicyConfig
-from qsteer.training.critic import LEARNERS, CriticTraining, Sarsa, fresh_critic
-
-GOAL = 0.6
-RULE = qsteer.QGF(weight=0.3, scaling="match_norm")
-CRITIC = CriticTraining(
-    target="sarsa", horizon=1, gamma=0.9, ema=0.1, hidden=(32,), members=3, learning_rate=1e-2, batch_size=64
-)
-TRAINING = OnlineTraining(
-    critic=CRITIC, env_steps=400, num_envs=4, warmup=100, evaluate_every=200, episodes=20, log_every=50,
-    checkpoint_every=100,
-)  # fmt: skip
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    torch.set_num_threads(1)
-    yield
-
-
-class Bandit(bandit.Bandit):
-    """Three steps; one near the goal is a success."""
-
-    steps = 3
-
-    def step(self, action: np.ndarray) -> tuple[np.ndarray, float, bool, bool, dict[str, Any]]:
-        *outcome, _ = super().step(action)
-        return *outcome, {"success": outcome[1] > -0.02}
-
-
-def policy(seed: int = 0) -> FlowPolicy:
-    """An untrained policy: its actions are hardly more than the noise."""
-    torch.manual_seed(seed)
-    return FlowPolicy(FlowPolicyConfig(2, 1, 1, (8,))).requires_grad_(False)
-
-
-def parts(seeds: int = 1, settings: CriticTraining = CRITIC) -> tuple[StateActor, LiveCritic]:
-    live = LiveCritic(fresh_critic(settings.critic_config(2, 1), range(seeds)))
-    return StateActor([policy()], live), live
-
-
-def metrics(out: Path) -> list[dict[str, float]]:
-    return [json.loads(line) for line in (out / "metrics.jsonl").open()]
-
-
-def run(out: Path, training: OnlineTraining = TRAINING, seeds: int = 1, **options: Any) -> Critic:
-    actor, live = parts(seeds, training.critic)
-    options = {"rule": RULE, "make_env": Bandit} | options
-    make_env = options.pop("make_env")
-    return train_online(make_env, actor, live, out, training, progress=False, **options)
+from qsteer.online.loop import train_online
+from qsteer.training.critic import LEARNERS, Sarsa, fresh_critic
 
 
 def test_steering_gets_better_while_it_acts(tmp_path: Path) -> None:
@@ -111,7 +62,7 @@ def test_every_target_learns_online(target: str, tmp_path: Path) -> None:
     training = replace(TRAINING, critic=replace(CRITIC, target=target), env_steps=160, evaluate_every=0)
     actor, live = parts(settings=training.critic)
     act = actor.sample_under(RULE, qsteer.Euler(clip=(-1.0, 1.0))) if target in ("td", "fql") else None
-    train_online(Bandit, actor, live, tmp_path, training, rule=RULE, act=act, progress=False)
+    train_online(ThreeSteps, actor, live, tmp_path, training, rule=RULE, act=act, progress=False)
     assert metrics(tmp_path)[-1]["step"] == 160
     assert live.version > 0
 
@@ -160,7 +111,7 @@ def test_a_critic_that_diverges_does_not_steer_and_comes_back(
     live = LiveCritic(fresh_critic(CRITIC.critic_config(2, 1), [0]))
     training = replace(TRAINING, evaluate_every=0, log_every=4)
     critic = train_online(
-        Bandit, Actor([policy()], live), live, tmp_path, training, rule=RULE, progress=False
+        ThreeSteps, Actor([policy()], live), live, tmp_path, training, rule=RULE, progress=False
     )
     lines = metrics(tmp_path)
     assert lines[-1]["trips"] == 1
@@ -182,7 +133,7 @@ def test_a_critic_that_has_not_learnt_steers_nothing_not_even_evaluations(tmp_pa
 
     live = LiveCritic(fresh_critic(CRITIC.critic_config(2, 1), [0]))
     training = replace(TRAINING, env_steps=40, warmup=20, evaluate_every=12, episodes=2)
-    train_online(Bandit, Actor([policy()], live), live, tmp_path, training, rule=RULE, progress=False)
+    train_online(ThreeSteps, Actor([policy()], live), live, tmp_path, training, rule=RULE, progress=False)
     first = steered.index(True)
     assert all(steered[first:])
     # the constructor's, seven rounds of four steps (the critic learns in the last) and two evaluations
@@ -245,16 +196,13 @@ def test_what_does_not_fit_is_refused(tmp_path: Path) -> None:
         run(tmp_path, short, rule=qsteer.QGF(weight=0.5))
     with pytest.raises(ValueError, match="nonsense"):
         run(tmp_path / "other", short, tracker="nonsense")
-    for changes in ({"env_steps": 0}, {"updates_per_step": 0.0}, {"offline_share": 1.0}, {"warmup": -1}):
-        with pytest.raises(ValueError, match=next(iter(changes))):
-            replace(TRAINING, **changes)
 
 
 KILLED = """
 import sys
-sys.path[:0] = {folders!r}
+sys.path.insert(0, {folder!r})
 from pathlib import Path
-import test_online
+import online_runs
 from qsteer.data.replay import Replay
 
 add = Replay.add
@@ -263,9 +211,8 @@ def acknowledged(self, rows):
     print(self.added, flush=True)
 Replay.add = acknowledged
 if __name__ == "__main__":
-    test_online.run(Path({out!r}), test_online.KILL)
+    online_runs.run(Path({out!r}), online_runs.KILL)
 """
-KILL = replace(TRAINING, env_steps=600, warmup=40, evaluate_every=0, log_every=40, checkpoint_every=40)
 
 
 @pytest.mark.slow
@@ -274,9 +221,7 @@ def test_killed_at_random_moments_nothing_acknowledged_is_lost(tmp_path: Path) -
     """kill -9 ten times; what was printed before each is there after it, and the metrics go on."""
     script = tmp_path / "killed.py"
     out = tmp_path / "run"
-    script.write_text(
-        KILLED.format(folders=[str(Path(file).parent) for file in (__file__, bandit.__file__)], out=str(out))
-    )
+    script.write_text(KILLED.format(folder=str(Path(online_runs.__file__).parent), out=str(out)))
     generator = np.random.default_rng(0)
     env = os.environ | {"OMP_NUM_THREADS": "1"}
     acknowledged = 0
@@ -298,30 +243,3 @@ def test_killed_at_random_moments_nothing_acknowledged_is_lost(tmp_path: Path) -
     steps, updates = ([line[key] for line in lines] for key in ("env_steps", "step"))
     assert steps == sorted(set(steps)) and steps[-1] == 600
     assert updates == sorted(updates) and updates[-1] == 600
-
-
-def test_an_environments_chunk_is_asked_for_when_it_is_used_up() -> None:
-    """With chunks of two actions and episodes of three steps, environments ask at steps 0, 2, 3, 5, ..."""
-    asked: list[list[int]] = []
-
-    def act(obs: Tensor, lanes: np.ndarray) -> Any:
-        asked.append(lanes.tolist())
-        zero = torch.zeros(len(obs), 2, 1)
-        from qsteer.online.actors import Decision
-
-        return Decision(zero, zero, obs)
-
-    with Collector(Bandit, horizon=2, num_envs=2) as collector:
-        rows = [collector.step(act, torch.Generator().manual_seed(0)) for _ in range(6)]
-        collector.abandon()
-        last = collector.step(act, torch.Generator().manual_seed(1))
-    assert asked == [[0, 1]] * 5
-    assert [row.observations[0, 1].item() for row in (*rows, last)] == [0, 1, 2, 0, 1, 2, 0]
-    assert len(collector.finished) == 4
-
-
-def test_the_replay_has_the_layout_of_the_critic(tmp_path: Path) -> None:
-    run(tmp_path, replace(TRAINING, env_steps=48, warmup=20, evaluate_every=0))
-    layout = json.loads((tmp_path / "replay" / "layout.json").read_text())
-    assert (layout["lanes"], layout["horizon"], layout["steps"], layout["observations"]) == (4, 1, 1, 2)
-    assert isinstance(Replay, type)

@@ -1,4 +1,4 @@
-"""What simulators need around them: a graphics library, and numpy's global generator seeded."""
+"""What simulators need of the process that they run in: a graphics library, a seed for numpy."""
 
 import contextlib
 import os

@@ -1,0 +1,77 @@
+"""Checks that many settings share; each raises a ValueError that says what was expected and what was got."""
+
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any
+
+
+def check_at_least(owner: object, least: float | int, *names: str) -> None:
+    """Check that attributes are no less than a bound; ``None`` passes.
+
+    Raises:
+        ValueError: one is.
+    """
+    for name in names:
+        value = getattr(owner, name)
+        if value is not None and value < least:
+            raise ValueError(f"{_place(owner, name)}: expected at least {least}, got {value}")
+
+
+def check_positive(owner: object, *names: str) -> None:
+    """Check that attributes are more than zero; ``None`` passes.
+
+    Raises:
+        ValueError: one is not.
+    """
+    for name in names:
+        value = getattr(owner, name)
+        if value is not None and value <= 0:
+            raise ValueError(f"{_place(owner, name)}: expected more than 0, got {value}")
+
+
+def check_fraction(owner: object, *names: str) -> None:
+    """Check that attributes lie in (0, 1].
+
+    Raises:
+        ValueError: one does not.
+    """
+    for name in names:
+        value = getattr(owner, name)
+        if not 0 < value <= 1:
+            raise ValueError(f"{_place(owner, name)}: expected a number in (0, 1], got {value}")
+
+
+def check_choice(owner: object, name: str, choices: Collection[str]) -> None:
+    """Check that an attribute is one of some words.
+
+    Raises:
+        ValueError: it is another.
+    """
+    if getattr(owner, name) not in choices:
+        raise ValueError(
+            f"{_place(owner, name)}: expected one of {', '.join(map(repr, choices))}, got "
+            f"{getattr(owner, name)!r}"
+        )
+
+
+def check_widths(owner: object, name: str) -> None:
+    """Check the widths of hidden layers.
+
+    Raises:
+        ValueError: there is none, or one is not positive.
+    """
+    widths: Sequence[int] = getattr(owner, name)
+    if not widths or min(widths) < 1:
+        raise ValueError(f"{_place(owner, name)}: expected at least one positive width, got {widths}")
+
+
+def list_differences(expected: Mapping[str, Any], found: Mapping[str, Any]) -> tuple[str, str] | None:
+    """Return what differs between two descriptions, as ``"a=1, b=2"`` for each of them; ``None``: nothing."""
+    names = sorted(name for name in {**found, **expected} if found.get(name) != expected.get(name))
+    if not names:
+        return None
+    listed, other = (", ".join(f"{n}={side.get(n)!r}" for n in names) for side in (expected, found))
+    return listed, other
+
+
+def _place(owner: object, name: str) -> str:
+    return f"{type(owner).__name__}.{name}"

@@ -1,0 +1,231 @@
+"""What a replay takes, stores and gives: the shapes of its rows, a row of every lane, and whole episodes."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from qsteer.checks import check_at_least, check_choice, check_fraction
+from qsteer.data.episodes import Need
+from qsteer.types import Observation
+
+DTYPES = ("uint8", "int32", "int64", "float16", "float32", "float64")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Layout:
+    """Shapes of a replay's rows, and what is drawn from them.
+
+    Attributes:
+        observations: O, for one float32 vector; or key -> (shape, dtype), such as
+            ``{"observation.images.image": ((3, 64, 64), "uint8")}``.
+        action_dim: A.
+        steps: n, primitive steps per row.
+        horizon: chunk length in rows; transitions have chunks of ``H = horizon * n`` actions.
+        gamma: discount per primitive step.
+        need: what the learner reads: ``"next_actions"`` (SARSA), ``"next_state"`` (TD, IQL) or ``"returns"``
+            (Monte Carlo).
+        lanes: N, environments.
+        capacity: rows and ends of episodes that a lane holds; the oldest give way.
+    """
+
+    observations: int | Mapping[str, tuple[tuple[int, ...], str]]
+    action_dim: int
+    steps: int = 1
+    horizon: int = 5
+    gamma: float = 0.99
+    need: Need = "next_actions"
+    lanes: int = 1
+    capacity: int = 100_000
+
+    def __post_init__(self) -> None:
+        """Check the values."""
+        check_at_least(self, 1, "action_dim", "steps", "horizon", "lanes")
+        check_fraction(self, "gamma")
+        check_choice(self, "need", ("next_actions", "next_state", "returns"))
+        for key, (_, dtype) in {} if isinstance(self.observations, int) else self.observations.items():
+            if dtype not in DTYPES:
+                raise ValueError(f"Layout.observations: expected {key} of one of {DTYPES}, got {dtype!r}")
+        if self.capacity <= self.span:
+            raise ValueError(
+                f"Layout.capacity: expected more than the {self.span} rows of a transition, got "
+                f"{self.capacity}; raise it, or lower the horizon"
+            )
+
+    @property
+    def span(self) -> int:
+        """Rows of a transition: those of the chunk, and with SARSA those of the next."""
+        return self.horizon * (2 if self.need == "next_actions" else 1)
+
+    @property
+    def columns(self) -> dict[str, tuple[tuple[int, ...], str]]:
+        """Name -> (shape, dtype) of a slot of each stored column."""
+        columns: dict[str, tuple[tuple[int, ...], str]] = {}
+        if isinstance(self.observations, int):
+            columns[column_name("")] = (self.observations,), "float32"
+        else:
+            columns |= {
+                column_name(key): (tuple(shape), dtype) for key, (shape, dtype) in self.observations.items()
+            }
+        columns |= {"actions": ((self.steps, self.action_dim), "float32"), "rewards": ((), "float32")}
+        columns |= {"executed": ((), "int32"), "codes": ((), "uint8")}
+        if self.need == "returns":
+            columns["returns"] = ((), "float32")
+        return columns
+
+    def usable(
+        self, stop: np.ndarray, over: np.ndarray, timed_out: np.ndarray, closed: np.ndarray, whole: np.ndarray
+    ) -> np.ndarray:
+        """Return the end of the rows of each episode that may start a transition: all before it may.
+
+        Args:
+            stop: slot behind the episode's last row so far.
+            over: it ended in a terminal, so what follows is not needed.
+            timed_out: it ended at a time limit.
+            closed: the observation behind the last row is stored.
+            whole: all n steps of the last row were executed.
+        """
+        if self.need == "next_actions":
+            end = stop - self.span + whole
+        elif self.need == "next_state":
+            end = stop - self.span + (closed & whole)
+        else:
+            end = np.where(timed_out, stop - self.span + whole, 0)
+        return np.where(over, stop, end)
+
+    def read(
+        self, observations: Observation, others: Mapping[str, Tensor] | None = None
+    ) -> dict[str, Tensor]:
+        """Return one row of every lane, checked, by the names and in the types of the columns.
+
+        Raises:
+            ValueError: observations are of another kind, or something is missing, of another shape, or is
+                floating point where its column is not, or the reverse.
+        """
+        if isinstance(self.observations, int):
+            if not isinstance(observations, Tensor):
+                raise ValueError(
+                    f"Replay.add: expected a tensor of observations, got {sorted(observations)}; name the "
+                    "columns in Layout.observations"
+                )
+            given = {column_name(""): observations}
+        else:
+            got = {} if isinstance(observations, Tensor) else observations
+            if missing := [key for key in self.observations if key not in got]:
+                raise ValueError(
+                    f"Replay.add: expected observations {sorted(self.observations)}, got no {missing}; give "
+                    "a mapping with the columns of Layout.observations"
+                )
+            given = {column_name(key): got[key] for key in self.observations}
+        columns, read = self.columns, {}
+        for name, value in {**given, **(others or {})}.items():
+            expected, dtype = (self.lanes, *columns[name][0]), getattr(torch, columns[name][1])
+            if value.shape != expected or value.is_floating_point() != dtype.is_floating_point:
+                raise ValueError(
+                    f"Replay.add: expected {name} {expected} of {dtype}, got {tuple(value.shape)} of "
+                    f"{value.dtype}; give rows of the replay's Layout"
+                )
+            read[name] = value.to(dtype)
+        return read
+
+    def read_ends(self, rows: "Rows") -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Return where the task is over, where a time limit ended an episode, and the executed steps: (N,).
+
+        Raises:
+            ValueError: a column has another shape, a row in the middle of an episode was not executed to its
+                end, or a truncated episode has no return (``"returns"`` with gamma 1).
+        """
+        over = to_numpy(rows.terminals).astype(bool)
+        timed_out = to_numpy(rows.truncations).astype(bool) & ~over
+        ends = over | timed_out
+        executed = np.full(self.lanes, self.steps) if rows.executed is None else to_numpy(rows.executed)
+        for name, value in (("terminals", over), ("truncations", timed_out), ("executed", executed)):
+            if value.shape != (self.lanes,):
+                raise ValueError(
+                    f"Replay.add: expected {name} ({self.lanes},), got {value.shape}; give one a lane"
+                )
+        whole = executed == self.steps
+        if not (whole | ends).all() or executed.min() < 1 or executed.max() > self.steps:
+            raise ValueError(
+                f"Replay.add: expected {self.steps} executed steps, or 1 to {self.steps} where an episode "
+                f"ends, got executed={executed.tolist()} with ends={ends.tolist()}; give rows of "
+                f"{self.steps} steps"
+            )
+        if self.need == "returns" and self.gamma == 1 and timed_out.any():
+            raise ValueError(
+                "Replay.add: expected gamma < 1 for truncated episodes' returns, got 1; lower it"
+            )
+        return over, timed_out, executed
+
+
+class Rows(NamedTuple):
+    """One row of every lane.
+
+    Attributes:
+        observations: before the row.
+        actions: what was executed, and from ``executed`` on anything.
+        rewards: ``sum_{k < executed} gamma^k r_k``.
+        terminals: the task is over after the row; nothing follows.
+        truncations: a time limit ended the episode; the world would go on.
+        executed: primitive steps, fewer than n only where the episode ends; ``None``: n.
+        next_observations: after the row; read where an episode ends, needed by nobody but ``"next_state"``
+            behind a truncation.
+    """
+
+    observations: Observation
+    actions: Float[Tensor, "N n A"]
+    rewards: Float[Tensor, "N"]
+    terminals: Bool[Tensor, "N"]
+    truncations: Bool[Tensor, "N"]
+    executed: Int[Tensor, "N"] | None = None
+    next_observations: Observation | None = None
+
+
+class Trajectory(NamedTuple):
+    """Consecutive rows of one episode, of which the first may be lost.
+
+    Attributes:
+        observations: before each of L rows.
+        actions: of each row.
+        rewards: of each row.
+        executed: primitive steps of each row.
+        terminal: the task is over after the last row.
+        truncated: a time limit ended the episode after it; if neither, nobody saw its end.
+        closing: the observation behind the last row, (1, ...), where it is stored.
+    """
+
+    observations: Observation
+    actions: Float[Tensor, "L n A"]
+    rewards: Float[Tensor, "L"]
+    executed: Int[Tensor, "L"]
+    terminal: bool
+    truncated: bool
+    closing: Observation | None
+
+    def __len__(self) -> int:
+        """Return the number of rows."""
+        return len(self.rewards)
+
+
+def infer_columns(observations: Observation) -> int | dict[str, tuple[tuple[int, ...], str]]:
+    """Return ``Layout.observations`` for observations like these (B, ...)."""
+    if isinstance(observations, Tensor):
+        return observations.shape[1]
+    return {
+        key: (tuple(value.shape[1:]), str(value.dtype).removeprefix("torch."))
+        for key, value in observations.items()
+    }
+
+
+def column_name(key: str) -> str:
+    """Return the column of an observation's entry; ``""`` stands for an observation that is one tensor."""
+    return f"observations.{key}" if key else "observations"
+
+
+def to_numpy(value: Tensor | np.ndarray) -> np.ndarray:
+    """Return a tensor as an array on the CPU; an array is returned as it is."""
+    return value.detach().cpu().numpy() if isinstance(value, Tensor) else value

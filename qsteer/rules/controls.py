@@ -1,0 +1,142 @@
+"""Baselines, which are known to be worse, and the control arm: what guidance gains without its estimate."""
+
+from dataclasses import dataclass
+from dataclasses import field as attribute
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from qsteer.clock import Time
+from qsteer.flow import clip_through, denoise
+from qsteer.rules.guidance import EDGE, Ascent, Guidance, gradient
+from qsteer.rules.strength import Strength
+from qsteer.types import Field, Value
+
+
+@dataclass(frozen=True)
+class NoisyGradient(Guidance):
+    """Baseline (CGQL, QFQL): the critic's gradient at the noisy action itself, where it was never trained.
+
+    Cost: 1 velocity forward, 1 critic forward and backward.
+
+    Args:
+        alpha: norm of the guidance relative to the velocity's.
+    """
+
+    alpha: Strength = 0.2
+
+    @property
+    def strength(self) -> Strength:
+        """``alpha``."""
+        return self.alpha
+
+    def ascent(self, field: Field, value: Value, x: Float[Tensor, "B H A"], t: Time) -> Ascent:
+        """Differentiate the value at x."""
+        with torch.no_grad():
+            v = field(x, t)
+        x = x.requires_grad_()
+        a = clip_through(x, self.clip)
+        q = value(a)
+        return Ascent(v, gradient(q, x), q, a)
+
+
+@dataclass(frozen=True)
+class ThroughTime(Guidance):
+    """Baseline (BPTT): the gradient of the value of the finished action, through the rest of the Euler chain.
+
+    Cost: at step i of K, K - i velocity forwards and backwards, 1 critic forward and backward.
+
+    Args:
+        alpha: norm of the guidance relative to the velocity's.
+        steps: K of the whole chain; None: the field's own number.
+    """
+
+    alpha: Strength = 0.2
+    steps: int | None = None
+
+    @property
+    def strength(self) -> Strength:
+        """``alpha``."""
+        return self.alpha
+
+    def ascent(self, field: Field, value: Value, x: Float[Tensor, "B H A"], t: Time) -> Ascent:
+        """Differentiate the value of the chain's end with respect to x."""
+        now = t if isinstance(t, float) else float(t[0])
+        rest = [(s, dt) for s, dt in field.clock.grid(self.steps) if s >= now - EDGE]
+        if not rest or rest[0][0] > now + EDGE:
+            raise ValueError(
+                f"ThroughTime: expected the chain's own number of steps, got t = {now:.3f} off the "
+                f"grid of steps={self.steps}; give ThroughTime(steps=...) the sampler's"
+            )
+        x = x.requires_grad_()
+        v = field(x, t)
+        a = x + rest[0][1] * v
+        for s, dt in rest[1:]:
+            a = a + dt * field(a, s)
+        a = clip_through(a, self.clip)
+        q = value(a)
+        return Ascent(v, gradient(q, x), q, a)
+
+
+class RandomStream:
+    """Normal numbers from generators of its own, one per device, all of one seed."""
+
+    def __init__(self, seed: int) -> None:
+        self.seed = seed
+        self._generators: dict[torch.device, torch.Generator] = {}
+
+    def normal(self, like: Tensor) -> Tensor:
+        """Return the stream's next numbers, as many as ``like`` has."""
+        if like.device not in self._generators:
+            self._generators[like.device] = torch.Generator(like.device).manual_seed(self.seed)
+        generator = self._generators[like.device]
+        return torch.randn(like.shape, generator=generator, device=like.device, dtype=like.dtype)
+
+    def generators(self, device: torch.device) -> list[torch.Generator]:
+        """Return the generator of a device, if it has been asked for numbers."""
+        return [self._generators[device]] if device in self._generators else []
+
+
+@dataclass(frozen=True)
+class RandomDirection(Guidance):
+    """Control arm: a random direction of the same norm. A gain it shares is no gain of the critic's.
+
+    Guides the steps Tweedie guides. Directions come from a generator of the rule's own, so the caller's noise
+    is the same as in every other arm.
+
+    Cost: 1 velocity forward.
+
+    Args:
+        alpha: norm of the guidance relative to the velocity's.
+        seed: seed of the directions.
+    """
+
+    alpha: float = 0.2
+    seed: int = 0
+    _directions: RandomStream = attribute(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        """Check the arguments."""
+        super().__post_init__()
+        object.__setattr__(self, "_directions", RandomStream(self.seed))
+        if self.auto is not None:
+            raise ValueError(
+                f"RandomDirection: expected a number as strength, got {self.alpha!r}: a control that asks "
+                "the critic how far to go controls for nothing"
+            )
+
+    @property
+    def strength(self) -> float:
+        """``alpha``."""
+        return self.alpha
+
+    def generators(self, device: torch.device) -> list[torch.Generator]:
+        """Return the generator of the directions, if any was drawn on this device."""
+        return self._directions.generators(device)
+
+    def ascent(self, field: Field, value: Value, x: Float[Tensor, "B H A"], t: Time) -> Ascent:
+        """Draw a direction."""
+        with torch.no_grad():
+            v, g = field(x, t), self._directions.normal(x)
+        return Ascent(v, g, torch.zeros_like(x[:, 0, 0]), clip_through(denoise(x, v, t), self.clip))

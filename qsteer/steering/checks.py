@@ -1,0 +1,96 @@
+"""What :func:`qsteer.steer` and :func:`qsteer.open_action` refuse."""
+
+from typing import Any, NamedTuple
+
+from qsteer.hosts import Host, parameters_of
+from qsteer.samplers import Euler
+from qsteer.types import Bindable, Rule, Sampler
+
+
+def checked_rule(rule: Any) -> Rule | None:
+    """Return ``rule`` if it is one or None."""
+    if rule is None or isinstance(rule, Rule):
+        return rule
+    if isinstance(rule, Sampler):
+        raise TypeError(f"rule: expected a rule, got the sampler {rule}; pass sampler={rule}")
+    raise TypeError(f"rule: expected a Rule such as qsteer.Tweedie(alpha=0.2) or a Sampler, got {rule!r}")
+
+
+def checked_sampler(sampler: Any) -> Sampler:
+    """Return ``sampler`` if it is one, Euler for None."""
+    if sampler is None:
+        return Euler()
+    if isinstance(sampler, Rule):
+        raise TypeError(f"sampler: expected a sampler, got the rule {sampler}; pass it in the rule's place")
+    if not isinstance(sampler, Sampler):
+        raise TypeError(f"sampler: expected a Sampler such as qsteer.BestOfN(8), got {sampler!r}")
+    return sampler
+
+
+def check_methods(policy: Any, host: Host) -> None:
+    """Raise unless the instance has the classes' own methods, compiled or not."""
+    for path in (host.entry, host.step, host.batch):
+        host.read(policy, path)
+        owner, name = host.site(policy, path)
+        present = vars(owner).get(name)
+        if present is not None and not hasattr(present, "_torchdynamo_orig_callable"):
+            raise TypeError(
+                f"{path}: expected the class's own method, got {present!r} on the instance; remove what "
+                "put it there first"
+            )
+
+
+def check_rtc(policy: Any, host: Host) -> None:
+    """Raise if real-time chunking is on, which would guide the same velocity towards the previous chunk."""
+    if host.rtc is not None and host.read(policy, host.rtc)():
+        raise RuntimeError(
+            "policy: expected real-time chunking to be off, got it enabled; both guide the same velocity and "
+            "one of them would be lost: set policy.config.rtc_config.enabled = False, or remove the steering"
+        )
+
+
+def check_critic(critic: Any, policy: Any, host: Host) -> None:
+    """Raise unless the critic can be bound, sits where the policy sits, and sees what the policy executes."""
+    if isinstance(critic, type) or not isinstance(critic, Bindable):
+        raise TypeError(
+            f"critic: expected an object with bind(obs) -> Value, got {critic!r}; use a qsteer.Critic, or "
+            "write a class whose bind returns qsteer.value(fn, context=obs)"
+        )
+    mine, its = parameters_of(policy), parameters_of(critic)
+    if any(parameter.is_inference() for parameter in (*mine, *its)):
+        raise TypeError(
+            "policy, critic: expected ordinary parameters, got some made under torch.inference_mode, through "
+            "which no gradient flows; load both outside of it"
+        )
+    if mine and its and mine[0].device != its[0].device:
+        raise ValueError(
+            f"critic: expected it on the policy's device, {mine[0].device}, got {its[0].device}; move either"
+        )
+    read_sizes(critic, policy, host)
+
+
+class Sight(NamedTuple):
+    """What a critic's configuration says that it sees; None: nothing is said."""
+
+    horizon: int | None = None
+    action_dim: int | None = None
+    features: int = 0
+    observation_key: str = "observation.state"
+
+
+def config_of(critic: Bindable) -> Any:
+    """Return the critic's configuration, or one that says nothing."""
+    return getattr(critic, "config", None) or Sight()
+
+
+def read_sizes(critic: Bindable, policy: Any, host: Host) -> tuple[int, int]:
+    """Return how many steps and dimensions the critic sees: those executed, unless its horizon is less."""
+    executed, dim = host.read(policy, host.executed), host.read(policy, host.action_shape)[-1]
+    config = config_of(critic)
+    steps, width = config.horizon or executed, config.action_dim or dim
+    if steps > executed or width != dim:
+        raise ValueError(
+            f"critic: expected one that sees at most the {executed} executed steps and all {dim} dimensions, "
+            f"got {steps} steps and {width} dimensions; train one for this policy's {host.executed}"
+        )
+    return steps, dim

@@ -1,0 +1,305 @@
+"""Opening an action: a policy's own code up to its first Euler step, and what it has encoded by then.
+
+:class:`Interception` puts three bound methods on the policy *instance* and nothing anywhere else:
+
+* the *batch* method remembers the observation for the critic and runs the class's own;
+* the *entry* runs the class's own until it asks for its first step, whose arguments (noise, key-value cache,
+  masks) are all that is needed: the prefix is computed once, by the host's code on its random stream;
+* the *step* interrupts the entry there, and is the class's own at any other time.
+
+:class:`~qsteer.hosts.Host` says where a policy keeps these three.
+"""
+
+import inspect
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from contextvars import ContextVar
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple, NoReturn
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from qsteer.adapters import host_of
+from qsteer.critics.encoders import FEATURES, pooled
+from qsteer.flow import normal
+from qsteer.hosts import Host, HostField
+from qsteer.sampling import acting, outside_inference_mode
+from qsteer.steering.checks import check_critic, check_methods, check_rtc, config_of, read_sizes
+from qsteer.types import Bindable, Value
+
+
+class Opened(NamedTuple):
+    """An action before its first step."""
+
+    field: HostField
+    """The policy's velocity for the observations of the batch."""
+    value: Value | None
+    """The critic's value for them; None: no critic was given."""
+    noise: Float[Tensor, "B H A"]
+    """The host's own draw."""
+
+
+class Call(NamedTuple):
+    """A call of a host's batch method."""
+
+    by: "Interception"
+    act: Callable[[Any, tuple[Any, ...], dict[str, Any]], Tensor]
+    batch: Any
+    encoding: bool = False
+    """Whether the entry's own code runs, to be interrupted at its first step."""
+
+
+_call: ContextVar[Call | None] = ContextVar("qsteer_call", default=None)
+"""The call that runs in this thread: it takes the batch from the batch method to the entry, and tells the
+step to interrupt. Several threads may use one steered policy."""
+
+
+class _Interruption(BaseException):
+    """Carries something out of the host's code; no Exception, for a host may catch those."""
+
+    def __init__(self, content: Any) -> None:
+        super().__init__()
+        self.content = content
+
+
+class Interception(ABC):
+    """Stands in for a policy's batch, entry and step methods until :meth:`restore`.
+
+    Attributes:
+        policy: whose methods they are.
+        host: where it keeps them.
+    """
+
+    def __init__(self, policy: Any, host: Host) -> None:
+        self.policy, self.host = policy, host
+        self._replaced: list[tuple[Any, str, Any]] = []
+        for path, method in ((host.entry, self._entry), (host.step, self._step), (host.batch, self._batch)):
+            owner, name = host.site(policy, path)
+            self._replaced.append((owner, name, vars(owner).get(name)))
+            setattr(owner, name, method)
+
+    @abstractmethod
+    def act(self, batch: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Float[Tensor, "B H A"]:
+        """Return what the host's entry is to return, for its batch and the entry's arguments."""
+
+    def restore(self) -> None:
+        """Give the policy its own methods back."""
+        for owner, name, former in self._replaced:
+            delattr(owner, name)
+            if former is not None:
+                setattr(owner, name, former)
+        self._replaced = []
+
+    def encode(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[HostField, Float[Tensor, "B H A"]]:
+        """Encode the observation by the host's own entry, given its arguments; return velocity and noise."""
+        entry, step = (self.host.own(self.policy, path) for path in (self.host.entry, self.host.step))
+        call = _call.get()
+        assert call is not None  # only act() comes here
+        token = _call.set(call._replace(encoding=True))
+        try:
+            entry(*args, **kwargs)
+        except _Interruption as first_step:
+            context = first_step.content
+        else:
+            raise RuntimeError(
+                f"{self.host.entry}: expected it to call {self.host.step}, got an action without a call; "
+                "correct the Host record"
+            )
+        finally:
+            _call.reset(token)
+        noise = context.pop(self.host.x)
+        del context[self.host.t]
+        override = inspect.signature(entry).bind(*args, **kwargs).arguments.get(self.host.num_steps)
+        steps = self.host.read(self.policy, self.host.steps) if override is None else override
+        clock = replace(self.host.clock, steps=steps)
+        return HostField(self.host, step, context, self.policy, clock), noise
+
+    def open(self, batch: Any, critic: Bindable | None, critic_inputs: Callable[[Any], Any] | None) -> Opened:
+        """Run the policy up to its first step; see :func:`open_action`."""
+
+        def stop(batch: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> NoReturn:
+            with outside_inference_mode():
+                args, kwargs, batch = normal((args, kwargs, batch))
+                field, noise = self.encode(args, kwargs)
+                value = None
+                if critic is not None:
+                    with acting(critic):
+                        value = bind_critic(critic, batch, critic_inputs, field)
+                    value = Executed.of(value, noise, *read_sizes(critic, self.policy, self.host))
+            raise _Interruption(Opened(field, value, noise))
+
+        try:
+            self._run(stop, batch)
+        except _Interruption as opened:
+            return opened.content
+        raise RuntimeError(
+            f"{self.host.batch}: expected it to call {self.host.entry}, got a result without a call; correct "
+            "the Host record"
+        )
+
+    def _run(self, act: Callable[..., Tensor], batch: Any, *args: Any, **kwargs: Any) -> Any:
+        """Run the class's own batch method, with ``act`` in the entry's place."""
+        token = _call.set(Call(self, act, batch))
+        try:
+            return self.host.own(self.policy, self.host.batch)(batch, *args, **kwargs)
+        finally:
+            _call.reset(token)
+
+    def _batch(self, batch: Any, *args: Any, **kwargs: Any) -> Any:
+        """Stand in for the host's batch method: remember the batch while the class's own runs."""
+        return self._run(self.act, batch, *args, **kwargs)
+
+    def _step(self, *args: Any, **kwargs: Any) -> Any:
+        """Stand in for the host's step: interrupt the entry that waits for it, else run the class's own."""
+        step, call = self.host.own(self.policy, self.host.step), _call.get()
+        if call is None or call.by is not self or not call.encoding:
+            return step(*args, **kwargs)
+        raise _Interruption(dict(inspect.signature(step).bind(*args, **kwargs).arguments))
+
+    def _entry(self, *args: Any, **kwargs: Any) -> Float[Tensor, "B H A"]:
+        """Stand in for the host's entry."""
+        check_rtc(self.policy, self.host)
+        call = _call.get()
+        if call is None or call.by is not self:
+            raise RuntimeError(
+                f"{self.host.entry}: expected a call by {self.host.batch}, which has the critic's batch, "
+                f"got a direct one; call policy.{self.host.batch}(batch), or remove the handle first"
+            )
+        return call.act(call.batch, args, kwargs)
+
+
+class _Opener(Interception):
+    """Stands on a policy while one action is opened."""
+
+    def act(self, batch: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> NoReturn:
+        """Refuse: another thread has called the policy meanwhile."""
+        raise RuntimeError(
+            "policy: expected no call while an action of it is opened, got one from another thread; open "
+            "actions of a policy that nobody else is using, or steer it"
+        )
+
+
+def open_action(
+    policy: Any,
+    batch: Any,
+    critic: Bindable | None = None,
+    *,
+    critic_inputs: Callable[[Any], Any] | None = None,
+) -> Opened:
+    """Run a pretrained policy up to its first Euler step, and return what an action is made of.
+
+    It is what :func:`qsteer.steer` does before rule and sampler: ``qsteer.sample(opened.field, opened.value,
+    opened.noise, rule=...)`` is the host's padded chunk in model space. The policy is left as it was, steered
+    or not.
+
+    Cost: the host's prefix and one draw of noise, from the host's random stream; no velocity.
+
+    Args:
+        policy: as for :func:`qsteer.steer`.
+        batch: what the policy's ``predict_action_chunk`` takes.
+        critic: as for :func:`qsteer.steer`; None: there is no value.
+        critic_inputs: ``batch -> obs``, when the critic needs something else than the host's batch.
+
+    Raises:
+        TypeError: an argument is of the wrong kind, or nobody knows where the policy keeps its loop.
+        ValueError: the critic is on another device, or sees more than the policy executes.
+        RuntimeError: real-time chunking is on, or the policy does not run as its Host record says.
+
+    Example:
+        >>> from qsteer.adapters import PlainPolicy
+        >>> policy = PlainPolicy(lambda x, t, obs: obs[:, None, None] - x, horizon=5, action_dim=2)
+        >>> field, value, noise = open_action(policy, torch.zeros(3))
+        >>> field(noise, 0.5).shape, value
+        (torch.Size([3, 5, 2]), None)
+    """
+    host = host_of(policy)
+    if critic is not None:
+        check_critic(critic, policy, host)
+    if (present := interception_of(policy, host)) is not None:
+        return present.open(batch, critic, critic_inputs)
+    check_methods(policy, host)
+    opener = _Opener(policy, host)
+    try:
+        return opener.open(batch, critic, critic_inputs)
+    finally:
+        opener.restore()
+
+
+def interception_of(policy: Any, host: Host) -> Interception | None:
+    """Return what stands on a policy's methods."""
+    owner, name = host.site(policy, host.batch)
+    owner_of_method = getattr(vars(owner).get(name), "__self__", None)
+    return owner_of_method if isinstance(owner_of_method, Interception) else None
+
+
+def bind_critic(
+    critic: Bindable, batch: Any, critic_inputs: Callable[[Any], Any] | None, field: HostField | None
+) -> Value:
+    """Bind a critic to an observation, and to what the field knows of it.
+
+    Args:
+        critic: what is bound.
+        batch: the host's.
+        critic_inputs: translates it; None: the critic is given the batch itself.
+        field: the policy's velocity, for critics that see the policy's features; None: it is not known yet.
+
+    Raises:
+        KeyError: the observation lacks what the critic sees.
+        TypeError: what the critic makes of it is no value.
+    """
+    obs = batch if critic_inputs is None else critic_inputs(batch)
+    config = config_of(critic)
+    if field is not None and config.features:
+        inputs = obs if isinstance(obs, Mapping) else {config.observation_key: obs}
+        obs = {**inputs, FEATURES: pooled(field.features)}
+    try:
+        value = critic.bind(obs)
+    except KeyError as error:
+        keys = list(obs) if isinstance(obs, Mapping) else type(obs).__name__
+        error.add_note(
+            f"the critic was given {keys}; translate the host's batch with steer(critic_inputs=...)"
+        )
+        raise
+    if not isinstance(value, Value):
+        raise TypeError(
+            f"critic.bind: expected a Value, got {type(value).__name__}; return qsteer.value(fn, "
+            "context=obs), or a subclass of qsteer.Value"
+        )
+    return value
+
+
+@dataclass(frozen=True)
+class Executed(Value):
+    """A critic's value on a host's padded chunk: it sees the first ``steps`` steps and ``dim`` dimensions."""
+
+    value: Value
+    steps: int
+    dim: int
+    mask: Float[Tensor, "H A"]
+
+    @classmethod
+    def of(cls, value: Value, chunk: Float[Tensor, "B H A"], steps: int, dim: int) -> "Executed":
+        """Return the value for chunks like ``chunk``; a mask of the value's own is kept."""
+        mask = torch.zeros_like(chunk[0])
+        mask[:steps, :dim] = 1.0 if value.mask is None else value.mask
+        return cls(value, steps, dim, mask)
+
+    def seen(self, a: Float[Tensor, "B H A"]) -> Float[Tensor, "B h d"]:
+        """Return the part of ``a`` which the critic sees."""
+        return a[:, : self.steps, : self.dim]
+
+    def __call__(self, a: Float[Tensor, "B H A"]) -> Float[Tensor, "B"]:
+        """Return the value of what the critic sees."""
+        return self.value(self.seen(a))
+
+    def repeat(self, k: int) -> "Executed":
+        """Return the value for ``k`` rows per observation."""
+        return replace(self, value=self.value.repeat(k))
+
+    def members(self, a: Float[Tensor, "B H A"]) -> Float[Tensor, "J B"]:
+        """Return what each ensemble member says."""
+        return self.value.members(self.seen(a))
