@@ -28,3 +28,13 @@ def policy(name: str) -> Iterator[torch.nn.Module]:
     hosts.set_steps(policy, 10)
     yield policy
     qsteer.unsteer(policy)
+
+
+@pytest.fixture
+def made_up_ceilings(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A made-up device for the latency benchmark: measuring one takes seconds."""
+    from qsteer.bench import latency
+    from qsteer.bench.roofline import Ceilings
+
+    ceilings = Ceilings({torch.float32: 1e9, torch.bfloat16: 1e9}, 1e9)
+    monkeypatch.setattr(latency, "measure_ceilings", lambda *_: ceilings)
