@@ -11,7 +11,7 @@ import pytest
 import torch
 from scipy.stats import binom, binomtest
 from torch import Tensor
-from walk import SEED, A, H, Walk, follow
+from walks import SEED, A, H, Walk, follow
 
 from qsteer.envs.rollouts import ChunkedAction, Rollouts, Simulators, noise_generator, rollout, tensors
 from qsteer.statistics import paired_bootstrap, wilson_interval

@@ -4,22 +4,13 @@ import sys
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import pytest
 from PIL import Image
-from walk import SEED, H, Walk, follow
+from walks import SEED, H, Longer, Walk, follow
 
 from qsteer.envs.rollouts import Rollouts, Simulators
 from qsteer.evaluation.video import RenderError, _Film, find_gl_backend, side_by_side
-
-
-class Longer(Walk):
-    def reset(self, **options: Any) -> tuple[np.ndarray, dict]:
-        result = super().reset(**options)
-        self.limit += 1
-        return result
 
 
 @pytest.fixture(scope="module")

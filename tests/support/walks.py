@@ -1,4 +1,4 @@
-"""An environment with known outcomes, and an agent for it."""
+"""A toy environment of rollouts, an agent that acts in it, and their episodes one action at a time."""
 
 from typing import Any
 
@@ -43,6 +43,13 @@ class Walk(gymnasium.Env):
         frame = np.zeros((40, 40, 3), np.uint8)
         frame[:, : 3 * self.clock] = 200
         return frame
+
+
+class Longer(Walk):
+    def reset(self, **options: Any) -> tuple[np.ndarray, dict]:
+        result = super().reset(**options)
+        self.limit += 1
+        return result
 
 
 def follow(obs: Tensor, noise: Tensor) -> Tensor:
