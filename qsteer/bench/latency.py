@@ -349,8 +349,8 @@ def list_single_passes(subject: Subject, costs: Iterable[Cost]) -> dict[str, Cal
     as they were counted with; and the critic's encoder.
     """
     opened, value, noise = subject.open()
-    kinds = sorted({kind for cost in costs for kind in _passes(cost, len(noise))})
-    calls = {str(kind): _pass(opened if kind[0] == "policy" else value, noise, *kind) for kind in kinds}
+    kinds = sorted({kind for cost in costs for kind in _split_passes(cost, len(noise))})
+    calls = {str(kind): _make_pass(opened if kind[0] == "policy" else value, noise, *kind) for kind in kinds}
     return calls | {"bind": partial(subject.critic.bind, subject.batch)}
 
 
@@ -368,11 +368,11 @@ def predict(cost: Cost, stock: Cost, times: Mapping[str, Latency]) -> float | No
     def total(passes: Mapping[tuple[str, int, bool], int]) -> float:
         return sum(n * times[str(kind)].p50 for kind, n in passes.items())
 
-    start = times["stock"].p50 - total(_passes(stock, batch)) + times["bind"].p50
-    return start + total(_passes(cost, batch))
+    start = times["stock"].p50 - total(_split_passes(stock, batch)) + times["bind"].p50
+    return start + total(_split_passes(cost, batch))
 
 
-def _passes(cost: Cost, batch: int) -> dict[tuple[str, int, bool], int]:
+def _split_passes(cost: Cost, batch: int) -> dict[tuple[str, int, bool], int]:
     """Return how many passes of which network, on how many rows per observation, with a backward or not."""
     found = {}
     for name, passes in (("policy", cost.field), ("critic", cost.value)):
@@ -383,7 +383,7 @@ def _passes(cost: Cost, batch: int) -> dict[tuple[str, int, bool], int]:
     return {kind: n for kind, n in found.items() if n}
 
 
-def _pass(network: Any, noise: Tensor, kind: str, rows: int, backward: bool) -> Callable[[], object]:
+def _make_pass(network: Any, noise: Tensor, kind: str, rows: int, backward: bool) -> Callable[[], object]:
     """Return a call of one pass on ``rows`` rows per observation."""
     network = network.repeat(rows) if rows > 1 else network
     x = noise.repeat_interleave(rows, 0)

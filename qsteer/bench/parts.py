@@ -193,8 +193,8 @@ def measure_parts(
     Returns:
         The times of each of :data:`PARTS`, and of the ``whole``, their sum.
     """
-    marks = Marks(_event if device.type == "cuda" else timer)
-    between = _between_events if device.type == "cuda" else _between_readings
+    marks = Marks(_record_event if device.type == "cuda" else timer)
+    between = _subtract_events if device.type == "cuda" else _subtract_readings
     call = action(marks)
     rounds = []
     for i in range(-warmup, repeats):
@@ -210,15 +210,15 @@ def measure_parts(
     return {part: Latency(spent) for part, spent in times.items()}
 
 
-def _event() -> torch.cuda.Event:
+def _record_event() -> torch.cuda.Event:
     event = torch.cuda.Event(enable_timing=True)
     event.record()
     return event
 
 
-def _between_events(first: torch.cuda.Event, last: torch.cuda.Event) -> float:
+def _subtract_events(first: torch.cuda.Event, last: torch.cuda.Event) -> float:
     return first.elapsed_time(last)
 
 
-def _between_readings(first: float, last: float) -> float:
+def _subtract_readings(first: float, last: float) -> float:
     return 1e3 * (last - first)

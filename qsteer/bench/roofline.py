@@ -87,13 +87,13 @@ class _Recorder(TorchDispatchMode):
             inputs = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
             outputs = [leaf for leaf in pytree.tree_leaves(out) if isinstance(leaf, Tensor)]
             flops = _FLOPS[packet](*args, **kwargs, out_val=out)
-            traffic = sum(map(_bytes, [*inputs, *outputs]))
+            traffic = sum(map(_count_bytes, [*inputs, *outputs]))
             self.work.products.append(Product(packet.__name__, inputs[0].dtype, flops, traffic))
         self.work.operators += not func.is_view
         return out
 
 
-def _bytes(tensor: Tensor) -> int:
+def _count_bytes(tensor: Tensor) -> int:
     """Return the size of what a tensor covers in memory: an axis of stride 0 is there once."""
     covered = prod(n for n, stride in zip(tensor.shape, tensor.stride(), strict=True) if stride)
     return covered * tensor.element_size() if tensor.numel() else 0
@@ -146,13 +146,13 @@ def measure_ceilings(device: torch.device, dtypes: Sequence[torch.dtype], *, rou
     matmul = {}
     for dtype in dtypes:
         a, b, out = (torch.rand(n, n, device=device).to(dtype) for _ in range(3))
-        matmul[dtype] = 2 * n**3 / _best(partial(torch.mm, a, b, out=out), device, rounds)
+        matmul[dtype] = 2 * n**3 / _time_best(partial(torch.mm, a, b, out=out), device, rounds)
     source = torch.zeros(size, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
-    return Ceilings(matmul, 2 * size / _best(partial(target.copy_, source), device, rounds))
+    return Ceilings(matmul, 2 * size / _time_best(partial(target.copy_, source), device, rounds))
 
 
-def _best(call: Callable[[], object], device: torch.device, rounds: int) -> float:
+def _time_best(call: Callable[[], object], device: torch.device, rounds: int) -> float:
     """Return the fewest seconds of a call, after two that do not count."""
     seconds = []
     for _ in range(rounds + 2):

@@ -63,10 +63,10 @@ def compare(
             )
             for arm in arms
         ]
-    return {"seed": seed, "arms": _rows(policy, critic, arms, runs)}, runs
+    return {"seed": seed, "arms": _report_arms(policy, critic, arms, runs)}, runs
 
 
-def _rows(
+def _report_arms(
     policy: FlowPolicy, critic: Critic, arms: Sequence[Arm], runs: Sequence[Rollouts]
 ) -> list[dict[str, Any]]:
     obs = torch.zeros(1, policy.config.obs_dim)

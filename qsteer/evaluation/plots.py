@@ -96,7 +96,7 @@ def plot_success(
         ax.spines["bottom"].set_bounds(0, 100)
         if title:
             ax.set_title(title, loc="left", fontweight="bold", fontsize=11)
-        notes = [f"dot: rate of {_sizes(arms)} episodes; line: 95 % Wilson interval"]
+        notes = [f"dot: rate of {_describe_sizes(arms)} episodes; line: 95 % Wilson interval"]
         notes += ["dotted: the frozen policy"] * (base is not None) + ["grey: a control"] * bool(controls)
         add_caption(fig, "; ".join(notes))
         return save(fig, path)
@@ -281,6 +281,6 @@ def _describe_method(name: str) -> str:
     return describe_arm(name)
 
 
-def _sizes(arms: Mapping[str, ArrayLike]) -> str:
+def _describe_sizes(arms: Mapping[str, ArrayLike]) -> str:
     sizes = sorted({len(np.asarray(successes)) for successes in arms.values()})
     return str(sizes[0]) if len(sizes) == 1 else f"{sizes[0]} to {sizes[-1]}"

@@ -58,7 +58,9 @@ def find_gl_backend() -> str | None:
     Cost: one to two seconds per library tried.
     """
     for backend in BACKENDS:
-        tried = subprocess.run([sys.executable, "-c", PROBE], env=_environment(backend), capture_output=True)
+        tried = subprocess.run(
+            [sys.executable, "-c", PROBE], env=_make_environment(backend), capture_output=True
+        )
         if b"drawn" in tried.stdout:
             return backend
     return None
@@ -116,7 +118,7 @@ def side_by_side(
         job.seek(0)
         child = "import pickle, sys; pickle.load(sys.stdin.buffer)()"
         command = [sys.executable, "-c", child]
-        done = subprocess.run(command, stdin=job, env=_environment(backend), capture_output=True)
+        done = subprocess.run(command, stdin=job, env=_make_environment(backend), capture_output=True)
     if done.returncode:
         lines = done.stderr.decode(errors="replace").strip().splitlines()
         raise RenderError(f"drawing with MUJOCO_GL={backend} failed:\n" + "\n".join(lines[-12:]))
@@ -201,13 +203,13 @@ class _Film:
 
 
 def _draw_quickly(env: gymnasium.Env) -> None:
-    """Coarser shadows, and no multisampling, which scaling down makes up for: a third of the time."""
+    """Use coarser shadows and no multisampling, which scaling down hides: it takes a third of the time."""
     if (model := getattr(env.unwrapped, "model", None)) is not None:
         model.vis.quality.shadowsize, model.vis.quality.offsamples = 1024, 0
 
 
-def _gif(path: Path, frames: list[Frame], fps: int) -> None:
-    """One palette for all frames and no dither: what does not move costs nothing."""
+def _write_gif(path: Path, frames: list[Frame], fps: int) -> None:
+    """Use one palette for all frames and no dithering, so that what does not move costs nothing."""
     sheet = Image.fromarray(np.concatenate(frames[:: -(-len(frames) // 8)]))
     palette = sheet.quantize(256, method=Image.Quantize.FASTOCTREE)  # keeps small bright things
     images = [Image.fromarray(frame).quantize(palette=palette, dither=Image.Dither.NONE) for frame in frames]
@@ -215,17 +217,17 @@ def _gif(path: Path, frames: list[Frame], fps: int) -> None:
     images[0].save(path, save_all=True, append_images=images[1:], duration=duration, loop=0)
 
 
-def _mp4(path: Path, frames: list[Frame], fps: int) -> None:
+def _write_mp4(path: Path, frames: list[Frame], fps: int) -> None:
     import imageio
 
     images: list[Any] = frames + [frames[-1]] * (fps * HOLD_S)
     imageio.mimwrite(path, images, fps=fps, macro_block_size=2)  # H.264 wants even sizes
 
 
-WRITERS = {".gif": _gif, ".mp4": _mp4}
+WRITERS = {".gif": _write_gif, ".mp4": _write_mp4}
 
 
-def _environment(backend: str) -> dict[str, str]:
+def _make_environment(backend: str) -> dict[str, str]:
     """Environment variables of a child that draws with ``backend`` and imports what this process can."""
     inherited = {key: value for key, value in os.environ.items() if key != "PYOPENGL_PLATFORM"}
     return inherited | {"MUJOCO_GL": backend, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}

@@ -1,4 +1,4 @@
-"""OGBench from offline to online, as QPILOTS and QAM measure it: settings of each domain, and of all.
+"""OGBench from offline to online, as QPILOTS and QAM measure it, and the settings that all domains share.
 
 QPILOTS (arXiv:2606.14801, section 5.1, appendix C) takes over the protocol of QAM (Li and Levine,
 arXiv:2601.14234): 10 domains of 5 tasks, 10^6 offline updates, then 5 x 10^5 environment steps with one
@@ -8,7 +8,7 @@ A :class:`~qsteer.experiments.tasks.Task` holds what differs between domains. :f
 :func:`plan_critic` and :func:`plan_online` make settings of it, which :func:`dataclasses.replace` scales
 down.
 
-What is otherwise here: the policy is cloned first and stays frozen, where the papers go on cloning with a
+What differs here: the policy is cloned first and stays frozen, where the papers go on cloning with a
 moving average of the policy while the critic learns; networks are as qsteer builds them (GELU).
 """
 

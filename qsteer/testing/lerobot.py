@@ -322,8 +322,8 @@ def _build_random(
 ) -> nn.Module:
     """Build a policy on its device and draw all its weights; as initialised, zero gates hide the prefix.
 
-    In bfloat16 the backbones are made in that precision instead of being converted, which would take thrice
-    the memory. The layers around them are float32 in lerobot's code whatever the precision.
+    In bfloat16 the backbones are made in that precision instead of being converted, which would take three
+    times the memory. The layers around them are float32 in lerobot's code whatever the precision.
     """
     device = torch.device(device)
     devices = [device] if device.type == "cuda" else []
