@@ -15,11 +15,7 @@ from qsteer.critics import FEATURES, Critic, CriticConfig, LiveCritic
 from qsteer.critics.encoders import random_shift
 
 TOP, WRIST, STATE = "observation.images.top", "observation.images.wrist", "observation.state"
-
-
 SIZE = 16
-
-
 CONFIG = CriticConfig(
     obs_dim=4,
     action_dim=3,
@@ -32,8 +28,6 @@ CONFIG = CriticConfig(
     channels=8,
     shift=2,
 )
-
-
 ROWS = 6
 
 
