@@ -12,12 +12,19 @@ import torch
 from torch import Tensor
 from walks import SEED, A, H, Walk, follow
 
-from qsteer.envs.rollouts import ChunkedAction, Rollouts, Simulators, noise_generator, rollout, tensors
+from qsteer.envs.rollouts import (
+    ChunkedAction,
+    Rollouts,
+    Simulators,
+    make_noise_generator,
+    rollout,
+    to_tensors,
+)
 
 
 def by_hand(env: gymnasium.Env, act: Callable, seed: int, episode: int) -> dict[str, Any]:
     """One episode, one action at a time: what a rollout must agree with."""
-    generator = noise_generator(seed, episode)
+    generator = make_noise_generator(seed, episode)
     obs, _ = env.reset(seed=seed + episode)
     rewards, lucky, actions, done, terminated = [], [], [], False, False
     while not done:
@@ -97,11 +104,13 @@ class TestRollouts:
         for e, start in enumerate(starts):
             assert torch.equal(
                 seen[float(torch.tensor(start).float())],
-                torch.randn(H, A, generator=noise_generator(SEED, e)),
+                torch.randn(H, A, generator=make_noise_generator(SEED, e)),
             )
 
     def test_other_seeds_are_other_noise(self) -> None:
-        draws = {float(torch.randn((), generator=noise_generator(s, e))) for s in range(4) for e in range(4)}
+        draws = {
+            float(torch.randn((), generator=make_noise_generator(s, e))) for s in range(4) for e in range(4)
+        }
         assert len(draws) == 16  # in particular (s, e + 1) and (s + 1, e) differ
 
     def test_more_environments_than_episodes(self, simulators: Simulators, followed: Rollouts) -> None:
@@ -231,7 +240,7 @@ class TestChunkedAction:
         assert env.reset(seed=0)[0]["image"].max() == 7
         obs, *_ = env.step(np.zeros((3, A), np.float32))
         assert frames == [False, False, True] and obs["image"].max() == 7
-        converted = tensors(obs)
+        converted = to_tensors(obs)
         assert converted["image"].dtype == torch.uint8 and converted["state"].dtype == torch.float32
 
     def test_rewards_of_a_chunk_are_discounted(self) -> None:
