@@ -1,4 +1,4 @@
-"""Critics: what says which actions are good. Networks, the ensemble, and the targets they learn."""
+"""Critics: values of actions. The ensemble, its encoders and networks, and the targets that it learns."""
 
 from qsteer.critics.critic import BoundCritic, Critic, CriticConfig
 from qsteer.critics.encoders import FEATURES, pooled

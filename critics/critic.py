@@ -14,9 +14,9 @@ from qsteer.critics.encoders import (
     FEATURES,
     FeatureEncoder,
     ViewEncoder,
-    encoded_size,
-    random_shift,
-    unit_view,
+    find_encoded_size,
+    shift_randomly,
+    to_unit_view,
 )
 from qsteer.critics.networks import EnsembleMLP, Normalizer
 from qsteer.critics.targets import pessimistic
@@ -76,8 +76,8 @@ class CriticConfig:
         action_dim: size of one action, unpadded.
         horizon: actions per chunk that the critic sees.
         hidden: widths of the hidden layers.
-        members: size of the ensemble.
-        rho: pessimism, in population standard deviations over the members.
+        members: J, size of the ensemble.
+        rho: pessimism, at least 0, in population standard deviations over the members.
         observation_key: where the state lies in a host's batch.
         views: where camera images lie in a host's batch.
         view_size: edge in pixels to which images are resized.
@@ -118,7 +118,7 @@ class CriticConfig:
                 "the critic is to see"
             )
         check_widths(self, "hidden")
-        if not self.strides or min(self.strides) < 1 or encoded_size(self.view_size, self.strides) < 1:
+        if not self.strides or min(self.strides) < 1 or find_encoded_size(self.view_size, self.strides) < 1:
             raise ValueError(
                 "CriticConfig.strides: expected positive ones which leave something of a view of "
                 f"{self.view_size} pixels, got {self.strides}; use fewer or smaller ones"
@@ -131,13 +131,13 @@ class CriticConfig:
 
     @property
     def keys(self) -> tuple[str, ...]:
-        """What the critic reads of a batch."""
+        """The entries of a batch that the critic reads."""
         state, features = (self.observation_key,) * (self.obs_dim > 0), (FEATURES,) * (self.features > 0)
         return (*state, *self.views, *features)
 
     @property
     def context(self) -> int:
-        """Size of what a member sees of an observation: the state, and a latent of each other input."""
+        """Size C of what a member sees of an observation: the state, and a latent of each other input."""
         return self.obs_dim + self.latent * (len(self.views) + (self.features > 0))
 
 
@@ -193,7 +193,13 @@ class Critic(HubModule, tags=["qsteer", "robotics", "flow-matching", "critic"], 
         return [self._like(config, {name: t[s] for name, t in state.items()}) for s in range(seeds)]
 
     def fit_normalisation(self, obs: Batch) -> None:
-        """Take mean and standard deviation of states and of the policy's features into the checkpoint."""
+        """Normalise states and the policy's features by their mean and standard deviation from now on.
+
+        The statistics are part of the checkpoint.
+
+        Args:
+            obs: as the class says, with as many rows as there are; of a stack, in equal groups.
+        """
         if self.config.obs_dim:
             self.normalizer.fit(self._state(obs))
         if self.features is not None:
@@ -209,7 +215,9 @@ class Critic(HubModule, tags=["qsteer", "robotics", "flow-matching", "critic"], 
             return parts[0]
         for key, encoder in zip(self.config.views, self.views, strict=True):
             view = self._view(obs, key)
-            parts.append(encoder(view if augment is None else random_shift(view, self.config.shift, augment)))
+            parts.append(
+                encoder(view if augment is None else shift_randomly(view, self.config.shift, augment))
+            )
         if self.features is not None:
             parts.append(self.features(self._features(obs)))
         if len({len(part) for part in parts}) > 1:
@@ -239,7 +247,9 @@ class Critic(HubModule, tags=["qsteer", "robotics", "flow-matching", "critic"], 
         return self.net.encode(self.context(obs, augment=augment))
 
     def members(self, z: Float[Tensor, "J _ D"], a: Float[Tensor, "B H A"]) -> Float[Tensor, "_ B"]:
-        """Return what each member says of the chunks ``a`` under encoded observations ``z``: (J, B).
+        """Return each member's value of the chunks ``a`` under encoded observations ``z``: (J, B).
+
+        Cost: one pass of the ensemble, all members in one batched call.
 
         Raises:
             ValueError: ``a`` is not (B, horizon, action_dim), or its rows are not those of ``z``.
@@ -298,7 +308,7 @@ class Critic(HubModule, tags=["qsteer", "robotics", "flow-matching", "critic"], 
                 f"observation: expected {key!r} as (B, 3, h, w), uint8 or floating point in [0, 1], got "
                 f"{tuple(image.shape)} of {image.dtype}; put channels first: image.permute(0, 3, 1, 2)"
             )
-        return unit_view(image, self.config.view_size, self.net.first.bias)
+        return to_unit_view(image, self.config.view_size, self.net.first.bias)
 
     def _features(self, obs: Batch) -> Float[Tensor, "B F"]:
         features = self._read(obs, FEATURES, "features")
@@ -339,7 +349,7 @@ class BoundCritic(Value):
         return pessimistic(self.members(a), self.critic.config.rho)
 
     def members(self, a: Float[Tensor, "B H A"]) -> Float[Tensor, "J B"]:
-        """Return what each member says of each chunk."""
+        """Return each member's value of each chunk."""
         return self.critic.members(self.z, a)
 
     def repeat(self, k: int) -> "BoundCritic":

@@ -23,11 +23,12 @@ class ViewEncoder(nn.Module):
     def __init__(self, size: int, channels: int, strides: Sequence[int], latent: int) -> None:
         """Build the encoder of square views of ``size`` pixels; one layer per stride."""
         super().__init__()
+        gain = nn.init.calculate_gain("relu")
         self.layers = nn.ModuleList(
-            orthogonal(nn.Conv2d(channels if i else 3, channels, 3, stride), nn.init.calculate_gain("relu"))
+            initialise_orthogonal(nn.Conv2d(channels if i else 3, channels, 3, stride), gain)
             for i, stride in enumerate(strides)
         )
-        self.trunk = Trunk(channels * encoded_size(size, strides) ** 2, latent)
+        self.trunk = Trunk(channels * find_encoded_size(size, strides) ** 2, latent)
 
     def forward(self, view: Float[Tensor, "B 3 s s"]) -> Float[Tensor, "B L"]:
         """Return the latent of views with values in [0, 1]."""
@@ -38,7 +39,7 @@ class ViewEncoder(nn.Module):
 
 
 class FeatureEncoder(nn.Module):
-    """Normalise the policy's features, then :class:`Trunk`: many features count as much as one view."""
+    """Normalise the policy's features, then :class:`Trunk`: they weigh as one view, however many."""
 
     def __init__(self, features: int, latent: int) -> None:
         """Build the encoder of vectors of ``features`` entries."""
@@ -51,14 +52,14 @@ class FeatureEncoder(nn.Module):
 
 
 class Trunk(nn.Sequential):
-    """Linear, LayerNorm, tanh (DrQ-v2): whatever comes in, ``latent`` numbers in [-1, 1] come out."""
+    """Linear layer, LayerNorm, tanh (DrQ-v2): from ``inputs`` numbers to ``latent`` ones in [-1, 1]."""
 
     def __init__(self, inputs: int, latent: int) -> None:
         """Build the layer."""
-        super().__init__(orthogonal(nn.Linear(inputs, latent)), nn.LayerNorm(latent), nn.Tanh())
+        super().__init__(initialise_orthogonal(nn.Linear(inputs, latent)), nn.LayerNorm(latent), nn.Tanh())
 
 
-def orthogonal(layer: nn.Module, gain: float | int = 1) -> nn.Module:
+def initialise_orthogonal(layer: nn.Module, gain: float | int = 1) -> nn.Module:
     """Draw orthogonal weights for a layer, set its bias to zero, and return it."""
     for parameter in layer.parameters():
         if parameter.ndim > 1:
@@ -68,19 +69,19 @@ def orthogonal(layer: nn.Module, gain: float | int = 1) -> nn.Module:
     return layer
 
 
-def encoded_size(size: int, strides: Sequence[int]) -> int:
-    """Return the width of what 3x3 convolutions without padding make of ``size`` pixels; below 1: nothing."""
+def find_encoded_size(size: int, strides: Sequence[int]) -> int:
+    """Return the edge that 3x3 convolutions without padding leave of ``size`` pixels; below 1: none."""
     for stride in strides:
         size = (size - 3) // stride + 1
     return size
 
 
-def unit_view(image: Shaped[Tensor, "B 3 h w"], size: int, like: Tensor) -> Float[Tensor, "B 3 s s"]:
+def to_unit_view(image: Shaped[Tensor, "B 3 h w"], size: int, like: Tensor) -> Float[Tensor, "B 3 s s"]:
     """Return images as views of ``size`` x ``size`` pixels with values in [0, 1], on the device of ``like``.
 
     Args:
-        image: uint8, or floating point in [0, 1]. Of another size, each pixel becomes the mean of the area
-            that it covers; what is not square is squeezed.
+        image: uint8, or floating point in [0, 1]. If its size differs, each pixel becomes the mean of the
+            area that it covers; images that are not square are squeezed.
         size: edge of the view.
         like: gives device and dtype.
     """
@@ -89,12 +90,14 @@ def unit_view(image: Shaped[Tensor, "B 3 h w"], size: int, like: Tensor) -> Floa
     return view if view.shape[-2:] == (size, size) else F.interpolate(view, (size, size), mode="area")
 
 
-def random_shift(
+def shift_randomly(
     view: Float[Tensor, "B C s s"], pixels: int, generator: torch.Generator
 ) -> Float[Tensor, "B C s s"]:
     """Shift each row by up to ``pixels`` in both directions, its border repeated (DrQ's augmentation).
 
-    The same as padding by replication and cropping at random. One gather; the generator's device is free.
+    The same as padding by replication and cropping at random. The generator may live on any device.
+
+    Cost: one gather.
     """
     rows, _, size, _ = view.shape
     shift = torch.randint(-pixels, pixels + 1, (2, rows, 1), generator=generator, device=generator.device)
@@ -123,14 +126,14 @@ def pooled(features: Any) -> Float[Tensor, "B F"]:
             return total / present.sum(1).clamp(min=1)
     raise ValueError(
         f"policy's features: expected a tensor (B, F), or tokens (B, L, F) and their mask (B, L), got "
-        f"{_shapes(features)}; set Host.features (PlainPolicy offers its obs), or use a critic with "
+        f"{_describe_shapes(features)}; set Host.features (PlainPolicy offers its obs), or use a critic with "
         "CriticConfig(features=0)"
     )
 
 
-def _shapes(tree: Any) -> str:
+def _describe_shapes(tree: Any) -> str:
     if isinstance(tree, Tensor):
         return str(tuple(tree.shape))
     if isinstance(tree, tuple | list):
-        return f"[{', '.join(map(_shapes, tree))}]"
+        return f"[{', '.join(map(_describe_shapes, tree))}]"
     return type(tree).__name__

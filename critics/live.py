@@ -11,19 +11,19 @@ from torch import Tensor, nn
 from qsteer.critics.critic import Batch, BoundCritic, Critic, CriticConfig
 
 
-class _Here(threading.local):
+class _Depth(threading.local):
     """How many times this thread has entered :meth:`LiveCritic.acting`."""
 
-    depth = 0
+    count = 0
 
 
 class LiveCritic:
     """A frozen copy of a critic which a learner renews between actions, never during one.
 
-    The learner hands weights over (:meth:`publish`) and goes on; whoever acts next installs them. Weights and
+    The learner hands weights over (:meth:`publish`) and goes on; the next action installs them. Weights and
     normalisation change in place: no tensor ever gets another address, so that a captured CUDA graph sees the
     change. All of it stays on the device of ``critic``, which is to be the policy's. On CUDA, copies run on
-    the stream that is current where they are made and events order them: no thread waits for the device.
+    the current stream, and events order them: no thread waits for the device.
 
     Attributes:
         critic: the acting copy; read it inside :meth:`acting`.
@@ -37,7 +37,7 @@ class LiveCritic:
     Example:
         >>> critic = Critic(CriticConfig(obs_dim=3, action_dim=2, horizon=5))
         >>> live = LiveCritic(critic)  # qsteer.steer(policy, live, qsteer.Tweedie(alpha=0.2))
-        >>> live.publish(critic)  # by the learner, whenever it likes
+        >>> live.publish(critic)  # by the learner, at any time
         >>> live.bind(torch.zeros(4, 3))(torch.zeros(4, 5, 2)).shape, live.version
         (torch.Size([4]), 1)
     """
@@ -46,10 +46,10 @@ class LiveCritic:
         with torch.inference_mode(False), torch.no_grad():
             self.critic = deepcopy(critic).requires_grad_(False).eval()
             self.critic.zero_grad()
-            self._weights = tensors_of(self.critic)
+            self._weights = list_tensors(self.critic)
             self._staged = [tensor.clone() for tensor in self._weights]
         self.version = self._published = 0
-        self._here, self._actors, self._turn = _Here(), 0, threading.Condition()
+        self._depth, self._actors, self._turn = _Depth(), 0, threading.Condition()
         if self._on_cuda:
             self._ready, self._installed = torch.cuda.Event(), torch.cuda.Event()
             self._left: dict[torch.cuda.Stream, torch.cuda.Event] = {}
@@ -89,7 +89,7 @@ class LiveCritic:
             if self._on_cuda:
                 stream = torch.cuda.current_stream(self.device)
                 stream.wait_event(self._installed)
-            torch._foreach_copy_(self._staged, tensors_of(source))
+            torch._foreach_copy_(self._staged, list_tensors(source))
             if self._on_cuda:
                 self._ready.record(stream)
             self._published += 1
@@ -98,18 +98,18 @@ class LiveCritic:
     def acting(self) -> Iterator[None]:
         """Hold the weights still for a whole sampling call.
 
-        On entry what was published last is installed. Threads may act at the same time: one that finds
+        On entry the weights published last are installed. Threads may act at the same time: one that finds
         something to install waits until those which are acting have finished; hence an action must not wait
-        for another to begin. A thread that is acting already just goes on.
+        for another to begin. A thread that is acting already goes on.
         """
-        if not self._here.depth:
+        if not self._depth.count:
             self._enter()
-        self._here.depth += 1
+        self._depth.count += 1
         try:
             yield
         finally:
-            self._here.depth -= 1
-            if not self._here.depth:
+            self._depth.count -= 1
+            if not self._depth.count:
                 self._leave()
 
     def bind(self, obs: Batch) -> BoundCritic:
@@ -123,7 +123,9 @@ class LiveCritic:
 
     def _enter(self) -> None:
         with self._turn:
-            wanted = self._published  # a later version will do as well, or a stream of publishes starves us
+            wanted = (
+                self._published
+            )  # a later version will do as well; or frequent publishes would starve this thread
             self._turn.wait_for(lambda: not self._actors or self.version >= wanted)
             if not self._actors and self.version < self._published:
                 self._install()
@@ -156,6 +158,6 @@ class LiveCritic:
         return self.device.type == "cuda"
 
 
-def tensors_of(critic: Critic) -> list[Tensor]:
+def list_tensors(critic: Critic) -> list[Tensor]:
     """Return all tensors of a critic: parameters and buffers, in an order that the configuration fixes."""
     return [*critic.parameters(), *critic.buffers()]

@@ -1,4 +1,4 @@
-"""What the networks are made of: an ensemble in one batched call, and normalisation of inputs."""
+"""Parts of the networks: an ensemble in one batched call, and normalisation of inputs."""
 
 import math
 from collections.abc import Sequence

@@ -1,8 +1,8 @@
-"""What critics learn: regression targets and losses as pure functions of tensors.
+"""Regression targets and losses of critics, as pure functions of tensors.
 
 A chunk transition is ``(s_t, a_t .. a_{t+H-1}, R, gamma^H, mask, s_{t+H})`` with ``R = sum_{k<H} gamma^k
 r_{t+k}`` and mask 0 when the chunk contains a terminal (nothing follows) and 1 otherwise. A time limit is not
-a terminal: the world goes on behind it, so it bootstraps.
+a terminal: the world goes on after it, so it bootstraps.
 """
 
 import torch
@@ -64,7 +64,7 @@ def td_target(
 ) -> Float[Tensor, "B"]:
     """Return ``R + gamma^H mask Qbar'(s', a')`` with a' sampled now, usually from the steered policy.
 
-    Arguments as for :func:`sarsa_target`; only the origin of the next action differs.
+    Arguments as for :func:`sarsa_target`, but for ``next_q``: the pessimistic target value of a'.
     """
     return _bootstrap(reward, discount, mask, next_q)
 
@@ -97,17 +97,19 @@ def monte_carlo_target(
 ) -> Float[Tensor, "N"]:
     """Return ``G_t = r_t + gamma G_{t+1}`` for each row of trajectories that are stored one after another.
 
-    ``G_{t+1}`` is 0 behind a terminal; behind an end that is not a terminal (a time limit) it is
-    ``bootstrap``. Cost: one pass over the rows, in Python.
+    ``G_{t+1}`` is 0 after a terminal; after an end that is not a terminal (a time limit) it is
+    ``bootstrap``.
+
+    Cost: one pass over the rows, in Python.
 
     Args:
         rewards: reward of each row.
         terminals: true where the task is over: nothing follows.
         ends: true on the last stored row of each trajectory.
         gamma: discount per step.
-        bootstrap: value of what follows each row, read at truncated ends only. ``None``: the last reward goes
-            on for ever, ``r / (1 - gamma)``, which for a cost per step until success means that success never
-            came.
+        bootstrap: value of what follows each row, read at truncated ends only. ``None``: the last reward
+            repeats for ever, ``r / (1 - gamma)``, which for a cost per step until success means that success
+            never comes.
 
     Raises:
         ValueError: ``bootstrap`` is ``None`` and gamma is 1, for which a return without end has no value.

@@ -48,7 +48,7 @@ class FlowPolicyConfig:
 
 @dataclass(frozen=True)
 class PolicyField(FunctionField):
-    """The field of a :class:`FlowPolicy`, which knows its layers."""
+    """The field of a :class:`FlowPolicy`, whose gradient can be restricted to the last layers."""
 
     _: KW_ONLY
     policy: "FlowPolicy"
@@ -113,7 +113,14 @@ class FlowPolicy(HubModule, tags=["qsteer", "robotics", "flow-matching"]):
         z: Float[Tensor, "B D"],
         layers: int | None = None,
     ) -> Float[Tensor, "B H A"]:
-        """Return the velocity for encoded observations ``z``, with a gradient through its last ``layers``."""
+        """Return the velocity for encoded observations ``z``.
+
+        Args:
+            x: noisy chunks.
+            t: times, 0 noise, 1 action.
+            z: encoded observations.
+            layers: the gradient goes through the last so many residual layers only; ``None``: through all.
+        """
         angles = t[:, None] * self.frequencies
         features = torch.cat([x.flatten(1), angles.sin(), angles.cos()], dim=1)
         h = z + F.linear(features, self.first.weight[:, self.config.obs_dim :])

@@ -1,4 +1,4 @@
-"""How sure a success rate is, a difference between two arms, and what several training seeds say together."""
+"""Confidence intervals: of a success rate, of a difference between two arms, of means over training seeds."""
 
 from collections.abc import Callable
 from statistics import NormalDist
@@ -55,7 +55,7 @@ def paired_bootstrap(
 
     Episodes are resampled in pairs (same seed, same noise in both arms), so what makes an episode hard for
     both cancels: the interval is narrower than that of independent arms when the arms agree on most episodes.
-    It says nothing of the variance between training seeds. Where all pairs differ alike, it has no width.
+    It does not include the variance between training seeds. Where all pairs differ alike, it has no width.
 
     Args:
         a: (E,) outcome of each episode in one arm: success, or a return.

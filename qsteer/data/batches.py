@@ -22,7 +22,7 @@ from qsteer.fingerprints import tensor_bytes
 
 @runtime_checkable
 class Batches(Protocol):
-    """A host's own batches, as its preprocessor leaves them, drawn by number."""
+    """A host's own batches, as its preprocessor returns them, drawn by number."""
 
     def __len__(self) -> int:
         """Return the number of rows."""
@@ -96,11 +96,11 @@ class SafetensorsBatches:
 class DatasetBatches:
     """Frames of a map-style dataset such as ``lerobot.datasets.LeRobotDataset``, through a preprocessor.
 
-    Frames are decoded in the training process: to see them more than once, :func:`record` them first.
+    Frames are decoded in the training process: to use them more than once, :func:`record` them first.
 
     Attributes:
         dataset: ``dataset[i]`` is a frame, a flat dict; actions are chunks (H, A).
-        preprocessor: the policy's own, which makes of collated frames the batch that the policy takes.
+        preprocessor: the policy's own, which turns collated frames into the batch that the policy takes.
         name: of the dataset and its revision, for the fingerprint.
     """
 
@@ -154,7 +154,7 @@ def lerobot_batches(
 
 
 def record(batches: Iterable[Mapping[str, Any]], directory: str | Path) -> None:
-    """Write each batch as a file that :class:`SafetensorsBatches` reads; what is no tensor is left out."""
+    """Write each batch as a file that :class:`SafetensorsBatches` reads; only tensors are written."""
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     for i, batch in enumerate(batches):

@@ -85,7 +85,7 @@ class Transitions:
     """A batch of chunk transitions ``(s, a[0:H], R, gamma^H, mask, s', a'[0:H], valid)``.
 
     Attributes:
-        rows: row of the episodes where each chunk starts.
+        rows: row of the source where each chunk starts, (B,).
         observations: observation s at the start, an :data:`~qsteer.types.Observation`.
         actions: chunk; steps which the trajectory does not have repeat its last action.
         rewards: ``R = sum_k gamma^k r_k`` up to and including the first terminal.
@@ -136,6 +136,12 @@ class Chunks:
 
     def __init__(self, episodes: Episodes, horizon: int, gamma: float, need: Need) -> None:
         """Find the admissible starts and sum their rewards once.
+
+        Args:
+            episodes: the data.
+            horizon: H, actions per chunk.
+            gamma: discount per step.
+            need: what the learner reads, as the class says.
 
         Raises:
             ValueError: no trajectory is long enough.

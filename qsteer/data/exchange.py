@@ -1,8 +1,9 @@
-"""Exchange of what was collected with OGBench and LeRobot.
+"""Collected data in the formats of OGBench and LeRobot, and back.
 
 Everything passes through :class:`~qsteer.data.Trajectory`: ``Replay.trajectories()`` gives them,
-:func:`fill` takes them, and so does :func:`to_episodes`, for states that are to be offline data. OGBench's
-columns are read by ``Episodes.from_ogbench``, which also takes what ``numpy.load`` returns.
+:func:`fill` puts them into a replay, and :func:`to_episodes` turns them into offline data, if observations
+are states. OGBench's columns are read by ``Episodes.from_ogbench``, which also takes what ``numpy.load``
+returns.
 """
 
 from collections.abc import Iterable, Iterator, Mapping
@@ -36,14 +37,14 @@ def fill(replay: Replay, trajectories: Iterable[Trajectory]) -> None:
     for trajectory in trajectories:
         observations, closing = trajectory.observations, trajectory.closing
         if isinstance(replay.layout.observations, int):
-            observations = _state(observations)
-            closing = None if closing is None else _state(closing)
+            observations = _take_state(observations)
+            closing = None if closing is None else _take_state(closing)
         last = len(trajectory) - 1
         for i in range(len(trajectory)):
             row = slice(i, i + 1)
             replay.add(
                 Rows(
-                    observations=_at(observations, row),
+                    observations=_select(observations, row),
                     actions=trajectory.actions[row],
                     rewards=trajectory.rewards[row],
                     terminals=torch.tensor([trajectory.terminal and i == last]),
@@ -58,17 +59,17 @@ def fill(replay: Replay, trajectories: Iterable[Trajectory]) -> None:
 def to_episodes(trajectories: Iterable[Trajectory]) -> Episodes:
     """Join trajectories of single steps and states to offline data.
 
-    The last row of a trajectory that was cut is left out: what came after it is stored nowhere. Behind a
+    The last row of a trajectory that was cut is left out: the state after it is stored nowhere. After a
     terminal the last state is repeated where its own was not kept; nothing reads it.
 
     Raises:
         ValueError: there is none, rows have several steps, or observations are more than a state.
     """
     columns: dict[str, list[Tensor]] = {name: [] for name in Episodes.__dataclass_fields__}
-    for trajectory in map(_known, trajectories):
+    for trajectory in map(_drop_unseen_end, trajectories):
         if not (n := len(trajectory)):
             continue
-        states = _state(trajectory.observations)
+        states = _take_state(trajectory.observations)
         if trajectory.actions.shape[1] != 1:
             raise ValueError(
                 f"to_episodes: expected rows of 1 step, got {trajectory.actions.shape[1]}, between which "
@@ -76,8 +77,8 @@ def to_episodes(trajectories: Iterable[Trajectory]) -> Episodes:
             )
         last = torch.arange(n, device=states.device) == n - 1
         columns["observations"].append(states)
-        closing = None if trajectory.closing is None else _state(trajectory.closing)
-        columns["next_observations"].append(_following(states, closing))
+        closing = None if trajectory.closing is None else _take_state(trajectory.closing)
+        columns["next_observations"].append(_shift(states, closing))
         columns["actions"].append(trajectory.actions[:, 0])
         columns["rewards"].append(trajectory.rewards)
         columns["terminals"].append(last & trajectory.terminal)
@@ -108,14 +109,14 @@ def to_transitions(trajectories: Iterable[Trajectory]) -> Iterator[dict[str, Any
 
     Tensors have a batch axis of 1, images are floats in [0, 1], ``action`` is (1, A), or (1, n, A) with n > 1
     steps a row and ``complementary_info["executed"]`` of them. ``done`` is a terminal, ``truncated`` any
-    other end. Where what came after the last row was not kept, that row is left out, or, behind a terminal,
+    other end. Where the observation after the last row was not kept, that row is left out, or, at a terminal,
     followed by itself.
     """
-    for trajectory in map(_known, trajectories):
-        states = {key: _floats(key, value) for key, value in _named(trajectory.observations).items()}
-        closing = None if trajectory.closing is None else _named(trajectory.closing)
+    for trajectory in map(_drop_unseen_end, trajectories):
+        states = {key: _to_floats(key, value) for key, value in _name(trajectory.observations).items()}
+        closing = None if trajectory.closing is None else _name(trajectory.closing)
         after = {
-            key: _following(value, None if closing is None else _floats(key, closing[key]))
+            key: _shift(value, None if closing is None else _to_floats(key, closing[key]))
             for key, value in states.items()
         }
         single = trajectory.actions.shape[1] == 1
@@ -146,10 +147,10 @@ def from_transitions(transitions: Iterable[Mapping[str, Any]]) -> Iterator[Traje
     for transition in transitions:
         rows.append(transition)
         if transition["done"] or transition["truncated"]:
-            yield _joined(rows)
+            yield _join_transitions(rows)
             rows = []
     if rows:
-        yield _joined(rows)
+        yield _join_transitions(rows)
 
 
 def to_lerobot_dataset(
@@ -165,7 +166,7 @@ def to_lerobot_dataset(
 
     A frame has the observation, ``action`` (A,), or (n, A) with n > 1 steps a row and ``executed`` of them,
     and ``next.reward``, ``next.done``, ``next.truncated``, ``next.success``. Terminals count as successes.
-    The observation behind the last row is a frame too, whose other columns are those of the row before, as in
+    The observation after the last row is a frame too, whose other columns are those of the row before, as in
     lerobot's own recordings of rollouts; so two frames at the end are ``next.done``.
 
     Args:
@@ -181,15 +182,15 @@ def to_lerobot_dataset(
         ModuleNotFoundError: lerobot is there without its dataset dependencies.
         ValueError: there is nothing to write.
     """
-    create = _datasets().LeRobotDataset.create
+    create = _import_datasets().LeRobotDataset.create
     dataset = None
     for trajectory in trajectories:
-        seen = _named(trajectory.observations)
-        closing = None if trajectory.closing is None else _named(trajectory.closing)
+        seen = _name(trajectory.observations)
+        closing = None if trajectory.closing is None else _name(trajectory.closing)
         n = trajectory.actions.shape[1]
         actions = trajectory.actions[:, 0] if n == 1 else trajectory.actions
         if dataset is None:
-            features = {key: _feature(key, value, videos) for key, value in seen.items()}
+            features = {key: _describe_feature(key, value, videos) for key, value in seen.items()}
             features[ACTION] = {"dtype": "float32", "shape": tuple(actions.shape[1:]), "names": None}
             features[REWARD] = {"dtype": "float32", "shape": (1,), "names": None}
             features |= {
@@ -225,7 +226,7 @@ def from_lerobot_dataset(dataset: Any) -> Iterator[Trajectory]:
 
     An episode's last row is terminal where ``next.done`` is set and not ``next.truncated`` (without that
     column: and ``next.success``, where there is one), else truncated, unless the columns say that it was
-    neither. A second ``next.done`` frame holds the observation behind the last row.
+    neither. A second ``next.done`` frame holds the observation after the last row.
 
     Raises:
         KeyError: there is no ``next.reward`` or no ``next.done``: the data is for imitation only.
@@ -240,17 +241,17 @@ def from_lerobot_dataset(dataset: Any) -> Iterator[Trajectory]:
     for i in range(len(dataset)):
         frame = dataset[i]
         if frames and frame["episode_index"] != frames[-1]["episode_index"]:
-            yield _recorded(frames, keys)
+            yield _read_episode(frames, keys)
             frames = []
         frames.append(frame)
     if frames:
-        yield _recorded(frames, keys)
+        yield _read_episode(frames, keys)
 
 
-def _recorded(frames: list[Mapping[str, Any]], keys: list[str]) -> Trajectory:
+def _read_episode(frames: list[Mapping[str, Any]], keys: list[str]) -> Trajectory:
     """Return the trajectory of an episode's frames."""
     done = [bool(frame[DONE]) for frame in frames]
-    seen = {key: torch.stack([_bytes(key, frame[key]) for frame in frames]) for key in keys}
+    seen = {key: torch.stack([_to_bytes(key, frame[key]) for frame in frames]) for key in keys}
     closing = None
     if done[-2:] == [True, True]:
         closing = {key: value[-1:] for key, value in seen.items()}
@@ -270,7 +271,7 @@ def _recorded(frames: list[Mapping[str, Any]], keys: list[str]) -> Trajectory:
     )
 
 
-def _joined(rows: list[Mapping[str, Any]]) -> Trajectory:
+def _join_transitions(rows: list[Mapping[str, Any]]) -> Trajectory:
     """Return the trajectory of consecutive transitions."""
     actions = torch.cat([torch.as_tensor(row["action"]) for row in rows]).float()
     actions = actions if actions.ndim == 3 else actions[:, None]
@@ -278,47 +279,47 @@ def _joined(rows: list[Mapping[str, Any]]) -> Trajectory:
     executed = [int((row.get("complementary_info") or {}).get(EXECUTED, steps)) for row in rows]
     final = rows[-1]
     return Trajectory(
-        observations={k: torch.cat([_bytes(k, row["state"][k]) for row in rows]) for k in final["state"]},
+        observations={k: torch.cat([_to_bytes(k, row["state"][k]) for row in rows]) for k in final["state"]},
         actions=actions,
         rewards=torch.tensor([float(row["reward"]) for row in rows]),
         executed=torch.tensor(executed, dtype=torch.int32),
         terminal=bool(final["done"]),
         truncated=bool(final["truncated"] and not final["done"]),
-        closing={key: _bytes(key, value) for key, value in final["next_state"].items()},
+        closing={key: _to_bytes(key, value) for key, value in final["next_state"].items()},
     )
 
 
-def _known(trajectory: Trajectory) -> Trajectory:
-    """Leave out a last row behind which something happened that was not kept."""
+def _drop_unseen_end(trajectory: Trajectory) -> Trajectory:
+    """Leave out a last row whose next observation was not kept, unless the task was over."""
     if trajectory.terminal or trajectory.closing is not None:
         return trajectory
     return Trajectory(
-        observations=_at(trajectory.observations, slice(-1)),
+        observations=_select(trajectory.observations, slice(-1)),
         actions=trajectory.actions[:-1],
         rewards=trajectory.rewards[:-1],
         executed=trajectory.executed[:-1],
         terminal=False,
         truncated=False,
-        closing=_at(trajectory.observations, slice(-1, None)),
+        closing=_select(trajectory.observations, slice(-1, None)),
     )
 
 
-def _following(values: Tensor, closing: Tensor | None) -> Tensor:
+def _shift(values: Tensor, closing: Tensor | None) -> Tensor:
     return torch.cat([values[1:], values[-1:] if closing is None else closing])
 
 
-def _at(observations: Observation, rows: slice) -> Observation:
+def _select(observations: Observation, rows: slice) -> Observation:
     if isinstance(observations, Tensor):
         return observations[rows]
     return {key: value[rows] for key, value in observations.items()}
 
 
-def _named(observations: Observation) -> Mapping[str, Tensor]:
+def _name(observations: Observation) -> Mapping[str, Tensor]:
     return {STATE: observations} if isinstance(observations, Tensor) else observations
 
 
-def _state(observations: Observation) -> Tensor:
-    seen = _named(observations)
+def _take_state(observations: Observation) -> Tensor:
+    seen = _name(observations)
     if set(seen) != {STATE}:
         raise ValueError(
             f"expected {STATE} alone, got {sorted(seen)}; keep them in a Replay that has these columns"
@@ -326,11 +327,11 @@ def _state(observations: Observation) -> Tensor:
     return seen[STATE]
 
 
-def _floats(key: str, value: Tensor) -> Tensor:
+def _to_floats(key: str, value: Tensor) -> Tensor:
     return value.float() / 255 if key.startswith(IMAGE) and value.dtype == torch.uint8 else value
 
 
-def _bytes(key: str, value: Tensor) -> Tensor:
+def _to_bytes(key: str, value: Tensor) -> Tensor:
     return (
         (value * 255).round().to(torch.uint8)
         if key.startswith(IMAGE) and value.is_floating_point()
@@ -338,7 +339,7 @@ def _bytes(key: str, value: Tensor) -> Tensor:
     )
 
 
-def _feature(key: str, value: Tensor, videos: bool) -> dict[str, Any]:
+def _describe_feature(key: str, value: Tensor, videos: bool) -> dict[str, Any]:
     shape, dtype = tuple(value.shape[1:]), str(value.dtype).removeprefix("torch.")
     if key.startswith(IMAGE):
         return {
@@ -349,7 +350,7 @@ def _feature(key: str, value: Tensor, videos: bool) -> dict[str, Any]:
     return {"dtype": dtype, "shape": shape, "names": None}
 
 
-def _datasets() -> Any:
+def _import_datasets() -> Any:
     try:
         import lerobot.datasets
     except ImportError as error:

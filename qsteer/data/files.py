@@ -1,9 +1,9 @@
-"""A replay's columns on disk, of which a kill at any instruction takes nothing that was stored.
+"""A replay's columns on disk, from which a kill at any instruction loses nothing that was stored.
 
 Each column is a memory-mapped ``.npy`` file. A new row is written to slots that nothing refers to; then the
-lanes' counters to the one of two places that does not hold; then a single aligned number, which says which
-place holds. So what :meth:`Replay.add <qsteer.data.Replay.add>` has returned from outlives a process that is
-killed, and a row of which it has not returned is there for all lanes or for none.
+lanes' counters to the one of two places that is not in force; then a single aligned number, which says which
+place is. So what :meth:`Replay.add <qsteer.data.Replay.add>` has returned from outlives a process that is
+killed, and a row for which it has not returned is there for all lanes or for none.
 """
 
 import fcntl
@@ -23,7 +23,7 @@ DESCRIPTION = "layout.json"
 
 
 class ReplayFiles:
-    """Columns of a replay in a directory, and the counters that say which of their slots hold."""
+    """Columns of a replay in a directory, and the counters that say which of their slots are in use."""
 
     def __init__(self, path: Path, layout: Layout, slots: int) -> None:
         """Open the directory ``path``, or make it, with ``slots`` slots per lane.
@@ -56,7 +56,7 @@ class ReplayFiles:
         return block[:-1].copy(), int(block[-1])
 
     def commit(self, used: np.ndarray, added: int) -> None:
-        """Make what was written hold: the last store is of one aligned number."""
+        """Put what was written into force: the last store is of one aligned number."""
         commits = self._commits[0] + 1
         block = self._blocks[commits % 2]
         block[:-1], block[-1] = used, added

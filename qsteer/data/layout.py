@@ -30,7 +30,7 @@ class Layout:
         need: what the learner reads: ``"next_actions"`` (SARSA), ``"next_state"`` (TD, IQL) or ``"returns"``
             (Monte Carlo).
         lanes: N, environments.
-        capacity: rows and ends of episodes that a lane holds; the oldest give way.
+        capacity: rows and ends of episodes that a lane holds; the oldest are overwritten.
     """
 
     observations: int | Mapping[str, tuple[tuple[int, ...], str]]
@@ -83,10 +83,10 @@ class Layout:
         """Return the end of the rows of each episode that may start a transition: all before it may.
 
         Args:
-            stop: slot behind the episode's last row so far.
-            over: it ended in a terminal, so what follows is not needed.
+            stop: slot after the episode's last row so far.
+            over: it ended in a terminal, so nothing after it is needed.
             timed_out: it ended at a time limit.
-            closed: the observation behind the last row is stored.
+            closed: the observation after the last row is stored.
             whole: all n steps of the last row were executed.
         """
         if self.need == "next_actions":
@@ -167,13 +167,13 @@ class Rows(NamedTuple):
 
     Attributes:
         observations: before the row.
-        actions: what was executed, and from ``executed`` on anything.
+        actions: the executed ones; from ``executed`` on anything.
         rewards: ``sum_{k < executed} gamma^k r_k``.
         terminals: the task is over after the row; nothing follows.
         truncations: a time limit ended the episode; the world would go on.
         executed: primitive steps, fewer than n only where the episode ends; ``None``: n.
-        next_observations: after the row; read where an episode ends, needed by nobody but ``"next_state"``
-            behind a truncation.
+        next_observations: after the row; read where an episode ends, needed only by ``"next_state"`` after a
+            truncation.
     """
 
     observations: Observation
@@ -194,8 +194,8 @@ class Trajectory(NamedTuple):
         rewards: of each row.
         executed: primitive steps of each row.
         terminal: the task is over after the last row.
-        truncated: a time limit ended the episode after it; if neither, nobody saw its end.
-        closing: the observation behind the last row, (1, ...), where it is stored.
+        truncated: a time limit ended the episode after it; if neither, its end was not seen.
+        closing: the observation after the last row, (1, ...), where it is stored.
     """
 
     observations: Observation

@@ -1,4 +1,4 @@
-"""Batches of offline data and of what environments do, together."""
+"""Batches that mix offline data with the rows of a replay."""
 
 from dataclasses import replace
 
@@ -9,11 +9,11 @@ from qsteer.data.replay import Replay
 
 
 class Mixed:
-    """Offline and online transitions in one batch: offline rows first, and alone until there are others.
+    """Offline and online transitions in one batch: offline rows first, and alone until there are online ones.
 
     Args:
         offline: chunks of the data.
-        online: what environments do; with chunks of the same length and the same discount.
+        online: a replay with chunks of the same length and the same discount.
         ratio: share of online transitions in a batch; ``None``: uniform over all transitions of both.
         lanes: of the replay (``None``: all).
 

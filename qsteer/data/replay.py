@@ -1,7 +1,7 @@
 """Replay: what environments do, kept so that whole batches of chunk transitions can be drawn at any time.
 
 Each environment has a *lane*, a ring of slots. A *row* is one acting step, n primitive steps long, and takes
-a slot; the observation behind an episode's last row takes one more. Hence the observation after a row is that
+a slot; the observation after an episode's last row takes one more. Hence the observation after a row is that
 of the next slot, and no image is stored twice. Which rows may start a transition is found out once, when it
 becomes true, and kept in a queue per lane: drawing is exactly uniform and costs the same however much is
 stored.
@@ -26,7 +26,7 @@ from qsteer.types import Observation
 SPARE = 2
 """Slots that one row may take: those which are written next are never part of what is stored."""
 
-# What a slot holds. A row's slot is 0 while its episode goes on behind it.
+# What a slot holds. A row's slot is 0 while its episode goes on after it.
 TERMINAL, TRUNCATED, CUT, CLOSED, CLOSING = 1, 2, 4, 8, 16
 END = TERMINAL | TRUNCATED | CUT
 
@@ -36,7 +36,7 @@ class Replay:
 
     The rules are those of ``Chunks``: no transition reaches across the end of an episode, a terminal stops
     bootstrapping, a truncation does not. Under ``"returns"`` rows wait until their episode has ended, at a
-    terminal or a time limit; one that was cut says nothing about its return.
+    terminal or a time limit; the return of one that was cut is not known.
 
     One thread may add while another draws; on CUDA, on streams of their own.
 
@@ -96,7 +96,7 @@ class Replay:
 
     def size(self, lanes: slice | range | None = None) -> int:
         """Return the number of transitions that can be drawn now from consecutive lanes (``None``: all)."""
-        return int((self._tail - self._front)[_slice(lanes)].sum())
+        return int((self._tail - self._front)[_to_slice(lanes)].sum())
 
     def ready(self, lanes: slice | range | None = None) -> bool:
         """Return whether :meth:`sample` has something to draw from."""
@@ -115,7 +115,7 @@ class Replay:
     def add(self, rows: Rows) -> None:
         """Append one row to every lane. Once this has returned, they are kept.
 
-        Cost: their copy, and what little has to be known about them, however much is stored.
+        Cost: their copy, and bookkeeping that does not grow with what is stored.
 
         Raises:
             ValueError: a column has another shape or type, a row in the middle of an episode was not executed
@@ -152,7 +152,7 @@ class Replay:
             self._next = np.maximum(self._next, self._begin)
 
     def cut(self, lanes: Bool[Tensor, "N"] | None = None) -> None:
-        """End the episodes that are running in these lanes (``None``: all); nobody saw how they went on.
+        """End the episodes that are running in these lanes (``None``: all); how they went on is not known.
 
         What can be drawn of them stays so; the next row starts an episode.
         """
@@ -173,15 +173,16 @@ class Replay:
         """Draw transitions uniformly, with replacement, from consecutive lanes (``None``: all).
 
         Several groups of lanes give ``batch_size`` transitions each, one group after the other: those that as
-        many calls would give. All randomness comes from ``generator``, which may live on any device. Cost:
-        gathers of the batch; nothing grows with what is stored.
+        many calls would give. All randomness comes from ``generator``, which may live on any device.
+
+        Cost: gathers of the batch; nothing grows with what is stored.
 
         Raises:
             RuntimeError: nothing can be drawn yet; see :meth:`ready`.
         """
         groups = [lanes] if lanes is None or isinstance(lanes, slice | range) else lanes
         with self._exclusive():
-            drawn = [self._draw(batch_size, generator, _slice(group)) for group in groups]
+            drawn = [self._draw(batch_size, generator, _to_slice(group)) for group in groups]
             lane, start = drawn[0] if len(drawn) == 1 else map(torch.cat, zip(*drawn, strict=True))
             return self._gather(lane, start)
 
@@ -262,9 +263,9 @@ class Replay:
         queue, ends = self._columns["queue"], count.cumsum()
         draw = torch.randint(total, (batch_size,), generator=generator, device=generator.device)
         draw = draw.to(queue.device)
-        table = torch.from_numpy(np.stack([ends, front - (ends - count)])).to(queue.device)
-        index = torch.searchsorted(table[0], draw, right=True)
-        place = (draw + table[1, index]) % self.layout.capacity
+        stops, offsets = torch.from_numpy(np.stack([ends, front - (ends - count)])).to(queue.device)
+        index = torch.searchsorted(stops, draw, right=True)
+        place = (draw + offsets[index]) % self.layout.capacity
         lane = index + int(self._lane[lanes][0])
         return lane, queue[lane, place]
 
@@ -276,7 +277,7 @@ class Replay:
         rows = slots[:, :-1]
         codes = _take(columns["codes"], rows)
 
-        # Everything behind the last row that the episode has is clamped to it.
+        # Everything after the last row that the episode has is clamped to it.
         ends = codes & END > 0
         ended = ends.any(1)
         count = torch.where(ended, ends.byte().argmax(1) + 1, layout.span)
@@ -339,7 +340,7 @@ class Replay:
         rewards = self._columns["rewards"][at].cpu()
         ends = torch.arange(len(slots)) == len(slots) - 1
         gamma, bootstrap = layout.gamma**layout.steps, rewards
-        if not over:  # the last row's mean reward goes on for ever
+        if not over:  # the last row's mean reward repeats for ever
             executed = int(self._columns["executed"][lane, slots[-1]])
             bootstrap = rewards * layout.gamma ** (executed - layout.steps) / (1 - layout.gamma**executed)
         returns = monte_carlo_target(rewards, ends & over, ends, gamma, bootstrap=bootstrap)
@@ -368,7 +369,7 @@ class Replay:
         self._next, self._tail = first + count, self._tail + count
 
     def _rebuild(self) -> None:
-        """Find out again, from what the slots hold, what :meth:`add` keeps track of."""
+        """Recompute from the stored codes what :meth:`add` keeps track of."""
         layout = self.layout
         self._rows[:] = self._front[:] = self._tail[:] = 0
         self._begin[:] = self._next[:] = self._used
@@ -394,11 +395,11 @@ class Replay:
                 self._begin[lane], self._next[lane] = begin[-1], end[-1]
 
     def _window(self, lane: int) -> np.ndarray:
-        """Return the slots of a lane that hold."""
+        """Return the slots of a lane that are still stored."""
         return np.arange(max(0, self._used[lane] - self.layout.capacity), self._used[lane])
 
     def _episodes(self, lane: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Return first slot, slot behind the last row, and code of the last row of a lane's episodes."""
+        """Return first slot, slot after the last row, and code of the last row of a lane's episodes."""
         slots = self._window(lane)
         codes = self._host["codes"][lane, slots % self._slots]
         (last,) = (codes & END > 0).nonzero()
@@ -410,11 +411,11 @@ class Replay:
 
 
 def _take(column: Tensor, rows: Tensor) -> Tensor:
-    """Return ``column[rows]``, which on a CPU takes several times as long."""
+    """Return ``column[rows]``, in a fraction of the time that indexing takes on a CPU."""
     return column.index_select(0, rows.flatten()).unflatten(0, rows.shape)
 
 
-def _slice(lanes: slice | range | None) -> slice:
+def _to_slice(lanes: slice | range | None) -> slice:
     if lanes is None:
         return slice(None)
     return slice(lanes.start, lanes.stop) if isinstance(lanes, range) else lanes

@@ -1,6 +1,6 @@
 """LIBERO (Liu et al. 2023, arXiv:2306.03310): language tasks of a Panda arm, seen by two cameras.
 
-:func:`make` builds the environment of one task, set up without a question; :data:`TASKS` are the six tasks of
+:func:`make` builds the environment of one task, without LIBERO's prompts; :data:`TASKS` are the six tasks of
 QPILOTS. What a policy is given has the names and the conventions of lerobot and openpi:
 
 * ``observation.state`` (8,): position of the gripper, its orientation as axis times angle, its two fingers;
@@ -22,7 +22,7 @@ from typing import Any, SupportsFloat
 
 import numpy as np
 
-from qsteer.envs.platform import choose_graphics, numpy_seed
+from qsteer.envs.platform import choose_graphics, seed_numpy
 
 try:
     import gymnasium
@@ -100,13 +100,13 @@ def make(
     assets: str | os.PathLike[str] | None = None,
     max_steps: int | None = None,
 ) -> "LiberoEnv":
-    """The environment of one task: terminates at success, truncates at the suite's time limit.
+    """Return the environment of one task: terminates at success, truncates at the suite's time limit.
 
     The reward is -1 per step and 0 at success, which ``info["success"]`` says. Actions are the displacement
     of the gripper (3), its rotation (3) and the opening of its fingers (1, -1 is open), all in [-1, 1].
 
-    Everything is set up here without a question: LIBERO's configuration, unless there is one, goes to the
-    user's cache, and its assets are looked for in ``assets``, in the folder that ``QSTEER_LIBERO_ASSETS``
+    Everything is set up without prompts: LIBERO's configuration, unless there is one, goes to the user's
+    cache, and its assets are looked for in ``assets``, in the folder that ``QSTEER_LIBERO_ASSETS``
     names, and where LIBERO itself does: in its package, then on the Hugging Face hub.
 
     Args:
@@ -130,7 +130,7 @@ def make(
     for name, value in (("size", size), ("max_steps", STEPS[suite] if max_steps is None else max_steps)):
         if value < 1:
             raise ValueError(f"{name}: expected at least 1, got {value}")
-    package = _libero()
+    package = _import_libero()
     _find_assets(package, assets)
     return LiberoEnv(task, suite, size, STEPS[suite] if max_steps is None else max_steps)
 
@@ -187,9 +187,9 @@ class LiberoEnv(gymnasium.Env[Any, np.ndarray]):
             seed = int(self.np_random.integers(2**31))
         from robosuite.utils.errors import RandomizationError
 
-        with numpy_seed(0):
+        with seed_numpy(0):
             self._control = self._control or self._build()
-        with numpy_seed(seed):
+        with seed_numpy(seed):
             for robot in self._control.robots:  # a soft reset forgets the gripper's last command
                 robot.gripper.current_action = np.zeros(robot.gripper.dof)
             placed = False
@@ -265,7 +265,7 @@ class LiberoEnv(gymnasium.Env[Any, np.ndarray]):
         return np.zeros((3, self._size, self._size), np.uint8)
 
 
-def _libero() -> ModuleType:
+def _import_libero() -> ModuleType:
     """Import LIBERO, whose import asks for a configuration on the terminal unless there is one."""
     spec = find_spec("libero")
     if spec is None or spec.submodule_search_locations is None:

@@ -29,7 +29,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from qsteer.envs.platform import numpy_seed
+from qsteer.envs.platform import seed_numpy
 
 try:
     import gymnasium
@@ -62,7 +62,7 @@ NO_RENDERING = ("disable", "disabled", "off", "false", "0")
 
 
 def dataset_name(task: str) -> str:
-    """The data set of a task: ``cube-single-play-singletask-task4-v0`` -> ``cube-single-play-v0``.
+    """Return the data set of a task: ``cube-single-play-singletask-task4-v0`` -> ``cube-single-play-v0``.
 
     Raises:
         ValueError: ``task`` is not a single-task name.
@@ -77,7 +77,7 @@ def dataset_name(task: str) -> str:
 
 
 def make(name: str, *, sparse: bool = False, render: bool = False) -> gymnasium.Env:
-    """The evaluation environment of one task: terminates at the goal, truncates at the task's own time limit.
+    """Return the environment of one task: terminates at the goal, truncates at the task's own time limit.
 
     Observations are float64 states, actions lie in [-1, 1], and the reward is minus the number of unmet goals
     (one per object; mazes have one). ``info["success"]``, the reward and the termination judge the state
@@ -97,7 +97,7 @@ def make(name: str, *, sparse: bool = False, render: bool = False) -> gymnasium.
         ValueError: ``name`` is not a task of OGBench.
     """
     dataset_name(name)
-    ogbench = _ogbench(render=render)
+    ogbench = _import_ogbench(render=render)
     options = {"render_mode": "rgb_array", "width": 480, "height": 480} if render else {}
     try:
         env = _SeededReset(ogbench.make_env_and_datasets(name, env_only=True, **options))
@@ -107,7 +107,7 @@ def make(name: str, *, sparse: bool = False, render: bool = False) -> gymnasium.
 
 
 def load(name: str, path: str | os.PathLike[str], *, sparse: bool = False) -> tuple[Columns, Columns]:
-    """Training and validation data of one task, as OGBench itself returns them.
+    """Return training and validation data of one task, as OGBench itself does.
 
     Each is a dict of float32 arrays with one row a transition: ``observations``, ``actions``,
     ``next_observations``, ``terminals`` (1 in the last row of an episode, which here means out of time),
@@ -124,7 +124,7 @@ def load(name: str, path: str | os.PathLike[str], *, sparse: bool = False) -> tu
         ValueError: ``name`` is not a task of OGBench, or ``path`` does not end in ``.npz``.
     """
     dataset = dataset_name(name)
-    files = _files(path)
+    files = _name_files(path)
     for file in files:
         if not file.is_file():
             raise FileNotFoundError(
@@ -133,7 +133,7 @@ def load(name: str, path: str | os.PathLike[str], *, sparse: bool = False) -> tu
                 f"{dataset}.npz and {dataset}-val.npz under these names"
             )
     with contextlib.closing(make(name)) as env:
-        splits = _ogbench().make_env_and_datasets(
+        splits = _import_ogbench().make_env_and_datasets(
             name, dataset_path=str(files[0]), compact_dataset=False, dataset_only=True, cur_env=env
         )
     if sparse:
@@ -178,8 +178,8 @@ def generate(
 
     Cost: 100 to 350 transitions a second and core in manipulation, 1500 to 3500 in point mazes.
     """
-    environment = _scripted_environment(name)
-    files = _files(path)
+    environment = _find_environment(name)
+    files = _name_files(path)
     for argument, value, least in (
         ("transitions", transitions, 1),
         ("val_transitions", val_transitions, 1),
@@ -188,19 +188,19 @@ def generate(
     ):
         if value < least:
             raise ValueError(f"expected {argument} >= {least}, got {value}")
-    _ogbench()
+    _import_ogbench()
     files[0].parent.mkdir(parents=True, exist_ok=True)
 
     sizes = (transitions, val_transitions)
     episodes = [
         _Episode(environment, seed, split, index, length)
         for split, size in enumerate(sizes)
-        for index, length in enumerate(_lengths(environment, size))
+        for index, length in enumerate(_split_into_episodes(environment, size))
     ]
     splits: tuple[list[Columns], list[Columns]] = ([], [])
     with (
         tqdm(total=sum(sizes), desc=name, disable=not progress) as bar,
-        _collector(min(workers or os.cpu_count() or 1, len(episodes))) as collect,
+        _open_collector(min(workers or os.cpu_count() or 1, len(episodes))) as collect,
     ):
         for episode, columns in zip(episodes, collect(episodes), strict=True):
             splits[episode.split].append(columns)
@@ -221,10 +221,10 @@ class _Episode:
 
     def collect(self) -> Columns:
         """Try until an episode is accepted; rows are its states, ``length + 1`` of them."""
-        behaviour = _behaviour(self.environment)
+        behaviour = _make_behaviour(self.environment)
         attempts = np.random.SeedSequence((self.seed, self.split, self.index))
         while True:
-            columns = _rollout(behaviour, self.length + 1, attempts.spawn(1)[0])
+            columns = _roll_out(behaviour, self.length + 1, attempts.spawn(1)[0])
             if behaviour.accepts(columns):
                 return columns
 
@@ -240,7 +240,7 @@ class _Behaviour(ABC):
 
     @abstractmethod
     def act(self, ob: np.ndarray, info: Info) -> np.ndarray:
-        """The next action, before it is clipped."""
+        """Return the next action, before it is clipped."""
 
     @abstractmethod
     def advance(self, info: Info) -> None:
@@ -248,7 +248,7 @@ class _Behaviour(ABC):
 
     @abstractmethod
     def accepts(self, columns: Columns) -> bool:
-        """Whether a finished episode may enter the data set."""
+        """Return whether a finished episode may enter the data set."""
 
 
 class _Play(_Behaviour):
@@ -262,7 +262,7 @@ class _Play(_Behaviour):
 
         self._family, size, *_ = environment.split("-")
         self._stacking = STACKING.get(size, (0.5, 0.5))
-        self.env = _endless(environment, mode="data_collection")
+        self.env = _make_endless(environment, mode="data_collection")
         plan = {"env": self.env, "noise": PLAN_NOISE, "noise_smoothing": PLAN_NOISE_SMOOTHING}
         self._oracles = {
             "cube": CubePlanOracle(**plan),
@@ -299,7 +299,7 @@ class _Navigate(_Behaviour):
     """Walks the shortest path to one cell after another, with noise on every step."""
 
     def __init__(self, environment: str) -> None:
-        self.env = _endless(environment)
+        self.env = _make_endless(environment)
         free = self.env.maze_map == 0
         up, down, left, right = (np.roll(free, shift, axis) for axis in (0, 1) for shift in (1, -1))
         corridor = (up & down & ~left & ~right) | (left & right & ~up & ~down)
@@ -325,8 +325,8 @@ class _Navigate(_Behaviour):
         return True
 
 
-def _endless(environment: str, **options: Any) -> Any:
-    """OGBench's own class, without gymnasium's wrappers: neither a goal nor the time ends an episode."""
+def _make_endless(environment: str, **options: Any) -> Any:
+    """Return OGBench's own class, without gymnasium's wrappers: neither goal nor time ends an episode."""
     return gymnasium.make(environment, terminate_at_goal=False, disable_env_checker=True, **options).unwrapped
 
 
@@ -336,22 +336,22 @@ class _SeededReset(gymnasium.Wrapper):
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
     ) -> tuple[Any, dict[str, Any]]:
-        with contextlib.nullcontext() if seed is None else numpy_seed(seed):
+        with contextlib.nullcontext() if seed is None else seed_numpy(seed):
             return super().reset(seed=seed, options=options)
 
 
 @lru_cache(maxsize=1)
-def _behaviour(environment: str) -> _Behaviour:
-    _ogbench()
+def _make_behaviour(environment: str) -> _Behaviour:
+    _import_ogbench()
     family = environment.partition("-")[0]
     return _Navigate(environment) if KINDS[family] == "navigate" else _Play(environment)
 
 
-def _rollout(behaviour: _Behaviour, rows: int, sequence: np.random.SeedSequence) -> Columns:
-    """An episode in OGBench's format: each row is a state and the action taken there."""
+def _roll_out(behaviour: _Behaviour, rows: int, sequence: np.random.SeedSequence) -> Columns:
+    """Return an episode in OGBench's format: each row is a state and the action taken there."""
     columns: dict[str, list[Any]] = defaultdict(list)
     seed = int(sequence.generate_state(1)[0])
-    with numpy_seed(seed):
+    with seed_numpy(seed):
         ob, info = behaviour.begin(seed, np.random.default_rng(sequence))
         for row in range(rows):
             action = np.clip(behaviour.act(ob, info), -1.0, 1.0).astype(np.float32)
@@ -368,8 +368,8 @@ def _rollout(behaviour: _Behaviour, rows: int, sequence: np.random.SeedSequence)
 
 
 @contextlib.contextmanager
-def _collector(workers: int) -> Iterator[Callable[[Iterable[_Episode]], Iterator[Columns]]]:
-    """A function that collects episodes in order: in this process, or in spawned ones."""
+def _open_collector(workers: int) -> Iterator[Callable[[Iterable[_Episode]], Iterator[Columns]]]:
+    """Give a function that collects episodes in order: in this process, or in spawned ones."""
     if workers == 1:
         yield lambda episodes: map(_Episode.collect, episodes)
     else:
@@ -377,15 +377,15 @@ def _collector(workers: int) -> Iterator[Callable[[Iterable[_Episode]], Iterator
             yield lambda episodes: pool.map(_Episode.collect, episodes)
 
 
-def _lengths(environment: str, size: int) -> list[int]:
-    """Episode lengths, in transitions, that add up to ``size``."""
+def _split_into_episodes(environment: str, size: int) -> list[int]:
+    """Return episode lengths, in transitions, that add up to ``size``."""
     full = GIANT_EPISODE_TRANSITIONS if "-giant-" in environment else EPISODE_TRANSITIONS
     count, rest = divmod(size, full)
     return [full] * count + [rest] * (rest > 0)
 
 
-def _scripted_environment(dataset: str) -> str:
-    """``cube-single-play-v0`` -> ``cube-single-v0``, if a scripted oracle can collect that data set."""
+def _find_environment(dataset: str) -> str:
+    """Turn ``cube-single-play-v0`` into ``cube-single-v0``, if a scripted oracle can collect the data."""
     family, *rest = dataset.split("-")
     if family in LEARNT_EXPERTS:
         raise ValueError(
@@ -400,8 +400,8 @@ def _scripted_environment(dataset: str) -> str:
     return "-".join((family, *rest[:-2], rest[-1]))
 
 
-def _files(path: str | os.PathLike[str]) -> tuple[Path, Path]:
-    """The files of the training and the validation split, the latter named as OGBench's loader does."""
+def _name_files(path: str | os.PathLike[str]) -> tuple[Path, Path]:
+    """Return the files of the training and the validation split, named as OGBench's loader does."""
     path = Path(path)
     if path.suffix != ".npz":
         raise ValueError(f"expected a path that ends in '.npz', got {str(path)!r}")
@@ -418,7 +418,7 @@ def _write(path: Path, columns: Columns) -> None:
         partial.unlink(missing_ok=True)
 
 
-def _ogbench(*, render: bool = False) -> ModuleType:
+def _import_ogbench(*, render: bool = False) -> ModuleType:
     """Import OGBench, which registers its environments; see :func:`make` for the graphics library."""
     graphics = "egl" if sys.platform == "linux" else "glfw"
     chosen = os.environ.setdefault("MUJOCO_GL", graphics if render else "disabled")

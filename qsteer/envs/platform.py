@@ -28,7 +28,7 @@ def choose_graphics() -> None:
 
 
 @contextlib.contextmanager
-def numpy_seed(seed: int) -> Iterator[None]:
+def seed_numpy(seed: int) -> Iterator[None]:
     """Seed numpy's global generator, which some simulators draw from, for a while; leave it as it was."""
     state = np.random.get_state()
     np.random.seed(seed % 2**32)

@@ -27,7 +27,7 @@ import numpy as np
 import torch
 
 from qsteer.data.episodes import Episodes
-from qsteer.envs.platform import choose_graphics, numpy_seed
+from qsteer.envs.platform import choose_graphics, seed_numpy
 
 try:
     import gymnasium
@@ -57,7 +57,7 @@ TASKS = {"can": Task("PickPlaceCan", 300), "square": Task("NutAssemblySquare", 4
 
 
 def make(name: str, *, render: bool = False) -> gymnasium.Env:
-    """The environment of one task: terminates at success, truncates at the task's time limit.
+    """Return the environment of one task: terminates at success, truncates at the task's time limit.
 
     A Panda arm acts at 20 Hz: displacement of the gripper (3), its rotation (3) and its fingers (1, -1 is
     open), all in [-1, 1]. Observations are float64 states; the module says of what. The reward is -1 per step
@@ -121,10 +121,12 @@ def load(path: str | os.PathLike[str]) -> Episodes:
                 raise KeyError(
                     f"{path}, {name}: expected {needed}, got no {missing}; use a low_dim file, not a raw one"
                 )
-            states = _states(demo["obs"])
+            states = _read_states(demo["obs"])
             columns["observations"].append(states)
             columns["next_observations"].append(
-                _states(demo["next_obs"]) if "next_obs" in demo else np.concatenate([states[1:], states[-1:]])
+                _read_states(demo["next_obs"])
+                if "next_obs" in demo
+                else np.concatenate([states[1:], states[-1:]])
             )
             columns["actions"].append(demo["actions"][:])
             columns["rewards"].append(demo["rewards"][:] - 1.0)
@@ -148,14 +150,14 @@ class RobosuiteEnv(gymnasium.Env[np.ndarray, np.ndarray]):
     metadata = {"render_modes": ["rgb_array"], "render_fps": 20}  # noqa: RUF012 (gymnasium's)
 
     def __init__(self, environment: str, render: bool = False) -> None:
-        robosuite = _robosuite()
+        robosuite = _import_robosuite()
         self.render_mode = "rgb_array" if render else None
         self.observation_space = gymnasium.spaces.Box(-np.inf, np.inf, (OBSERVATION,), np.float64)
         self.action_space = gymnasium.spaces.Box(-1.0, 1.0, (ACTION,), np.float32)
         self._simulation = robosuite.make(
             environment,
             robots="Panda",
-            controller_configs=_controller(robosuite),
+            controller_configs=_load_controller(robosuite),
             has_renderer=False,
             has_offscreen_renderer=render,
             use_camera_obs=False,
@@ -172,7 +174,7 @@ class RobosuiteEnv(gymnasium.Env[np.ndarray, np.ndarray]):
         episode = int(self.np_random.integers(2**31))
         if hasattr(self._simulation, "rng"):  # since 1.5; shared by its parts, so it is set in place
             self._simulation.rng.bit_generator.state = np.random.default_rng(episode).bit_generator.state
-        with numpy_seed(episode):  # until then
+        with seed_numpy(episode):  # until then
             self._simulation.reset()
         # What reset() returns is in part of the episode before.
         return self._state(self._simulation._get_observations(force_update=True)), {"success": False}
@@ -203,12 +205,12 @@ class RobosuiteEnv(gymnasium.Env[np.ndarray, np.ndarray]):
         return np.concatenate([raw["object-state" if key == "object" else key] for key in KEYS], dtype=float)
 
 
-def _states(group: Any) -> np.ndarray:
+def _read_states(group: Any) -> np.ndarray:
     return np.concatenate([group[key][:] for key in KEYS], axis=1)
 
 
-def _controller(robosuite: ModuleType) -> dict[str, Any]:
-    """The controller of the demonstrations: OSC_POSE, relative to the gripper, along the world's axes."""
+def _load_controller(robosuite: ModuleType) -> dict[str, Any]:
+    """Return the demonstrations' controller: OSC_POSE, relative to the gripper, along the world's axes."""
     if hasattr(robosuite.controllers, "load_controller_config"):  # up to 1.4
         return robosuite.controllers.load_controller_config(default_controller="OSC_POSE")
     config = robosuite.controllers.load_composite_controller_config(controller="BASIC")
@@ -229,10 +231,10 @@ def _check_version(path: str | os.PathLike[str], env_args: str | None) -> None:
         )
 
 
-def _robosuite() -> ModuleType:
+def _import_robosuite() -> ModuleType:
     if "robosuite" not in sys.modules:
         choose_graphics()
-        # It warns of a file of settings that nobody has.
+        # It warns that an optional file of settings is missing.
         logging.getLogger("robosuite_logs").addFilter(lambda record: record.levelno > logging.WARNING)
     try:
         import robosuite

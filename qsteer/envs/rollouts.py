@@ -57,7 +57,7 @@ class Rollouts:
         length: in environment steps.
         seed: of the environment's reset.
         act_s: seconds spent in the agent, all episodes together.
-        eval_s: seconds in all.
+        eval_s: seconds of the whole run.
         actions: the executed actions of each episode, when recorded; not saved.
     """
 
@@ -135,7 +135,7 @@ class Simulators:
         make_env: makes one environment, whose ``reset(seed=...)`` must fix the episode. Observations and
             actions are boxes, actions of one axis.
         horizon: H, actions per chunk; all are executed, unless the episode ends within the chunk.
-        num_envs: environments, and rows of the agent's batch. Some four a core make up for the agent's time.
+        num_envs: environments, and rows of the agent's batch. About four a core keep the cores busy.
         gamma: discount of the rewards within a chunk.
 
     Raises:
@@ -159,7 +159,7 @@ class Simulators:
         probe.close()
         method = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
         multiprocessing.get_context(method).set_forkserver_preload(modules)
-        with _one_thread():
+        with _limit_threads():
             self._envs = AsyncVectorEnv(
                 [make_chunked] * num_envs, context=method, autoreset_mode=AutoresetMode.DISABLED
             )
@@ -198,7 +198,7 @@ class Simulators:
         if episodes < 1 or seed < 0:
             raise ValueError(f"episodes, seed: expected at least 1 and 0, got {episodes} and {seed}")
         started, act_s, finished, successes = time.perf_counter(), 0.0, 0, 0
-        generators = [noise_generator(seed, e) for e in range(episodes)]
+        generators = [make_noise_generator(seed, e) for e in range(episodes)]
         outcomes: list[dict[str, Any]] = [{} for _ in range(episodes)]
         actions: list[list[np.ndarray]] = [[] for _ in range(episodes)]
         waiting = iter(range(episodes))
@@ -220,11 +220,11 @@ class Simulators:
                 active = np.flatnonzero(episode >= 0)
 
                 asked = time.perf_counter()
-                obs = tensors(tree_map(itemgetter(active), observations))
+                obs = to_tensors(tree_map(itemgetter(active), observations))
                 shape = noise_shape or self._chunk.shape
                 draws = [torch.randn(shape, generator=generators[e]) for e in episode[active]]
                 expected = len(active), *self._chunk.shape
-                answer = _checked(act(obs, torch.stack(draws)), expected)
+                answer = _check_chunks(act(obs, torch.stack(draws)), expected)
                 chunks[active] = answer.clip(self._chunk.low, self._chunk.high)
                 act_s += time.perf_counter() - asked
 
@@ -262,7 +262,7 @@ class Simulators:
 class ChunkedAction(gymnasium.Wrapper):
     """One step executes a chunk (H, A) of actions, or what of it the episode has room for.
 
-    After the end of an episode and before the first reset a step does nothing. ``info`` sums the episode up
+    After the end of an episode and before the first reset a step does nothing. ``info`` sums up the episode
     in ``success``, ``sum_reward``, ``max_reward`` and ``length``; ``executed`` is the number of actions of
     this step. An environment with a method ``cameras(on)`` renders the last frame of a chunk only.
     """
@@ -284,14 +284,14 @@ class ChunkedAction(gymnasium.Wrapper):
         self._cameras: Callable[[bool], None] = getattr(env.unwrapped, "cameras", lambda on: None)
         self._observation: Any = tree_map(itemgetter(0), create_empty_array(observation))
         self._over = [True, False]  # terminated, truncated
-        self._sums = _nothing()
+        self._sums = _start_sums()
 
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
     ) -> tuple[Any, dict[str, Any]]:
         """Start an episode."""
         self._cameras(True)
-        self._over, self._sums = [False, False], _nothing()
+        self._over, self._sums = [False, False], _start_sums()
         self._observation, _ = self.env.reset(seed=seed, options=options)
         return self._observation, {}
 
@@ -313,12 +313,12 @@ class ChunkedAction(gymnasium.Wrapper):
         return self._observation, discounted, self._over[0], self._over[1], sums | {"executed": executed}
 
 
-def noise_generator(seed: int, episode: int) -> torch.Generator:
+def make_noise_generator(seed: int, episode: int) -> torch.Generator:
     """Return the source of one episode's noise; that of (s, e + 1) is not that of (s + 1, e)."""
     return torch.Generator().manual_seed(int(np.random.SeedSequence((seed, episode)).generate_state(1)[0]))
 
 
-def tensors(observations: Any) -> Any:
+def to_tensors(observations: Any) -> Any:
     """Return observations as tensors, one or a mapping of them; images stay bytes, the rest is float32."""
 
     def tensor(column: np.ndarray) -> Tensor:
@@ -331,11 +331,11 @@ def _make_chunked(make_env: MakeEnv, horizon: int, gamma: float) -> ChunkedActio
     return ChunkedAction(make_env(), horizon, gamma)
 
 
-def _nothing() -> dict[str, Any]:
+def _start_sums() -> dict[str, Any]:
     return {"success": False, "sum_reward": 0.0, "max_reward": -np.inf, "length": 0}
 
 
-def _checked(actions: object, shape: tuple[int, ...]) -> np.ndarray:
+def _check_chunks(actions: object, shape: tuple[int, ...]) -> np.ndarray:
     if not isinstance(actions, Tensor):
         raise TypeError(f"act: expected a tensor, got {type(actions).__name__}; wrap it in torch.as_tensor")
     if actions.shape != shape:
@@ -349,7 +349,7 @@ def _checked(actions: object, shape: tuple[int, ...]) -> np.ndarray:
 
 
 @contextmanager
-def _one_thread() -> Iterator[None]:
+def _limit_threads() -> Iterator[None]:
     """Let processes started here use one thread each."""
     names = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
     before = {name: os.environ[name] for name in names if name in os.environ}

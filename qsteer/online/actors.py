@@ -1,4 +1,4 @@
-"""Who turns observations into actions while a critic learns: a frozen policy, steered or not."""
+"""Actors turn observations into actions while a critic learns: a frozen policy, steered or not."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -9,7 +9,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from qsteer.critics.critic import Critic, CriticConfig
-from qsteer.critics.encoders import unit_view
+from qsteer.critics.encoders import to_unit_view
 from qsteer.critics.live import LiveCritic
 from qsteer.flow import field
 from qsteer.policies import FlowPolicy
@@ -63,7 +63,7 @@ class StateActor:
     """Acts with :class:`~qsteer.policies.FlowPolicy` on states; actions are clipped to [-1, 1].
 
     Args:
-        policies: one frozen policy for everybody, or one for each critic of a stack.
+        policies: one frozen policy for all, or one for each critic of a stack.
         critic: on the policies' device.
     """
 
@@ -130,8 +130,8 @@ class HostActor:
     """Acts with a pretrained policy of lerobot, pi0, pi0.5 or SmolVLA, which it steers in place.
 
     What the critic sees is taken from the policy's own batch, after ``preprocess``: its normalised state, its
-    views at the critic's size, and its pooled prefix if the critic asks for features. So the finished critic
-    steers the policy anywhere: ``qsteer.steer(policy, critic, rule)``. Nothing of it leaves the device.
+    views at the critic's size, and its pooled prefix if the critic has features. So the finished critic
+    steers the policy anywhere: ``qsteer.steer(policy, critic, rule)``. None of it leaves the device.
 
     Args:
         policy: on the critic's device; ``actor.handle.remove()`` gives it back.
@@ -139,7 +139,7 @@ class HostActor:
         preprocess: turns the environment's observations, with images in [0, 1] and the instruction of each
             row under ``"task"``, into the policy's batch; lerobot's pre-processor.
         postprocess: turns chunks of the policy into the environment's actions; lerobot's post-processor.
-        instruction: what the policy is told.
+        instruction: the task in words, for the policy.
 
     Raises:
         TypeError, ValueError, RuntimeError: as for :func:`qsteer.steer`.
@@ -168,8 +168,8 @@ class HostActor:
             )
         self.preprocess, self.postprocess, self.instruction = preprocess, postprocess, instruction
         self.noise_shape: tuple[int, ...] = (policy.config.chunk_size, policy.config.max_action_dim)
-        self._critic = _Remembering(critic)
-        self.handle = steer(policy, self._critic, critic_inputs=self._stored)
+        self._critic = _RememberingCritic(critic)
+        self.handle = steer(policy, self._critic, critic_inputs=self._select_inputs)
 
     @property
     def trace(self) -> Trace:
@@ -194,18 +194,18 @@ class HostActor:
         Raises:
             KeyError: the policy's batch lacks what the critic sees.
         """
-        raw: dict[str, Any] = {key: _unit(value.to(noise.device)) for key, value in obs.items()}
+        raw: dict[str, Any] = {key: _to_unit(value.to(noise.device)) for key, value in obs.items()}
         batch = self.preprocess(raw | {"task": [self.instruction] * len(noise)})
         chunk = self.handle.policy.predict_action_chunk(batch, noise=noise)
         actions = chunk[:, : self._critic.config.horizon]
         return Decision(self.postprocess(actions), actions, self._critic.seen)
 
     def unstacked(self) -> list["HostActor"]:
-        """Return the one actor that there is."""
+        """Return this actor alone: it has one seed."""
         return [self]
 
-    def _stored(self, batch: Mapping[str, Any]) -> dict[str, Tensor]:
-        """Return what of the policy's batch the critic sees, as a replay stores it."""
+    def _select_inputs(self, batch: Mapping[str, Any]) -> dict[str, Tensor]:
+        """Return the part of the policy's batch that the critic sees, as a replay stores it."""
         config = self._critic.config
         state = (config.observation_key,) * (config.obs_dim > 0)
         if missing := [key for key in (*state, *config.views) if key not in batch]:
@@ -214,14 +214,14 @@ class HostActor:
                 "name CriticConfig.observation_key and views as the policy does"
             )
         like = torch.empty(0, device=next(self.handle.policy.parameters()).device)
-        views = {key: unit_view(batch[key], config.view_size, like) for key in config.views}
+        views = {key: to_unit_view(batch[key], config.view_size, like) for key in config.views}
         return {key: batch[key].to(like) for key in state} | {
             key: (255 * view).round().to(torch.uint8) for key, view in views.items()
         }
 
 
-class _Remembering:
-    """A critic that remembers what it was bound to: a prefix is encoded once, to act and to learn."""
+class _RememberingCritic:
+    """A critic that keeps its last observation: a prefix is encoded once, to act and to learn."""
 
     def __init__(self, critic: LiveCritic | Critic) -> None:
         self.critic = critic
@@ -242,6 +242,6 @@ class _Remembering:
         return self.critic.bind(obs)
 
 
-def _unit(value: Tensor) -> Tensor:
+def _to_unit(value: Tensor) -> Tensor:
     """Return bytes as numbers in [0, 1]."""
     return value.float() / 255 if value.dtype == torch.uint8 else value

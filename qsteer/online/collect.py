@@ -1,4 +1,4 @@
-"""Environments that run while something learns: rows of their episodes, for a replay."""
+"""Environments that run while a critic learns: rows of their episodes, for a replay."""
 
 from collections.abc import Callable
 from operator import itemgetter
@@ -10,7 +10,7 @@ from jaxtyping import Int
 from torch.utils._pytree import tree_map
 
 from qsteer.data.layout import Rows
-from qsteer.envs.rollouts import MakeEnv, Simulators, tensors
+from qsteer.envs.rollouts import MakeEnv, Simulators, to_tensors
 from qsteer.online.actors import Decision
 from qsteer.types import Observation
 
@@ -29,7 +29,7 @@ class Collector(Simulators):
         row: n, actions per row. With n = 1 every step is observed; with n = H only decisions are, and an
             environment with ``cameras`` renders nothing else.
         gamma: discount of the rewards within a row.
-        closing: observe what lies behind an episode's last chunk (n = H), which costs one more action.
+        closing: observe what follows an episode's last chunk (n = H), which costs one more action.
 
     Attributes:
         finished: ``(environment, success, sum of rewards, length)`` of the episodes that ended since it was
@@ -79,7 +79,7 @@ class Collector(Simulators):
             seeds: list[int | None] = [*draws.tolist()]
             self._raw, _ = self._envs.reset(seed=seeds, options={"reset_mask": self._over.copy()})
         self._next = np.where(self._over, 0, (self._next + self._row) % self._horizon)
-        self._seen = tensors(self._raw)
+        self._seen = to_tensors(self._raw)
         if (asking := np.flatnonzero(self._next == 0)).size:
             decision = act(tree_map(itemgetter(asking), self._seen), asking)
             if self._executed is None:
@@ -101,7 +101,7 @@ class Collector(Simulators):
         for i in np.flatnonzero(self._over):
             outcome = bool(info["success"][i]), float(info["sum_reward"][i]), int(info["length"][i])
             self.finished.append((int(i), *outcome))
-        following = tensors(self._raw)
+        following = to_tensors(self._raw)
         if self._row == self._horizon:
             following = self._closing(following) if self._closes else None
         steps = torch.from_numpy(self._steps())
@@ -128,7 +128,7 @@ class Collector(Simulators):
         return self._next[:, None] + np.arange(self._row)
 
     def _closing(self, raw: Any) -> Observation:
-        """Return what the critic would see after the row; it is looked at where an episode ended only."""
+        """Return what the critic would see after the row; only entries of episodes that ended are read."""
         ended = np.flatnonzero(self._over)
         if not ended.size:
             return self._seen

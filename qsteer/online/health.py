@@ -1,4 +1,4 @@
-"""Is a critic that is still learning well enough to steer? Finiteness, values, losses, and a way back."""
+"""Health of a critic that is still learning: finiteness, values, losses, and its last good state."""
 
 from collections import deque
 from collections.abc import Iterable, Mapping
@@ -20,7 +20,7 @@ VALUES = ("q", "q_min", "q_max", "v", "y")
 
 @dataclass
 class Health:
-    """Watches a critic while it learns, forbids steering while it is ill, brings back its last good state.
+    """Watches a critic while it learns, forbids steering while it is ill, and restores its last good state.
 
     A critic is ill when
 
@@ -31,7 +31,7 @@ class Health:
     * the loss is ``explosion`` times its running median, and beyond the square of that width (at first an
       error may be as large as the returns, however small it was while none had been seen).
 
-    The last two wait for a first reward other than zero: nothing else says how large values are.
+    The last two wait for a first reward other than zero, without which the size of values is not known.
 
     Example, every n-th update of an online loop:
         >>> reason = health.check({"loss": loss} | info, learner.parameters())  # doctest: +SKIP
@@ -100,7 +100,7 @@ class Health:
         return low - slack, high + slack
 
     def observe_rewards(self, rewards: Tensor) -> None:
-        """Take in rewards of any shape, as the environments give them; those that are not finite say nothing.
+        """Take in rewards of any shape, as the environments give them; those that are not finite are ignored.
 
         Cost: a minimum and a maximum; waits for a device the rewards are on.
         """
@@ -109,7 +109,7 @@ class Health:
             self._rewards = min(self._rewards[0], low), max(self._rewards[1], high)
 
     def check(self, info: Mapping[str, float | int | Tensor], parameters: Iterable[Tensor]) -> str | None:
-        """Examine the critic after an update; return what it suffers from, or None.
+        """Check the critic after an update; return why it is ill, or None.
 
         Args:
             info: metrics of the update: ``loss``, the values of :data:`VALUES`, and others, one number each.

@@ -1,4 +1,4 @@
-"""What a run says of itself: what happened between two lines of metrics, and who else is told."""
+"""Metrics of an online run: what happened between two lines, and the trackers that get them too."""
 
 import time
 from collections import defaultdict
@@ -11,7 +11,7 @@ from torch import Tensor
 
 
 class LogWindow:
-    """What happened between two lines of metrics, and where its time went."""
+    """What happened between two lines of metrics, and how its time was spent."""
 
     def __init__(self, env_steps: int, update: int) -> None:
         self.start, self.env_steps, self.update = time.perf_counter(), env_steps, update
@@ -36,7 +36,11 @@ class LogWindow:
 
 
 class Tracker:
-    """One of accelerate's trackers, or none."""
+    """One of accelerate's trackers, or none.
+
+    Raises:
+        ModuleNotFoundError: it is not installed.
+    """
 
     def __init__(self, name: str | None, out: Path) -> None:
         self.tracker = None

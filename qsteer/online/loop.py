@@ -1,4 +1,4 @@
-"""The online loop: a frozen policy acts, a critic learns from it, and steers it better by the minute."""
+"""The online loop: a frozen policy acts, a critic learns from what happens, and steers the policy."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -37,7 +37,7 @@ if TYPE_CHECKING:  # needs gymnasium
     from qsteer.online.collect import Collector
 
 CHECK_EVERY = 10
-"""Gradient steps between two looks at the critic's health, if so many are due at once."""
+"""Gradient steps between two checks of the critic's health, if so many are due at once."""
 
 
 def train_online(
@@ -65,7 +65,7 @@ def train_online(
 
     ``out`` (of a stack, ``out/seedS`` for each) gets ``metrics.jsonl``, ``speed.jsonl`` and the critics
     ``last`` and ``best``, which ``Critic.from_pretrained`` reads; ``out`` itself the learner's checkpoint and
-    the replay. The same call goes on after a kill at any moment: every row that was acted is there, the
+    the replay. The same call goes on after a kill at any moment: every row that was stored is there, the
     learner starts from its last checkpoint and catches up. Simulators cannot be stored, so episodes that were
     running are cut, and a resumed run is not the same to the bit.
 
@@ -217,7 +217,7 @@ class OnlineLoop:
         bar.set_postfix({name: f"{value:.3g}" for name, value in shown.items()}, refresh=False)
 
     def round(self, collector: "Collector", window: LogWindow) -> None:
-        """Send a row of actions to every simulator, learn while they work, and store what they say."""
+        """Send a row of actions to every simulator, learn while they work, and store the outcome."""
         self.steer()
         with window.share("act"):
             collector.send(self.act, self.generator)
@@ -230,7 +230,7 @@ class OnlineLoop:
         self.health.observe_rewards(rows.rewards)
 
     def steer(self) -> None:
-        """Steer once the critic has learnt something and while it is well; else leave the policy alone."""
+        """Steer once the critic has learnt something and while it is healthy; else leave the policy alone."""
         steering = self.update > 0 and self.health.steers
         self.actor.steer(self.rule if steering else None, self.sampler if steering else None)
 
@@ -277,7 +277,7 @@ class OnlineLoop:
         self.live.publish(self.learner.target)
 
     def watch(self, info: dict[str, Tensor], window: LogWindow) -> None:
-        """Bring the last good state back if the critic is ill."""
+        """Restore the last good state if the critic is ill, else keep this one."""
         if reason := self.health.check(info, self.learner.parameters()):
             tqdm.write(
                 f"{self.out.name}: {reason}; back to the last good critic, unsteered until it recovers"

@@ -18,12 +18,12 @@ class OnlineTraining:
             features of the policy).
         warmup: steps of the unsteered policy, before the critic learns from them and steers.
         updates_per_step: gradient steps per environment step, those of the warm-up included.
-        offline_share: of offline data in each batch; None: uniform over all transitions.
-        capacity: rows kept per environment; the oldest give way; None: all.
+        offline_share: of offline data in each batch, in [0, 1); None: uniform over all transitions.
+        capacity: rows kept per environment; the oldest are overwritten; None: all are kept.
         evaluate_every: steps between evaluations; 0: none.
         episodes: of an evaluation, on fixed seeds.
         log_every: steps between lines of metrics.
-        checkpoint_every: steps between checkpoints of the learner. What was acted is safe at once.
+        checkpoint_every: steps between checkpoints of the learner. Rows are kept as soon as they are acted.
     """
 
     critic: CriticTraining = field(default_factory=lambda: CriticTraining(target="sarsa", ema=0.005))

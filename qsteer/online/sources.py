@@ -45,7 +45,7 @@ class StackedSource:
     """A source for a stack of critics: of each batch an equal group of rows from each seed's own lanes.
 
     Args:
-        replay: what the environments of all seeds do.
+        replay: rows of the environments of all seeds.
         lanes: of each seed.
         offline: data to mix in.
         share: of offline rows in a group; ``None``: uniform over all transitions.

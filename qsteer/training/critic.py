@@ -29,6 +29,7 @@ from qsteer.training.loop import Learner, Training, fit
 from qsteer.types import Observation
 
 type SteeredPolicy = Callable[[Critic, Any, Tensor], Tensor]
+"""``(critic, obs, noise: (B, H, A)) -> a: (B, H, A)``: what a policy does under a critic."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,11 +39,11 @@ class CriticTraining(Training):
     Attributes:
         target: what to regress on.
         horizon: actions per chunk, which are also the steps of an n-step return.
-        gamma: discount per step.
-        ema: step of the target critic's moving average.
-        expectile: of IQL's V.
+        gamma: discount per step, in (0, 1].
+        ema: step of the target critic's moving average, in (0, 1].
+        expectile: of IQL's V, in (0, 1].
         distilled: rows per update on which FQL's student follows the steered policy.
-        members: size of the ensemble.
+        members: J, size of the ensemble.
         rho: pessimism, in the targets and of the finished critic.
         hidden: widths of the hidden layers.
         observation_key: where a host's batch holds the observation.
@@ -74,13 +75,13 @@ class CriticTraining(Training):
 
 
 class CriticLearner(Learner):
-    """``E sum_j (Q_j(s, a) - y)^2``. The target critic Q' is a moving average of Q; it steers in the end.
+    """``E sum_j (Q_j(s, a) - y)^2``. The target critic Q' is a moving average of Q, and is what is saved.
 
     Args:
         critic: learns. If it is a stack of S critics, every batch has S equal groups of rows.
         source: of batches; must offer what the learner needs (``need``).
         settings: ``batch_size`` rows for each critic of a stack.
-        act: for learners that ask for actions which are not in the data.
+        act: for learners that need actions which are not in the data.
     """
 
     need: ClassVar[Need] = "next_state"
@@ -156,7 +157,7 @@ class TD(CriticLearner):
 class FQL(TD):
     """TD with ``a' = mu(s', noise)``, where mu learns in one step what ``act`` does in many (FQL eq. 8, 9).
 
-    ``act`` is asked for ``settings.distilled`` rows per update instead of a whole batch.
+    ``act`` is called on ``settings.distilled`` rows per update instead of a whole batch.
     """
 
     def __init__(
@@ -214,7 +215,7 @@ class IQL(CriticLearner):
         self.value = EnsembleMLP(1, critic.config.context, 0, settings.hidden, critic.config.stack)
 
     def v(self, obs: Observation) -> Float[Tensor, "B"]:
-        """Return the state value; it looks through the critic's eyes, which it does not train."""
+        """Return the state value (B,), computed on the critic's encoders, which it does not train."""
         return self.value(self.value.encode(self.critic.context(obs).detach()))[0]
 
     @override
@@ -260,7 +261,7 @@ def fresh_critic(
 
 
 ACTING = ("td", "fql")
-"""Targets that ask the policy for actions."""
+"""Targets that need actions of the policy."""
 
 
 def train_critic(
@@ -298,7 +299,7 @@ def train_critic(
     if (act is None) == (training.target in ACTING):
         raise ValueError(
             f"train_critic: expected act= when target is one of {ACTING} and only then, got act={act} with "
-            f"target {training.target!r}; the others ask for no actions that are not in the data"
+            f"target {training.target!r}; the others need no actions but the stored ones"
         )
     config = training.critic_config(episodes.observations.shape[1], episodes.actions.shape[1])
     with torch.random.fork_rng(devices=[]):

@@ -111,8 +111,8 @@ class Learner(nn.Module, ABC):
     """What the loop optimises (its trainable parameters) and what a checkpoint keeps (its state dict).
 
     Attributes:
-        share: the rows of a batch that :meth:`loss` computes; set by :func:`fit`. A learner that heeds it is
-            sped up by further processes, and must draw for the whole batch all the same.
+        share: the rows of a batch that :meth:`loss` computes; set by :func:`fit`. A learner that uses it is
+            faster with more processes, and must draw random numbers for the whole batch all the same.
         stack: independent models side by side, as equal groups of the first axis of every parameter.
     """
 
@@ -127,7 +127,7 @@ class Learner(nn.Module, ABC):
         """Run after every optimiser step: move averages."""
 
     def evaluate(self) -> dict[str, float]:
-        """Return held-out metrics; drawn from a generator of its own, or training would depend on it."""
+        """Return held-out metrics, drawn from a generator of its own: training must not depend on it."""
         return {}
 
 
@@ -264,7 +264,11 @@ def resume(
     generator: torch.Generator,
     identity: Mapping[str, Any],
 ) -> int:
-    """Restore the checkpoint in ``out``, if any, and return its step (0: none)."""
+    """Restore the checkpoint in ``out``, if any, and return its step (0: none).
+
+    Raises:
+        ValueError: the checkpoint is broken, or of a run with another identity.
+    """
     if not (out / CHECKPOINT).exists():
         return 0
     try:
@@ -282,9 +286,9 @@ def resume(
             f"{out}: expected a run with {expected}, got a checkpoint of one with {found}; use another "
             "directory, go back to the former settings, or delete this one"
         )
-    learner.load_state_dict(_under(tensors, "learner."))
+    learner.load_state_dict(_select(tensors, "learner."))
     state: dict[int, dict[str, Tensor]] = {}
-    for name, tensor in _under(tensors, "optimizer.").items():
+    for name, tensor in _select(tensors, "optimizer.").items():
         i, key = name.split(".")
         state.setdefault(int(i), {})[key] = tensor
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
@@ -292,5 +296,5 @@ def resume(
     return int(header["step"])
 
 
-def _under(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+def _select(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
     return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}

@@ -303,7 +303,7 @@ def distil(
         held_out = PosteriorError(held_out) if judges else None
     _fit_normalisation(meta, teacher)
     learner = MetaDistillation(meta, teacher, training, held_out)
-    fit(learner, out, training, _identity(meta, teacher, training), progress=progress)
+    fit(learner, out, training, _describe(meta, teacher, training), progress=progress)
     return _finish(meta, out)
 
 
@@ -319,7 +319,7 @@ def distil_flow_map(
     out, training = Path(out), training or FlowMapTraining()
     _fit_normalisation(flow_map, teacher)
     learner = FlowMapDistillation(flow_map, teacher, training)
-    fit(learner, out, training, _identity(flow_map, teacher, training), progress=progress)
+    fit(learner, out, training, _describe(flow_map, teacher, training), progress=progress)
     return _finish(flow_map, out)
 
 
@@ -340,7 +340,7 @@ def _finish[M: (MetaFlowMap, FlowMap)](model: M, out: Path) -> M:
     return model
 
 
-def _identity(model: MetaFlowMap | FlowMap, teacher: Teacher, training: Training) -> dict[str, object]:
+def _describe(model: MetaFlowMap | FlowMap, teacher: Teacher, training: Training) -> dict[str, object]:
     return asdict(training) | {"map": asdict(model.config), "teacher": teacher.fingerprint()}
 
 

@@ -32,7 +32,7 @@ class Sizes(NamedTuple):
 
 
 class Teacher(ABC):
-    """A frozen policy together with observations to ask it about."""
+    """A frozen policy together with observations to evaluate it on."""
 
     @property
     @abstractmethod
@@ -94,20 +94,20 @@ class StateTeacher(Teacher):
 class HostTeacher(Teacher):
     """A pretrained lerobot policy (pi0, pi0.5, SmolVLA) on batches of its own kind.
 
-    Observations are encoded by the host's code, once per batch; the map is conditioned on what it made of
-    them (:attr:`~qsteer.hosts.Host.features`). The policy is left as it was.
+    Observations are encoded by the host's code, once per batch; the map is conditioned on the result
+    (:attr:`~qsteer.hosts.Host.features`). The policy is left as it was.
 
-    Clean actions decide where the policy is asked. By default the policy draws them: the states ``x_t`` are
-    then those which it passes through when it acts, in padded dimensions too, and the posterior is that of
-    its own law, whatever the data. ``"data"`` takes the stored chunks, normalised and padded as for the
-    host's training: right for data which the policy was trained on, and cheaper.
+    Clean actions decide where the policy is evaluated. By default the policy draws them: the states ``x_t``
+    are then those which it passes through when it acts, in padded dimensions too, and the posterior is that
+    of its own distribution, whatever the data. ``"data"`` takes the stored chunks, normalised and padded as
+    for the host's training: right for data which the policy was trained on, and cheaper.
 
     Cost per batch: one prefix, and with ``"policy"`` the host's own number of velocity forwards.
 
     Attributes:
         policy: the frozen policy.
-        batches: what to ask it about.
-        actions: where clean actions come from.
+        batches: observations, and under ``"data"`` actions.
+        actions: where clean actions come from: ``"policy"`` or ``"data"``.
     """
 
     policy: Any

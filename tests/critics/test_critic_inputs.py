@@ -12,14 +12,10 @@ from torch.nn import functional as F
 
 import qsteer
 from qsteer.critics import FEATURES, Critic, CriticConfig, LiveCritic
-from qsteer.critics.encoders import random_shift
+from qsteer.critics.encoders import shift_randomly
 
 TOP, WRIST, STATE = "observation.images.top", "observation.images.wrist", "observation.state"
-
-
 SIZE = 16
-
-
 CONFIG = CriticConfig(
     obs_dim=4,
     action_dim=3,
@@ -32,8 +28,6 @@ CONFIG = CriticConfig(
     channels=8,
     shift=2,
 )
-
-
 ROWS = 6
 
 
@@ -176,8 +170,8 @@ def test_a_shift_is_the_generators_and_none_is_none() -> None:
     generator = torch.Generator().manual_seed(0)
     first = critic.encode(obs, augment=generator)
     top, wrist = seen
-    assert torch.equal(top, random_shift(obs[TOP] / 255, 2, generator.manual_seed(0)))
-    assert torch.equal(wrist, random_shift(obs[WRIST] / 255, 2, generator)), "the generator goes on"
+    assert torch.equal(top, shift_randomly(obs[TOP] / 255, 2, generator.manual_seed(0)))
+    assert torch.equal(wrist, shift_randomly(obs[WRIST] / 255, 2, generator)), "the generator goes on"
     assert torch.equal(first, critic.encode(obs, augment=generator.manual_seed(0)))
     assert not torch.equal(first, critic.encode(obs, augment=generator))
     assert not torch.equal(first, critic.encode(obs))

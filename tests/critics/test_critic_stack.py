@@ -12,8 +12,6 @@ from qsteer.critics.networks import Normalizer
 from qsteer.types import Sampler, Value
 
 S, J, B, N, H, A = 3, 4, 5, 6, 2, 3
-
-
 CONFIG = CriticConfig(obs_dim=N, action_dim=A, horizon=H, hidden=(16, 8), members=J, rho=0.5)
 
 

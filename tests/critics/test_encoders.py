@@ -6,7 +6,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from qsteer.critics import Critic, CriticConfig, pooled
-from qsteer.critics.encoders import random_shift
+from qsteer.critics.encoders import shift_randomly
 
 TOP, WRIST, STATE = "observation.images.top", "observation.images.wrist", "observation.state"
 
@@ -36,7 +36,7 @@ def crops(view: Tensor, pixels: int) -> Tensor:
 
 def test_a_random_shift_is_a_crop_of_the_replicated_image() -> None:
     view, found = torch.rand(400, 3, 8, 8), []
-    shifted = random_shift(view, 2, torch.Generator().manual_seed(0))
+    shifted = shift_randomly(view, 2, torch.Generator().manual_seed(0))
     for before, after in zip(view, shifted, strict=True):
         hits = (crops(before, 2) == after).flatten(2).all(2).nonzero().tolist()
         assert len(hits) == 1

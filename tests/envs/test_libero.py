@@ -184,7 +184,7 @@ def equal(one: dict[str, np.ndarray], other: dict[str, np.ndarray]) -> bool:
 
 @installed
 def test_the_six_tasks_are_those_of_libero():
-    libero._libero()
+    libero._import_libero()
     from libero.libero import benchmark
 
     suite = benchmark.get_benchmark("libero_90")()

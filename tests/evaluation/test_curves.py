@@ -1,16 +1,14 @@
-"""Statistics over training seeds and tasks; learning curves read, aligned, summed up and drawn."""
+"""Learning curves, read, aligned, summed up and drawn."""
 
 import json
 import runpy
 from collections.abc import Mapping
-from itertools import product
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from matplotlib.collections import PolyCollection
-from scipy.stats import trim_mean
 
 from qsteer.evaluation import curves
 from qsteer.evaluation.curves import (
@@ -24,9 +22,6 @@ from qsteer.evaluation.curves import (
     summarize,
 )
 from qsteer.statistics import (
-    interquartile_mean,
-    seed_bootstrap,
-    stratified_bootstrap,
     time_weighted_ema,
 )
 
@@ -40,84 +35,6 @@ def write(path: Path, lines: list[Mapping[str, Any]], end: str = "\n") -> Path:
 
 def run(path: Path, values: Mapping[int, float], key: str = KEY) -> Path:
     return write(path, [{"step": s, "env_steps": s, key: v} for s, v in values.items()])
-
-
-class TestStatistics:
-    @pytest.mark.parametrize("shape", [(8, 50), (5, 12), (3, 1), (1, 1)])
-    def test_interquartile_mean_is_the_trimmed_mean_of_all_scores(self, shape: tuple[int, int]) -> None:
-        scores = np.random.default_rng(0).random(shape)
-        assert interquartile_mean(scores) == pytest.approx(trim_mean(scores, 0.25, axis=None))
-        extreme = scores.copy()
-        extreme[scores == scores.max()] = 1e9
-        assert (interquartile_mean(extreme) == interquartile_mean(scores)) == (scores.size >= 4)
-
-    @pytest.mark.parametrize("statistic", [interquartile_mean, np.mean])
-    def test_stratified_bootstrap_against_all_resamples(self, statistic: Any) -> None:
-        """Three seeds of two tasks have 3^6 resamples: the ends cut 10 % of them off."""
-        scores = np.array([[0.11, 0.93], [0.23, 0.71], [0.47, 0.53]])
-        everything = [
-            statistic(np.stack([scores[list(a), 0], scores[list(b), 1]], 1))
-            for a in product(range(3), repeat=3)
-            for b in product(range(3), repeat=3)
-        ]
-        low, high = stratified_bootstrap(scores, statistic, level=0.8, samples=5_000)
-        assert np.mean(np.less(everything, low)) == pytest.approx(0.1, abs=0.02)
-        assert np.mean(np.greater(everything, high)) == pytest.approx(0.1, abs=0.02)
-
-    def test_tasks_are_strata(self) -> None:
-        """Seeds agree, tasks do not: resampling across tasks would give an interval."""
-        scores = np.tile([0.0, 0.3, 0.6, 1.0], (5, 1))
-        assert stratified_bootstrap(scores, samples=50) == pytest.approx((0.45, 0.45))
-
-    def test_seed_bootstrap_against_all_resamples(self) -> None:
-        """All of three seeds may be the lowest one: with 1 in 27, more than the 2.5 % beyond the interval."""
-        values = np.array([10.0, 0.0, 1.0])
-        assert seed_bootstrap(values) == pytest.approx((11 / 3, 0.0, 10.0))
-        assert seed_bootstrap(values, level=0.8).low == pytest.approx(1 / 3)  # 1/27 < 10 % < 4/27
-        points = np.random.default_rng(0).random((4, 6))
-        resamples = np.array([points[list(rows)].mean(0) for rows in product(range(4), repeat=4)])
-        band = seed_bootstrap(points, samples=20_000)
-        assert band.mean == pytest.approx(points.mean(0))
-        for point in range(6):
-            below = np.mean(resamples[:, point] < band.low[point])
-            assert below <= 0.025 <= np.mean(resamples[:, point] <= band.low[point] + 1e-9)
-
-    def test_seed_bootstrap_resamples_whole_seeds(self) -> None:
-        values = np.random.default_rng(0).random(5)
-        band = seed_bootstrap(np.stack([values, 1 - 3 * values], 1), samples=200)
-        assert band.high[1] == pytest.approx(1 - 3 * band.low[0])
-        one = seed_bootstrap(values[None])
-        assert np.array_equal(one.low, values)
-        assert np.array_equal(one.high, values)
-
-    def test_time_weighted_average_against_its_formula(self) -> None:
-        rng = np.random.default_rng(0)
-        x, y = np.cumsum(rng.random(30) + 0.1), rng.random(30)
-        weights = np.tril(0.98 ** (0.5 * 1000 * (x[:, None] - x) / (x[-1] - x[0])))
-        expected = (weights @ y) / weights.sum(1)
-        assert time_weighted_ema(x, y, 0.98) == pytest.approx(expected)
-        assert time_weighted_ema(1e6 * x - 7, y, 0.98) == pytest.approx(expected)
-        assert np.array_equal(time_weighted_ema(x, y, 0.0), y)
-        assert time_weighted_ema(x, y, 1.0) != pytest.approx(np.cumsum(y) / np.arange(1, 31))  # 0.999 at most
-        assert np.array_equal(time_weighted_ema(x[:1], y[:1]), y[:1])
-
-    def test_mistakes(self) -> None:
-        with pytest.raises(ValueError, match="at least one, got none"):
-            interquartile_mean([])
-        with pytest.raises(ValueError, match=r"one column per task, shape \(S, T\), got \(3,\)"):
-            stratified_bootstrap([1.0, 2.0, 3.0])
-        with pytest.raises(ValueError, match=r"one row per seed, shape \(S, ...\), got \(0, 4\)"):
-            seed_bootstrap(np.zeros((0, 4)))
-        for bootstrap in (seed_bootstrap, stratified_bootstrap):
-            with pytest.raises(ValueError, match="level"):
-                bootstrap(np.ones((2, 2)), level=95.0)
-            with pytest.raises(ValueError, match="samples"):
-                bootstrap(np.ones((2, 2)), samples=0)
-        for x, y in (([0, 1], [1, 2, 3]), ([0, 0], [1, 2])):
-            with pytest.raises(ValueError, match="increasing x"):
-                time_weighted_ema(np.array(x, float), np.array(y, float))
-        with pytest.raises(ValueError, match="alpha"):
-            time_weighted_ema(np.arange(2.0), np.arange(2.0), 1.5)
 
 
 class TestCurves:

@@ -228,17 +228,21 @@ def test_killed_at_random_moments_nothing_acknowledged_is_lost(tmp_path: Path) -
     for kill in range(11):
         process = subprocess.Popen([sys.executable, str(script)], stdout=subprocess.PIPE, text=True, env=env)
         assert process.stdout is not None
-        first = process.stdout.readline()
-        assert int(first) >= acknowledged  # the first row after the restart comes on top of all others
-        acknowledged = int(first)
+        # The loop itself says when the critic is ill; a last line may be cut in the middle.
+        numbers = (int(line) for line in process.stdout if line[:-1].isdigit() and line[-1] == "\n")
+        first = next(numbers, None)
+        if first is None:  # the last kill came when all rows had been acted
+            process.wait()
+            break
+        assert first >= acknowledged  # the first row after the restart comes on top of all others
+        acknowledged = first
         if kill < 10:
             time.sleep(generator.uniform(0.0, 0.5))
             process.send_signal(signal.SIGKILL)
-        for line in process.stdout:
-            if line.endswith("\n"):
-                acknowledged = int(line)
+        for number in numbers:
+            acknowledged = number
         process.wait()
-    assert acknowledged == 600
+    assert acknowledged == 600 and kill > 2
     lines = metrics(out)
     steps, updates = ([line[key] for line in lines] for key in ("env_steps", "step"))
     assert steps == sorted(set(steps)) and steps[-1] == 600

@@ -12,8 +12,6 @@ from qsteer.adapters import PlainPolicy
 from qsteer.critics import FEATURES, Critic, CriticConfig, pooled
 
 TOP, WRIST, STATE = "observation.images.top", "observation.images.wrist", "observation.state"
-
-
 SIZE = 16
 
 

@@ -18,16 +18,10 @@ from qsteer.policies import FlowPolicy, FlowPolicyConfig
 from qsteer.training.critic import CriticTraining, fresh_critic
 
 GOAL = 0.6
-
-
 RULE = qsteer.QGF(weight=0.3, scaling="match_norm")
-
-
 CRITIC = CriticTraining(
     target="sarsa", horizon=1, gamma=0.9, ema=0.1, hidden=(32,), members=3, learning_rate=1e-2, batch_size=64
 )
-
-
 TRAINING = OnlineTraining(
     critic=CRITIC, env_steps=400, num_envs=4, warmup=100, evaluate_every=200, episodes=20, log_every=50,
     checkpoint_every=100,

@@ -16,8 +16,6 @@ from qsteer.training.critic import ACTING, LEARNERS
 from qsteer.training.policy import FlowMatching
 
 POLICY = PolicyTraining(steps=12, batch_size=8, horizon=H, hidden=(8,), log_every=2, checkpoint_every=5)
-
-
 CRITIC = CriticTraining(
     steps=12, batch_size=8, horizon=H, hidden=(8,), log_every=2, checkpoint_every=5, members=3, ema=0.1
 )

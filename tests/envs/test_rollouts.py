@@ -1,4 +1,4 @@
-"""Rollouts and statistics of made-up arms with known outcomes."""
+"""Rollouts of a toy environment: one episode at a time gives the same, and arms are paired."""
 
 import json
 from collections.abc import Callable, Iterator
@@ -9,17 +9,22 @@ import gymnasium
 import numpy as np
 import pytest
 import torch
-from scipy.stats import binom, binomtest
 from torch import Tensor
 from walks import SEED, A, H, Walk, follow
 
-from qsteer.envs.rollouts import ChunkedAction, Rollouts, Simulators, noise_generator, rollout, tensors
-from qsteer.statistics import paired_bootstrap, wilson_interval
+from qsteer.envs.rollouts import (
+    ChunkedAction,
+    Rollouts,
+    Simulators,
+    make_noise_generator,
+    rollout,
+    to_tensors,
+)
 
 
 def by_hand(env: gymnasium.Env, act: Callable, seed: int, episode: int) -> dict[str, Any]:
     """One episode, one action at a time: what a rollout must agree with."""
-    generator = noise_generator(seed, episode)
+    generator = make_noise_generator(seed, episode)
     obs, _ = env.reset(seed=seed + episode)
     rewards, lucky, actions, done, terminated = [], [], [], False, False
     while not done:
@@ -99,11 +104,13 @@ class TestRollouts:
         for e, start in enumerate(starts):
             assert torch.equal(
                 seen[float(torch.tensor(start).float())],
-                torch.randn(H, A, generator=noise_generator(SEED, e)),
+                torch.randn(H, A, generator=make_noise_generator(SEED, e)),
             )
 
     def test_other_seeds_are_other_noise(self) -> None:
-        draws = {float(torch.randn((), generator=noise_generator(s, e))) for s in range(4) for e in range(4)}
+        draws = {
+            float(torch.randn((), generator=make_noise_generator(s, e))) for s in range(4) for e in range(4)
+        }
         assert len(draws) == 16  # in particular (s, e + 1) and (s + 1, e) differ
 
     def test_more_environments_than_episodes(self, simulators: Simulators, followed: Rollouts) -> None:
@@ -233,7 +240,7 @@ class TestChunkedAction:
         assert env.reset(seed=0)[0]["image"].max() == 7
         obs, *_ = env.step(np.zeros((3, A), np.float32))
         assert frames == [False, False, True] and obs["image"].max() == 7
-        converted = tensors(obs)
+        converted = to_tensors(obs)
         assert converted["image"].dtype == torch.uint8 and converted["state"].dtype == torch.float32
 
     def test_rewards_of_a_chunk_are_discounted(self) -> None:
@@ -260,49 +267,3 @@ class TestChunkedAction:
         ):
             with pytest.raises(ValueError, match=says):
                 ChunkedAction(make(), H)
-
-
-class TestStatistics:
-    @pytest.mark.parametrize("level", [0.8, 0.95])
-    @pytest.mark.parametrize("n", [1, 7, 100])
-    def test_wilson_is_scipys(self, n: int, level: float) -> None:
-        for k in range(n + 1):
-            theirs = binomtest(k, n).proportion_ci(level, method="wilson")
-            assert wilson_interval(k, n, level) == pytest.approx((theirs.low, theirs.high), abs=1e-12)
-
-    def test_bootstrap_of_one_arm_against_nothing_is_the_binomial(self) -> None:
-        """Resampled counts of a 0/1 arm are Binomial(n, rate): its quantiles are known."""
-        hits = np.arange(100) < 30
-        difference, low, high = paired_bootstrap(hits, np.zeros(100))
-        assert difference == pytest.approx(0.3)
-        assert (low, high) == pytest.approx(binom.ppf([0.025, 0.975], 100, 0.3) / 100, abs=0.011)
-
-    def test_bootstrap_is_the_plain_one(self) -> None:
-        rng = np.random.default_rng(0)
-        a, b = rng.normal(1, 1, 40), rng.normal(0, 1, 40)
-        plain = (a - b)[rng.integers(40, size=(20_000, 40))].mean(1)
-        expected = np.quantile(plain, [0.05, 0.95])
-        got = paired_bootstrap(a, b, samples=20_000, level=0.9)
-        assert (got.low, got.high) == pytest.approx(expected, abs=0.02)
-
-    def test_bootstrap_identities(self) -> None:
-        rng = np.random.default_rng(1)
-        a, b = rng.random(60) < 0.7, rng.random(60) < 0.4
-        there, back = paired_bootstrap(a, b, samples=50_000), paired_bootstrap(b, a, samples=50_000)
-        assert there == pytest.approx((-back.difference, -back.high, -back.low), abs=0.02)
-        assert paired_bootstrap(a, a) == (0, 0, 0)
-        order = rng.permutation(60)
-        assert paired_bootstrap(a[order], b[order]) == paired_bootstrap(a, b)
-        wide = paired_bootstrap(np.sort(a), np.sort(b)[::-1])  # the same arms, paired worst
-        assert wide.high - wide.low > there.high - there.low
-
-    def test_mistakes(self) -> None:
-        for k, n in ((-1, 3), (4, 3), (0, 0)):
-            with pytest.raises(ValueError, match="0 <= successes <= n"):
-                wilson_interval(k, n)
-        with pytest.raises(ValueError, match="level"):
-            wilson_interval(1, 2, 95.0)
-        with pytest.raises(ValueError, match=r"got \(3,\) and \(4,\)"):
-            paired_bootstrap(np.zeros(3), np.zeros(4))
-        with pytest.raises(ValueError, match="samples"):
-            paired_bootstrap([1], [0], samples=0)
