@@ -17,7 +17,7 @@ def host_of(policy: Any) -> Host:
     """Return where ``policy`` keeps its loop: what it says itself, else by the names of its classes.
 
     Raises:
-        TypeError: nobody knows.
+        TypeError: no record describes it.
     """
     host = getattr(policy, "__qsteer_host__", None)
     if isinstance(host, Host):

@@ -50,7 +50,7 @@ class Host:
         features: what the step's other arguments say of the observations, for learnt maps and critics: a
             tensor (B, F), or tokens (B, L, F) and their mask (B, L); None: nothing.
         layers: the denoiser's list of layers, each of which adds its branches to a residual stream; None:
-            it has none, or nobody has looked.
+            it has none, or they are not known.
         reads: the modules of a layer by which its branches read the stream, and nothing else does: the norms
             before attention and feed-forward. Their first argument is the stream.
         prepare: ``policy -> (HostField -> Field)``: the same velocity with all that stays the same between

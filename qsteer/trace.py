@@ -188,7 +188,7 @@ def report_gated(gated: Tensor) -> None:
 
 
 def find_recorder() -> list[Step] | None:
-    """Return the list to append guided steps to; None: nobody has asked for them."""
+    """Return the list to append guided steps to; None: no trace has asked for them."""
     action = _recording.get()
     return action.steps if action is not None and action.wanted else None
 

@@ -25,7 +25,7 @@ def add_command(
 def add_task_option(parser: argparse.ArgumentParser) -> None:
     """Add ``--task``."""
     parser.add_argument(
-        "--task", choices=RECIPES, default="cube-single", help="which recipe (qsteer/recipes.py)"
+        "--task", choices=RECIPES, default="cube-single", help="which recipe (qsteer/experiments/tasks.py)"
     )
 
 

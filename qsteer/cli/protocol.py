@@ -10,7 +10,7 @@ def add_parser(commands: Commands) -> None:
     """Add the command with its options."""
     text = "Run the OGBench offline-to-online protocol on a task, or sum up such runs."
     parser = add_command(commands, "protocol", run, text)
-    parser.add_argument("--domain", default="cube-double", help="which domain (qsteer/protocol.py)")
+    parser.add_argument("--domain", default="cube-double", help="which domain (qsteer/experiments/tasks.py)")
     parser.add_argument("--task", type=int, default=2, help="number of the task, 1 to 5")
     parser.add_argument("--data", type=Path, help="the .npz to read; default runs/data/NAME.npz")
     parser.add_argument("--seeds", type=int, nargs="+", default=list(range(8)), help="all at once")

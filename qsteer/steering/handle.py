@@ -191,8 +191,8 @@ def steer(
         The handle that changes the method or takes it away; also a context manager.
 
     Raises:
-        TypeError: an argument is of the wrong kind, nobody knows where the policy keeps its loop, or its step
-            cannot be prepared for ``compile``.
+        TypeError: an argument is of the wrong kind, no Host record describes the policy, or its step cannot be
+            prepared for ``compile``.
         ValueError: the critic is on another device, or sees more than the policy executes; ``compile`` is
             unknown, or "graph" without CUDA.
         MismatchError: (the first action of a kind) the fast path is not what the host does.

@@ -179,7 +179,7 @@ class _Opener(Interception):
         """Refuse: another thread has called the policy meanwhile."""
         raise RuntimeError(
             "policy: expected no call while an action of it is opened, got one from another thread; open "
-            "actions of a policy that nobody else is using, or steer it"
+            "actions of a policy that no other thread is using, or steer it"
         )
 
 
@@ -205,7 +205,7 @@ def open_action(
         critic_inputs: ``batch -> obs``, when the critic needs something else than the host's batch.
 
     Raises:
-        TypeError: an argument is of the wrong kind, or nobody knows where the policy keeps its loop.
+        TypeError: an argument is of the wrong kind, or no Host record describes the policy.
         ValueError: the critic is on another device, or sees more than the policy executes.
         RuntimeError: real-time chunking is on, or the policy does not run as its Host record says.
 
