@@ -123,9 +123,8 @@ class LiveCritic:
 
     def _enter(self) -> None:
         with self._turn:
-            wanted = (
-                self._published
-            )  # a later version will do as well; or frequent publishes would starve this thread
+            # A later version will do as well; or frequent publishes would starve this thread.
+            wanted = self._published
             self._turn.wait_for(lambda: not self._actors or self.version >= wanted)
             if not self._actors and self.version < self._published:
                 self._install()

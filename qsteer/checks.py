@@ -64,6 +64,33 @@ def check_widths(owner: object, name: str) -> None:
         raise ValueError(f"{_place(owner, name)}: expected at least one positive width, got {widths}")
 
 
+def check_bounds(bounds: Any) -> None:
+    """Check bounds of an action: None, or (low, high).
+
+    Raises:
+        ValueError: they are something else.
+    """
+    if bounds is not None and not (
+        isinstance(bounds, tuple | list) and len(bounds) == 2 and bounds[0] < bounds[1]
+    ):
+        raise ValueError(
+            f"clip: expected (low, high) with low < high, or None for no clipping, got {bounds!r}"
+        )
+
+
+def check_function(name: str, given: Any, example: str, base: str) -> None:
+    """Check that what is to be called is a plain function, and not something that wants to be bound first.
+
+    Raises:
+        TypeError: it is a class, cannot be called, or has a method ``on`` without being a ``base``.
+    """
+    if isinstance(given, type) or not callable(given) or hasattr(given, "on"):
+        raise TypeError(
+            f"{name}: expected a function or an object such as {example}, got {given!r}; pass an instance, "
+            f"and subclass {base} if it is to be bound to the policy"
+        )
+
+
 def list_differences(expected: Mapping[str, Any], found: Mapping[str, Any]) -> tuple[str, str] | None:
     """Return what differs between two descriptions, as ``"a=1, b=2"`` for each of them; ``None``: nothing."""
     names = sorted(name for name in {**found, **expected} if found.get(name) != expected.get(name))

@@ -8,7 +8,7 @@ from typing import Any
 
 
 def write_text(path: str | Path, text: str) -> Path:
-    """Write a text file, whole or not at all: a temporary file beside it, then a rename. Return its path."""
+    """Write a text file, atomically: a temporary file beside it, then a rename. Return its path."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.tmp")
@@ -18,7 +18,7 @@ def write_text(path: str | Path, text: str) -> Path:
 
 
 def write_json(report: Mapping[str, Any], path: str | Path) -> Path:
-    """Write a report as JSON, whole or not at all, and return its path."""
+    """Write a report as JSON, atomically, and return its path."""
     return write_text(path, json.dumps(report, indent=1) + "\n")
 
 

@@ -5,6 +5,7 @@ On the path ``x_t = (1 - t) x0 + t x1`` with noise ``x0 ~ N(0, I)`` the velocity
 was there.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from dataclasses import field as attribute
@@ -36,6 +37,13 @@ def clamp_time(t: Time, low: float = 0.0, high: float = float("inf")) -> Time:
     return t.clamp(low, high) if isinstance(t, Tensor) else min(max(t, low), high)
 
 
+def hypot(a: Time, b: Time) -> Time:
+    """Return ``sqrt(a^2 + b^2)`` of two times, or of each row's."""
+    if isinstance(a, Tensor) and isinstance(b, Tensor):
+        return torch.hypot(a, b)
+    return math.hypot(a, b)
+
+
 def factor(t: Time, x: Float[Tensor, "B H A"]) -> float | Float[Tensor, "B 1 1"]:
     """Return a number, or one per row, as a factor for chunks, in their dtype."""
     return t.to(x.dtype)[:, None, None] if isinstance(t, Tensor) else t
@@ -65,16 +73,6 @@ def clip_through(a: Tensor, bounds: Bounds) -> Tensor:
 def clip_actions(a: Tensor, bounds: Bounds) -> Tensor:
     """Clip actions; ``None`` does not clip."""
     return a if bounds is None else a.clamp(*bounds)
-
-
-def check_bounds(bounds: Bounds) -> None:
-    """Raise ValueError unless bounds are None or (low, high)."""
-    if bounds is not None and not (
-        isinstance(bounds, tuple | list) and len(bounds) == 2 and bounds[0] < bounds[1]
-    ):
-        raise ValueError(
-            f"clip: expected (low, high) with low < high, or None for no clipping, got {bounds!r}"
-        )
 
 
 def norm(x: Float[Tensor, "B H A"]) -> Float[Tensor, "B"]:

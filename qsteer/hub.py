@@ -1,4 +1,4 @@
-"""Networks that can be saved, shared on the Hugging Face hub, and loaded again, whole or not at all."""
+"""Networks that can be saved, shared on the Hugging Face hub, and loaded again; a checkpoint that lacks weights is refused."""
 
 import contextlib
 from typing import Any

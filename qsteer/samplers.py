@@ -7,14 +7,14 @@ with one candidate a selecting sampler is its inner sampler, bit for bit.
 from collections.abc import Callable
 from dataclasses import dataclass
 from dataclasses import field as attribute
-from typing import cast
 
 import torch
 from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor
 
-from qsteer.flow import FunctionJump, check_bounds, clip_actions, finite_rows
+from qsteer.checks import check_bounds, check_function
+from qsteer.flow import FunctionJump, clip_actions, finite_rows
 from qsteer.maps.flow_maps import EulerMap, FlowMap
 from qsteer.maps.losses import fmq_target, trust_radius
 from qsteer.rules.guidance import gradient
@@ -188,11 +188,12 @@ class BeamSearch(Sampler):
             the policy's own integration.
         inner: makes the first particles where there is no flow map.
         completion: steps and clip of every other completion, and clip of a flow map's jumps; None: those of
-            ``inner``, which then is an :class:`Euler`.
+            ``inner`` if it is an :class:`Euler`.
 
     Raises:
         ValueError: a number is out of its range.
-        TypeError: ``inner`` is no :class:`Euler`, and ``completion`` is not given.
+        TypeError: there is no flow map, ``inner`` is no :class:`Euler` and ``completion`` is not given; or
+            the flow map is of another kind.
     """
 
     particles: int = 4
@@ -215,11 +216,13 @@ class BeamSearch(Sampler):
             raise ValueError(
                 f"snr, eta: expected a positive number and one of at least 0, got {self.snr}, {self.eta}"
             )
-        if self.completion is None and not isinstance(self.inner, Euler):
+        if self.completion is None and self.flow_map is None and not isinstance(self.inner, Euler):
             raise TypeError(
                 f"completion: expected the steps and the clip of completions beside {self.inner}, got None; "
                 "pass completion=Euler(...)"
             )
+        if self.flow_map is not None and not isinstance(self.flow_map, Jump | FlowMap):
+            check_function("flow_map", self.flow_map, "qsteer.maps.FlowMap", "qsteer.types.Jump")
 
     def __call__(
         self, field: Field, value: Value | None, noise: Float[Tensor, "B H A"]
@@ -246,14 +249,16 @@ class BeamSearch(Sampler):
 
     @property
     def _completion(self) -> Euler:
-        return cast(Euler, self.inner) if self.completion is None else self.completion
+        if self.completion is not None:
+            return self.completion
+        return self.inner if isinstance(self.inner, Euler) else Euler()
 
     def _jump(self, field: Field) -> Jump:
         """Return the flow map for the observations; without one, the policy's own integration."""
         if self.flow_map is None:
             return EulerMap(field, self._completion.steps)
         if isinstance(self.flow_map, Jump | FlowMap):
-            return self.flow_map.on(field)
+            return self.flow_map.on(field.base)
         return FunctionJump(self.flow_map)
 
     def _complete(self, jump: Jump, x: Float[Tensor, "R H A"], t: float) -> Float[Tensor, "R H A"]:

@@ -47,12 +47,13 @@ def sample(
     """
     if not isinstance(field, Field):
         raise TypeError(
-            f"field: expected a Field, got {type(field).__name__}; make one of a function: qsteer.field(fn)"
+            f"field: expected a Field, got {type(field).__name__}; make one of a function, qsteer.field(fn), "
+            "or subclass qsteer.Field"
         )
     if value is not None and not isinstance(value, Value):
         raise TypeError(
             f"value: expected a Value, got {type(value).__name__}; bind the critic to its observation, "
-            "critic.bind(obs), or make a value of a function: qsteer.value(fn)"
+            "critic.bind(obs), make a value of a function, qsteer.value(fn), or subclass qsteer.Value"
         )
     if isinstance(rule, Sampler) or isinstance(sampler, Rule):
         raise TypeError(

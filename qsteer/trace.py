@@ -195,4 +195,4 @@ def find_recorder() -> list[Step] | None:
 
 def first_time(t: Time) -> float:
     """Return the time of the first row, in float32."""
-    return float(np.float32(t if isinstance(t, float) else float(t[0])))
+    return float(np.float32(float(t[0]) if isinstance(t, Tensor) else t))

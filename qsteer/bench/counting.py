@@ -114,6 +114,15 @@ class WatchedField(Field):
         """Return the field with a truncated gradient, watched together with this one."""
         return replace(self, inner=self.inner.truncated(layers))
 
+    def chain(self, steps: int | None) -> "WatchedField":
+        """Return the field for one chain, watched together with this one."""
+        return replace(self, inner=self.inner.chain(steps))
+
+    @property
+    def base(self) -> "WatchedField":
+        """The field before any rule, watched together with this one."""
+        return replace(self, inner=self.inner.base)
+
     @property
     def clock(self) -> Clock:  # type: ignore[override]
         """The field's clock."""

@@ -39,7 +39,7 @@ class Subject:
     Attributes:
         policy: any policy that :func:`qsteer.steer` takes, with parameters, of which
             ``predict_action_chunk(batch)`` makes a chunk; it is never changed.
-        critic: what it is steered by.
+        critic: steers it.
         batch: tensors by name, on the policy's device.
     """
 

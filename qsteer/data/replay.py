@@ -340,7 +340,7 @@ class Replay:
         rewards = self._columns["rewards"][at].cpu()
         ends = torch.arange(len(slots)) == len(slots) - 1
         gamma, bootstrap = layout.gamma**layout.steps, rewards
-        if not over:  # the last row's mean reward repeats for ever
+        if not over:  # the last row's mean reward goes on for ever
             executed = int(self._columns["executed"][lane, slots[-1]])
             bootstrap = rewards * layout.gamma ** (executed - layout.steps) / (1 - layout.gamma**executed)
         returns = monte_carlo_target(rewards, ends & over, ends, gamma, bootstrap=bootstrap)

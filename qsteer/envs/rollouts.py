@@ -94,7 +94,7 @@ class Rollouts:
         }
 
     def save(self, path: str | Path) -> Path:
-        """Write :meth:`to_dict` as JSON, whole or not at all."""
+        """Write :meth:`to_dict` as JSON, atomically."""
         return write_json(self.to_dict(), path)
 
     @classmethod

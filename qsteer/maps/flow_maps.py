@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from qsteer.checks import check_at_least, check_choice, check_widths
 from qsteer.clock import Time
 from qsteer.flow import expand_time, factor, normal, read_features, repeat_rows
 from qsteer.hub import HubModule
@@ -67,13 +68,9 @@ class MapConfig:
     def __post_init__(self) -> None:
         """Check the values; widths read from JSON become a tuple."""
         object.__setattr__(self, "hidden", tuple(self.hidden))
-        for name in ("horizon", "action_dim", "features", "width", "depth", "heads", "harmonics"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")
-        if self.network not in ("mlp", "transformer"):
-            raise ValueError(f"network: expected 'mlp' or 'transformer', got {self.network!r}")
-        if not self.hidden or min(self.hidden) < 1:
-            raise ValueError(f"hidden: expected at least one positive width, got {self.hidden}")
+        check_at_least(self, 1, "horizon", "action_dim", "features", "width", "depth", "heads", "harmonics")
+        check_choice(self, "network", ("mlp", "transformer"))
+        check_widths(self, "hidden")
         if self.width % self.heads:
             raise ValueError(f"width: expected a multiple of heads = {self.heads}, got {self.width}")
 
@@ -159,15 +156,16 @@ class FlowMap(LearntMap, tags=["qsteer", "robotics", "flow-matching", "flow-map"
         self,
         z: Any,
         x: Float[Tensor, "B H A"],
-        r: Float[Tensor, "B"],
-        t: Float[Tensor, "B"],
+        r: Time,
+        t: Time,
         field: Field | None = None,
     ) -> Float[Tensor, "B H A"]:
         """Return ``u_{r,t}(x)`` for encoded features ``z``; a residual map needs the policy's field."""
+        times = expand_time(r, x), expand_time(t, x)
         if not self.config.residual or field is None:
-            return self.net(z, (x,), (r, t))
+            return self.net(z, (x,), times)
         v = field(x, r)
-        return v + self.net(z, (x, v), (r, t))
+        return v + self.net(z, (x, v), times)
 
 
 @dataclass(frozen=True)
@@ -180,7 +178,6 @@ class BoundFlowMap(Jump):
 
     def __call__(self, x: Float[Tensor, "B H A"], r: Time, t: Time) -> Float[Tensor, "B H A"]:
         """Jump from time r to time t. Cost: 1 forward of the map; if it is residual, 1 of the policy too."""
-        r, t = expand_time(r, x), expand_time(t, x)
         return x + factor(t - r, x) * self.flow_map.average_velocity(self.z, x, r, t, self.field)
 
     def repeat(self, k: int) -> "BoundFlowMap":
@@ -208,8 +205,7 @@ class EulerMap(Jump):
 
     def __post_init__(self) -> None:
         """Check the arguments."""
-        if self.steps is not None and self.steps < 1:
-            raise ValueError(f"EulerMap: expected at least 1 step, got {self.steps}")
+        check_at_least(self, 1, "steps")
 
     def __call__(self, x: Float[Tensor, "B H A"], r: Time, t: Time) -> Float[Tensor, "B H A"]:
         """Integrate from time r to time t; from 0 to 1 it is the policy's own chain.

@@ -5,7 +5,6 @@ posterior p(x1 | x_t = x) at u = 1. Its state ``xbar = (1 - u) x0' + u x1`` and 
 the same x1; together they are one look ``x*`` of the better time ``t*``, where the policy can be asked.
 """
 
-import math
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -14,8 +13,9 @@ from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor
 
+from qsteer.checks import check_at_least
 from qsteer.clock import Time
-from qsteer.flow import clamp_time, denoise, factor, repeat_time
+from qsteer.flow import clamp_time, denoise, factor, hypot, repeat_time
 from qsteer.types import Field, PosteriorSampler
 
 
@@ -47,11 +47,10 @@ def glass(field: Field, x: Float[Tensor, "B H A"], t: Time, xbar: Float[Tensor, 
 
 def to_polar(p: Time, s: Time) -> tuple[Time, Time, Time]:
     """Return ``r = hypot(p, s)``, ``p / r`` and ``s / r``; 0 and 1 where r vanishes."""
-    if isinstance(p, Tensor) and isinstance(s, Tensor):
-        r = torch.hypot(p, s)
+    r = hypot(p, s)
+    if isinstance(r, Tensor):
         return r, torch.where(r > 0, p / r, 0.0), torch.where(r > 0, s / r, 1.0)
-    length = math.hypot(p, s)
-    return (length, p / length, s / length) if length > 0 else (0.0, 0.0, 1.0)
+    return (r, p / r, s / r) if r > 0 else (0.0, 0.0, 1.0)
 
 
 def glass_velocity(
@@ -82,7 +81,7 @@ def glass_velocity(
 class GlassPosterior(PosteriorSampler):
     """Samples of the endpoint posterior from the frozen policy alone: no training, exact as steps grow.
 
-    A :class:`~qsteer.types.PosteriorSampler`: ``(eps: (N, B, H, A), x, t) -> x1: (N, B, H, A)``,
+    ``(eps: (N, B, H, A), x, t) -> x1: (N, B, H, A)``,
     differentiable in x. All N samples run as one batch on one prefix.
 
     Cost: ``steps`` velocity forwards on N rows; one less inside a rule, which knows v(x, t). With one step
@@ -101,8 +100,7 @@ class GlassPosterior(PosteriorSampler):
 
     def __post_init__(self) -> None:
         """Check the arguments."""
-        if self.steps < 1:
-            raise ValueError(f"GlassPosterior: expected at least 1 step, got {self.steps}")
+        check_at_least(self, 1, "steps")
 
     def on(self, field: Field) -> "GlassPosterior":
         """Return the same posterior of another policy: inside a rule, of the policy which is steered."""

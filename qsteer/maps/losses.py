@@ -75,8 +75,7 @@ def eulerian_loss(
         t: second time, not before r.
         velocity: in place of ``u_{r,r}(x)``.
         stop: what is not differentiated: everything but the leading ``u`` (``target``, as mean flows do), or
-            only
-            ``u_{r,r}`` (``velocity``: convex in the map).
+            only ``u_{r,r}`` (``velocity``: convex in the map).
     """
     if velocity is None:
         with torch.no_grad():

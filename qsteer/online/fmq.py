@@ -17,7 +17,7 @@ from qsteer.data.layout import Layout
 from qsteer.data.mixed import Mixed
 from qsteer.data.replay import Replay
 from qsteer.fingerprints import fingerprint
-from qsteer.flow import denoise, interpolate, read_features
+from qsteer.flow import denoise, interpolate, norm, read_features
 from qsteer.maps.flow_maps import FlowMap
 from qsteer.maps.losses import fmq_target, trust_radius
 from qsteer.online.actors import Decision
@@ -75,7 +75,7 @@ class ClippedTD(TD):
 
 
 class Improvement(NamedTuple):
-    """What the critic wants of the offline map at some states.
+    """How the critic would improve the offline map at some states.
 
     Attributes:
         offline: average velocity ``u_off`` from r to 1.
@@ -330,8 +330,3 @@ def average_velocity(
     """Return ``u_{r,1}(x)``."""
     z = flow_map.net.encode(read_features(field))
     return flow_map.average_velocity(z, x, r, torch.ones_like(r), field)
-
-
-def norm(x: Float[Tensor, "B H A"]) -> Float[Tensor, "B"]:
-    """Return the norm of each chunk."""
-    return x.flatten(1).norm(dim=1)

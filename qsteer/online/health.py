@@ -20,7 +20,7 @@ VALUES = ("q", "q_min", "q_max", "v", "y")
 
 @dataclass
 class Health:
-    """Watches a critic while it learns, forbids steering while it is ill, and restores its last good state.
+    """Watches a critic while it learns, forbids steering while it diverges, and restores its last good state.
 
     A critic is ill when
 

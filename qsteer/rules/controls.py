@@ -62,7 +62,7 @@ class ThroughTime(Guidance):
 
     def ascent(self, field: Field, value: Value, x: Float[Tensor, "B H A"], t: Time) -> Ascent:
         """Differentiate the value of the chain's end with respect to x."""
-        now = t if isinstance(t, float) else float(t[0])
+        now = float(t[0]) if isinstance(t, Tensor) else t
         rest = [(s, dt) for s, dt in field.clock.grid(self.steps) if s >= now - EDGE]
         if not rest or rest[0][0] > now + EDGE:
             raise ValueError(

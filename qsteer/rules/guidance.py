@@ -11,8 +11,9 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from qsteer.checks import check_bounds
 from qsteer.clock import PAPER, Clock, Time
-from qsteer.flow import check_bounds, clip_actions, denoise, expand_time, factor, finite_rows, norm
+from qsteer.flow import clip_actions, denoise, expand_time, factor, finite_rows, hypot, norm
 from qsteer.rules.strength import Auto, Scaling, Strength, improvements, scale
 from qsteer.trace import Step, find_recorder, report_fallbacks, report_gated
 from qsteer.types import Bounds, Field, Rule, Value
@@ -178,8 +179,9 @@ class Steered(Field):
 
     def __call__(self, x: Float[Tensor, "B H A"], t: Time) -> Float[Tensor, "B H A"]:
         """Return the guided velocity; rows where anything is not finite keep the base velocity."""
+        t = t if isinstance(t, Tensor) else float(t)
         guided = self.rule.guides(t, self.clock.steps)
-        if guided is False:
+        if not (guided.any() if isinstance(guided, Tensor) else guided):
             return self.field(x, t)
         x = x.detach()
         found = self.ascend(x, t)
@@ -204,14 +206,13 @@ class Steered(Field):
         push = factor(self.rule.scale(v_norm, g_norm, t), x) * found.gradient
         if (auto := self.rule.auto) is None:
             return push
-        t = expand_time(t, x)
         start, ray = denoise(x, found.velocity, t), factor(1 - t, x) * push
         if found.action_gradient is None:
-            deviations = torch.hypot(1 - t, t).to(x.dtype) * v_norm
+            deviations = expand_time(hypot(1 - t, t), x).to(x.dtype) * v_norm
         else:
             slope = torch.where(found.gradient == 0, 0.0, found.gradient * found.action_gradient)
             slope = slope.flatten(1).sum(1).clamp(min=0)
-            deviations = (t.to(x.dtype) * slope).sqrt() * v_norm / g_norm
+            deviations = (expand_time(t, x).to(x.dtype) * slope).sqrt() * v_norm / g_norm
         return factor(auto.choose(self.value, start, ray, deviations, self.rule.clip), x) * push
 
     def keep_finite(

@@ -9,6 +9,7 @@ from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor
 
+from qsteer.checks import check_function
 from qsteer.clock import Time
 from qsteer.flow import FunctionPosterior, clip_through, factor
 from qsteer.maps.meta import MetaFlowMap
@@ -42,13 +43,8 @@ class PosteriorGuidance(Guidance):
     def __post_init__(self) -> None:
         """Check the arguments."""
         super().__post_init__()
-        if isinstance(self.posterior, type) or not (
-            isinstance(self.posterior, MetaFlowMap) or callable(self.posterior)
-        ):
-            raise TypeError(
-                "posterior: expected a sampler (eps, x, t) -> x1, such as GlassPosterior() or a MetaFlowMap, "
-                f"got {self.posterior!r}; pass an instance"
-            )
+        if not isinstance(self.posterior, PosteriorSampler | MetaFlowMap):
+            check_function("posterior", self.posterior, "GlassPosterior()", "qsteer.types.PosteriorSampler")
         if self.samples < 1 or not 0 < self.tau < float("inf"):
             raise ValueError(
                 f"samples, tau: expected at least 1 and a positive number, got {self.samples}, {self.tau}"
@@ -132,7 +128,7 @@ class GradientFreePosterior(PosteriorGuidance):
             weights = self.tilt(q).softmax(0) - 1 / len(q)
             # from sample 0: samples that agree move nothing, not even by rounding, which scaling amplifies
             moved = (weights[:, :, None, None] * (x1 - x1[0])).sum(0)
-            return Ascent(v, factor(t / (1 - t) ** 2, x) * moved, q.mean(0), x1.mean(0))
+            return Ascent(v, factor(t, x) * moved / factor((1 - t) ** 2, x), q.mean(0), x1.mean(0))
 
 
 def values(value: Value, x1: Float[Tensor, "N B H A"]) -> Float[Tensor, "N B"]:

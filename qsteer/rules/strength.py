@@ -37,7 +37,7 @@ def scale(
         case "raw":
             return torch.full_like(g_norm, strength)
         case "sigma":
-            return torch.ones_like(g_norm) * strength * half_variance(t)
+            return (torch.ones_like(g_norm) * strength * half_variance(t)).to(g_norm.dtype)
 
 
 def half_variance(t: Time) -> Time:

@@ -10,7 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from qsteer.clock import Time
-from qsteer.flow import clip_through, denoise, factor, repeat_time
+from qsteer.flow import clip_through, denoise, expand_time, factor, repeat_time
 from qsteer.rules.guidance import Ascent, Estimate, Guidance, at_denoised, gradient
 from qsteer.rules.strength import EPS, Strength
 from qsteer.types import Field, Value
@@ -123,7 +123,7 @@ class ForwardTweedie(Guidance):
         with torch.no_grad():
             h = self.reach(field, g)
             there = field(x + factor(h, x) * g, t)
-            return Ascent(v, g + factor((1 - t) / h, x) * (there - v), q, a, g)
+            return Ascent(v, g + factor(expand_time(1 - t, x) / h, x) * (there - v), q, a, g)
 
     def begin(self, field: Field, value: Value) -> Estimate:
         """Return :meth:`ascent`; with ``stale``, one that keeps the chain's last gradient as direction."""
@@ -156,7 +156,7 @@ class ForwardTweedie(Guidance):
             both = torch.stack([x, x + factor(h, x) * along], 1).flatten(0, 1)
             v, there = field.repeat(2)(both, repeat_time(t, 2)).unflatten(0, (-1, 2)).unbind(1)
         q, a, g = at_denoised(value, x, v, t, self.clip)
-        return Ascent(v, along + factor((1 - t) / h, x) * (there - v), q, a, along), g
+        return Ascent(v, along + factor(expand_time(1 - t, x) / h, x) * (there - v), q, a, along), g
 
     def reach(self, field: Field, g: Float[Tensor, "B H A"]) -> Float[Tensor, "B"]:
         """Return h, the step along g."""

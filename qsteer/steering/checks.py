@@ -69,7 +69,7 @@ def check_critic(critic: Any, policy: Any, host: Host) -> None:
     read_sizes(critic, policy, host)
 
 
-class Sight(NamedTuple):
+class CriticInputs(NamedTuple):
     """What a critic's configuration says that it sees; None: nothing is said."""
 
     horizon: int | None = None
@@ -78,16 +78,18 @@ class Sight(NamedTuple):
     observation_key: str = "observation.state"
 
 
-def config_of(critic: Bindable) -> Any:
-    """Return the critic's configuration, or one that says nothing."""
-    return getattr(critic, "config", None) or Sight()
+def read_inputs(critic: Bindable) -> CriticInputs:
+    """Return what a critic's configuration says; it may lack any of the names, or be missing."""
+    config, silent = getattr(critic, "config", None), CriticInputs()
+    return CriticInputs(*(getattr(config, name, getattr(silent, name)) for name in silent._fields))
 
 
 def read_sizes(critic: Bindable, policy: Any, host: Host) -> tuple[int, int]:
     """Return how many steps and dimensions the critic sees: those executed, unless its horizon is less."""
     executed, dim = host.read(policy, host.executed), host.read(policy, host.action_shape)[-1]
-    config = config_of(critic)
-    steps, width = config.horizon or executed, config.action_dim or dim
+    inputs = read_inputs(critic)
+    steps = executed if inputs.horizon is None else inputs.horizon
+    width = dim if inputs.action_dim is None else inputs.action_dim
     if steps > executed or width != dim:
         raise ValueError(
             f"critic: expected one that sees at most the {executed} executed steps and all {dim} dimensions, "

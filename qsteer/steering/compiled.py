@@ -27,7 +27,7 @@ from qsteer.types import Field, Rule, Sampler, Value
 
 Mode = Literal["static", "graph"]
 KEPT = 4
-"""Kinds of action (shapes, method, critic) that are kept ready; the one unused for longest gives way."""
+"""Kinds of action (shapes, method, critic) that are kept ready; a new one replaces the one unused for longest."""
 TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-4, torch.bfloat16: 8e-2, torch.float16: 1e-2}
 """Largest relative difference from the host's velocity or its gradient, and of a graph's action.
 
@@ -177,7 +177,7 @@ class GraphRun(Run):
 
     Args:
         inputs, rule, sampler, steps: of the run.
-        stream: where it is rehearsed and captured; no other graph that lives has been captured on it, for
+        stream: where it is rehearsed and captured; no other living graph has been captured on it, for
             cuBLAS keeps a workspace for each stream, and graphs remember its address.
 
     Raises:

@@ -19,7 +19,7 @@ from qsteer.steering.checks import (
     check_rtc,
     checked_rule,
     checked_sampler,
-    config_of,
+    read_inputs,
     read_sizes,
 )
 from qsteer.steering.compiled import Compiled, Mode
@@ -72,7 +72,7 @@ class Handle(Interception):
 
     def remove(self) -> None:
         """Restore the policy exactly; removing twice does nothing."""
-        self.restore()
+        self._restore()
         for parameter in self._frozen:
             parameter.requires_grad_(True)
         self._frozen = []
@@ -103,7 +103,7 @@ class Handle(Interception):
             self.critic = critic
         self.rule, self.sampler = new_rule, new_sampler
 
-    def act(self, batch: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Float[Tensor, "B H A"]:
+    def _act(self, batch: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Float[Tensor, "B H A"]:
         """Stand in for the host's entry: encode, then rule and sampler."""
         critic = self.critic
         with acting(critic), outside_inference_mode():
@@ -118,8 +118,8 @@ class Handle(Interception):
     ) -> tuple[HostField, Executed, Float[Tensor, "B H A"]]:
         """Encode the observation for policy and critic; before a graph, each on a stream of its own."""
         sizes = read_sizes(critic, self.policy, self.host)
-        if self._compiled is None or self._compiled.mode != "graph" or config_of(critic).features:
-            field, noise = self.encode(args, kwargs)
+        if self._compiled is None or self._compiled.mode != "graph" or read_inputs(critic).features:
+            field, noise = self._encode(args, kwargs)
             value = self._bind(critic, batch, field)
         else:
             # What the second stream allocates is free for it again only after the first has used it.
@@ -127,7 +127,7 @@ class Handle(Interception):
             second.wait_stream(first)
             with torch.cuda.stream(second):
                 value = self._bind(critic, batch, None)
-            field, noise = self.encode(args, kwargs)
+            field, noise = self._encode(args, kwargs)
             first.wait_stream(second)
         return field, Executed.of(value, noise, *sizes), noise
 
@@ -180,19 +180,18 @@ def steer(
             as one CUDA graph, and the critic encodes its observation beside the prefix on a second stream
             (unless it sees the policy's features); ``"static"`` runs the same code eagerly on any device:
             keys and values are not copied at each step, what depends on the time alone is tabulated,
-            candidates share one prefix.
-            The policy's weights must not change meanwhile; the critic's may, in place. A new kind of action
-            (shapes, rule, sampler, critic) is captured and checked when it first comes. All that depends on
-            the observation must be in tensors of the value that ``critic.bind`` returns, a frozen dataclass
-            such as ``qsteer.value(fn, context=obs)``, with the same ``fn`` each time. None: the host's own
-            step, bit for bit.
+            candidates share one prefix. The policy's weights must not change meanwhile; the critic's may, in
+            place. A new kind of action (shapes, rule, sampler, critic) is captured and checked when it first
+            comes. All that depends on the observation must be in tensors of the value that ``critic.bind``
+            returns, a frozen dataclass such as ``qsteer.value(fn, context=obs)``, with the same ``fn`` each
+            time. None: the host's own step, bit for bit.
 
     Returns:
         The handle that changes the method or takes it away; also a context manager.
 
     Raises:
-        TypeError: an argument is of the wrong kind, no Host record describes the policy, or its step cannot be
-            prepared for ``compile``.
+        TypeError: an argument is of the wrong kind, no Host record describes the policy, or its step cannot
+            be prepared for ``compile``.
         ValueError: the critic is on another device, or sees more than the policy executes; ``compile`` is
             unknown, or "graph" without CUDA.
         MismatchError: (the first action of a kind) the fast path is not what the host does.

@@ -11,6 +11,7 @@
 """
 
 import inspect
+import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from contextvars import ContextVar
@@ -26,7 +27,7 @@ from qsteer.critics.encoders import FEATURES, pooled
 from qsteer.flow import normal
 from qsteer.hosts import Host, HostField
 from qsteer.sampling import acting, outside_inference_mode
-from qsteer.steering.checks import check_critic, check_methods, check_rtc, config_of, read_sizes
+from qsteer.steering.checks import check_critic, check_methods, check_rtc, read_inputs, read_sizes
 from qsteer.types import Bindable, Value
 
 
@@ -65,7 +66,7 @@ class _Interruption(BaseException):
 
 
 class Interception(ABC):
-    """Stands in for a policy's batch, entry and step methods until :meth:`restore`.
+    """Stands in for a policy's batch, entry and step methods until :meth:`_restore`.
 
     Attributes:
         policy: whose methods they are.
@@ -81,10 +82,10 @@ class Interception(ABC):
             setattr(owner, name, method)
 
     @abstractmethod
-    def act(self, batch: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Float[Tensor, "B H A"]:
+    def _act(self, batch: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Float[Tensor, "B H A"]:
         """Return what the host's entry is to return, for its batch and the entry's arguments."""
 
-    def restore(self) -> None:
+    def _restore(self) -> None:
         """Give the policy its own methods back."""
         for owner, name, former in self._replaced:
             delattr(owner, name)
@@ -92,14 +93,12 @@ class Interception(ABC):
                 setattr(owner, name, former)
         self._replaced = []
 
-    def encode(
+    def _encode(
         self, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[HostField, Float[Tensor, "B H A"]]:
         """Encode the observation by the host's own entry, given its arguments; return velocity and noise."""
         entry, step = (self.host.own(self.policy, path) for path in (self.host.entry, self.host.step))
-        call = _call.get()
-        assert call is not None  # only act() comes here
-        token = _call.set(call._replace(encoding=True))
+        token = _call.set(Call(self, self._act, None, encoding=True))
         try:
             entry(*args, **kwargs)
         except _Interruption as first_step:
@@ -118,19 +117,13 @@ class Interception(ABC):
         clock = replace(self.host.clock, steps=steps)
         return HostField(self.host, step, context, self.policy, clock), noise
 
-    def open(self, batch: Any, critic: Bindable | None, critic_inputs: Callable[[Any], Any] | None) -> Opened:
-        """Run the policy up to its first step; see :func:`open_action`."""
+    def _open(self, batch: Any) -> tuple[HostField, Float[Tensor, "B H A"], Any]:
+        """Run the policy up to its first step; return its velocity, its noise and the batch it was given."""
 
         def stop(batch: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> NoReturn:
             with outside_inference_mode():
                 args, kwargs, batch = normal((args, kwargs, batch))
-                field, noise = self.encode(args, kwargs)
-                value = None
-                if critic is not None:
-                    with acting(critic):
-                        value = bind_critic(critic, batch, critic_inputs, field)
-                    value = Executed.of(value, noise, *read_sizes(critic, self.policy, self.host))
-            raise _Interruption(Opened(field, value, noise))
+                raise _Interruption((*self._encode(args, kwargs), batch))
 
         try:
             self._run(stop, batch)
@@ -151,7 +144,7 @@ class Interception(ABC):
 
     def _batch(self, batch: Any, *args: Any, **kwargs: Any) -> Any:
         """Stand in for the host's batch method: remember the batch while the class's own runs."""
-        return self._run(self.act, batch, *args, **kwargs)
+        return self._run(self._act, batch, *args, **kwargs)
 
     def _step(self, *args: Any, **kwargs: Any) -> Any:
         """Stand in for the host's step: interrupt the entry that waits for it, else run the class's own."""
@@ -175,12 +168,16 @@ class Interception(ABC):
 class _Opener(Interception):
     """Stands on a policy while one action is opened."""
 
-    def act(self, batch: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> NoReturn:
-        """Refuse: another thread has called the policy meanwhile."""
+    def _act(self, batch: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> NoReturn:
+        """Refuse."""
         raise RuntimeError(
-            "policy: expected no call while an action of it is opened, got one from another thread; open "
-            "actions of a policy that no other thread is using, or steer it"
+            "policy: expected no call while an action of it is opened, got one from another thread; steer a "
+            "policy that several threads use"
         )
+
+
+_opening = threading.Lock()
+"""Actions of policies that are not steered are opened one at a time: meanwhile their methods are replaced."""
 
 
 def open_action(
@@ -194,7 +191,8 @@ def open_action(
 
     It is what :func:`qsteer.steer` does before rule and sampler: ``qsteer.sample(opened.field, opened.value,
     opened.noise, rule=...)`` is the host's padded chunk in model space. The policy is left as it was, steered
-    or not.
+    or not: of one that is not, the parameters require gradients as before, and graphs keep what those take.
+    The value of a :class:`~qsteer.LiveCritic` changes with the next action: use it inside ``acting()``.
 
     Cost: the host's prefix and one draw of noise, from the host's random stream; no velocity.
 
@@ -219,14 +217,21 @@ def open_action(
     host = host_of(policy)
     if critic is not None:
         check_critic(critic, policy, host)
-    if (present := interception_of(policy, host)) is not None:
-        return present.open(batch, critic, critic_inputs)
-    check_methods(policy, host)
-    opener = _Opener(policy, host)
-    try:
-        return opener.open(batch, critic, critic_inputs)
-    finally:
-        opener.restore()
+    with _opening:
+        if (present := interception_of(policy, host)) is not None:
+            field, noise, batch = present._open(batch)
+        else:
+            check_methods(policy, host)
+            opener = _Opener(policy, host)
+            try:
+                field, noise, batch = opener._open(batch)
+            finally:
+                opener._restore()
+    if critic is None:
+        return Opened(field, None, noise)
+    with acting(critic), outside_inference_mode():
+        value = bind_critic(critic, batch, critic_inputs, field)
+        return Opened(field, Executed.of(value, noise, *read_sizes(critic, policy, host)), noise)
 
 
 def interception_of(policy: Any, host: Host) -> Interception | None:
@@ -252,10 +257,10 @@ def bind_critic(
         TypeError: what the critic makes of it is no value.
     """
     obs = batch if critic_inputs is None else critic_inputs(batch)
-    config = config_of(critic)
-    if field is not None and config.features:
-        inputs = obs if isinstance(obs, Mapping) else {config.observation_key: obs}
-        obs = {**inputs, FEATURES: pooled(field.features)}
+    inputs = read_inputs(critic)
+    if field is not None and inputs.features:
+        named = obs if isinstance(obs, Mapping) else {inputs.observation_key: obs}
+        obs = {**named, FEATURES: pooled(field.features)}
     try:
         value = critic.bind(obs)
     except KeyError as error:
