@@ -280,15 +280,6 @@ def test_radius_shrinks_with_the_disagreement_of_two_critics_as_in_the_paper(bet
     torch.testing.assert_close(norms(moved), trust_radius(0.3, value.members(a), beta), rtol=1e-6, atol=0)
 
 
-def test_radius_is_the_same_for_an_ensemble_and_for_that_ensemble_twice():
-    q = noise(5, 7)
-    torch.testing.assert_close(trust_radius(0.3, q, 0.5), trust_radius(0.3, q.repeat(2, 1), 0.5))
-
-
-def test_an_ensemble_that_agrees_keeps_its_radius():
-    assert torch.equal(trust_radius(0.3, noise(1, 7).expand(4, 7), 2.0), torch.full((7,), 0.3, dtype=DOUBLE))
-
-
 def test_projection_moves_only_entries_which_the_critic_sees():
     mask = torch.tensor([[1, 0], [1, 1], [0, 0]])
     value, x = qsteer.value(bumpy, mask=mask), noise(4, 3, 2)

@@ -6,7 +6,6 @@ A Gaussian's posterior N(D, P) is sampled without an error by D + sqrt(P) eps: a
 
 import math
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import pytest
@@ -17,7 +16,6 @@ from fields import (
     VALUE,
     CountingField,
     CountingValue,
-    Ensemble,
     Gaussian,
     Host,
     Mixture,
@@ -29,26 +27,21 @@ from fields import (
     noise,
     nonlinear,
     norms,
-    spoiled,
     total,
 )
+from guidance_rules import POSTERIORS, RAW, by_name
+from small_maps import untrained
 
 import qsteer
 from qsteer.maps import GlassPosterior, MetaFlowMap, MetaMapConfig
-from qsteer.types import PosteriorSampler
 
-RULES = [qsteer.Posterior, qsteer.GradientFreePosterior]
-RAW = {"scaling": "raw", "clip": None}
 EXACT = {**RAW, "standardize": False}
-by_name = {"ids": lambda rule: rule.__name__}
-
 GAUSSIAN = Gaussian(torch.tensor([[0.5, -1.0]], dtype=DOUBLE), torch.tensor([[0.3, 0.7]], dtype=DOUBLE))
 MIXTURE = Mixture(
     torch.tensor([0.3, 0.5, 0.2], dtype=DOUBLE),
     noise(3, 1, 2, seed=7),
     torch.tensor([0.4, 0.6, 0.8], dtype=DOUBLE),
 )
-ONE = Mixture(torch.tensor([1.0], dtype=DOUBLE), GAUSSIAN.mean[None, :, :1], GAUSSIAN.std[0, :1].clone())
 LINEAR = (torch.tensor([[1.5, -0.8]], dtype=DOUBLE), torch.tensor([[0.0, 0.0]], dtype=DOUBLE))
 QUADRATIC = (torch.tensor([[1.0, 0.5]], dtype=DOUBLE), torch.tensor([[2.0, 0.7]], dtype=DOUBLE))
 
@@ -91,7 +84,7 @@ def test_log_tilt_of_a_mixture_is_that_of_integration(tilt):
     torch.testing.assert_close(one.log_tilt(x, fixed_times(t, 2), slope, curvature), expected)
 
 
-@pytest.mark.parametrize("rule", RULES, **by_name)
+@pytest.mark.parametrize("rule", POSTERIORS, **by_name)
 @pytest.mark.parametrize("t", [0.2, 0.7])
 @pytest.mark.parametrize("tilt", [LINEAR, QUADRATIC], ids=["linear", "quadratic"])
 def test_gradient_approaches_the_exact_one_at_the_rate_of_monte_carlo(rule, t, tilt):
@@ -129,7 +122,7 @@ class Shifted:
         return (((d + p * slope) ** 2 / shrunk - d**2) / (2 * p) - shrunk.log() / 2).flatten(1).sum(1)
 
 
-@pytest.mark.parametrize("rule", RULES, **by_name)
+@pytest.mark.parametrize("rule", POSTERIORS, **by_name)
 @pytest.mark.parametrize("t", [0.2, 0.5])
 def test_gradient_on_a_mixture_with_glass_approaches_the_exact_one_at_that_rate(rule, t):
     """40 inner steps, whose bias is below the error of one estimate from 512 samples."""
@@ -174,7 +167,7 @@ def test_a_score_with_steps_has_a_gradient_too(t):
 def test_tau_multiplies_the_value():
     x, field = noise(4, 1, 2), qsteer.field(GAUSSIAN.velocity)
     double = qsteer.value(lambda a: 2 * bumpy(a))
-    for rule in RULES:
+    for rule in POSTERIORS:
         pushes = []
         for tau, value in ((2.0, VALUE), (1.0, double)):
             torch.manual_seed(0)
@@ -182,16 +175,7 @@ def test_tau_multiplies_the_value():
         torch.testing.assert_close(*pushes)
 
 
-# ---------------------------------------------------------------------------------------- Tweedie as a limit
-
-
-def untrained(network: str) -> tuple[MetaFlowMap, Any]:
-    """A residual map as it starts, and features of three observations."""
-    torch.manual_seed(0)
-    shape = {"horizon": 2, "action_dim": 2, "features": 4, "hidden": (16, 16), "harmonics": 2}
-    meta = MetaFlowMap(MetaMapConfig(**shape, network=network, width=16, depth=2, heads=2)).double()
-    mask = torch.tensor([[1, 1, 1], [1, 1, 0], [1, 0, 0]]).bool()
-    return meta, (noise(3, 4, seed=8) if network == "mlp" else (noise(3, 3, 4, seed=8), mask))
+# ----------------------------------------------------------------------------------------- Tweedie as a limit
 
 
 @pytest.mark.parametrize("samples", [1, 8])
@@ -241,7 +225,7 @@ def test_a_trained_map_is_no_tweedie():
 # --------------------------------------------------------------------------- scalings, masks, standardisation
 
 
-@pytest.mark.parametrize("rule", RULES, **by_name)
+@pytest.mark.parametrize("rule", POSTERIORS, **by_name)
 @pytest.mark.parametrize("t", [0.02, 0.5, 0.9])
 def test_scalings_multiply_one_gradient(rule, t):
     x, field = noise(4, 2, 2), BASE
@@ -259,7 +243,7 @@ def test_scalings_multiply_one_gradient(rule, t):
     assert torch.isfinite(unit).all()
 
 
-@pytest.mark.parametrize("rule", RULES, **by_name)
+@pytest.mark.parametrize("rule", POSTERIORS, **by_name)
 def test_t_zero_and_strength_zero_are_left_alone(rule):
     x, value, state = noise(3, 2, 2), CountingValue(bumpy), torch.get_rng_state()
     steered = rule(GlassPosterior())(BASE, value)
@@ -268,7 +252,7 @@ def test_t_zero_and_strength_zero_are_left_alone(rule):
     assert value.tally.calls == 0 and torch.equal(state, torch.get_rng_state())
 
 
-@pytest.mark.parametrize("rule", RULES, **by_name)
+@pytest.mark.parametrize("rule", POSTERIORS, **by_name)
 def test_entries_which_the_critic_does_not_see_are_not_pushed_nor_counted(rule):
     mask, x = torch.tensor([[1, 0], [1, 1], [0, 0]]), noise(4, 3, 2)
     push = guidance(rule(GlassPosterior(), 0.3), BASE, qsteer.value(bumpy, mask=mask), x, 0.5)
@@ -278,7 +262,7 @@ def test_entries_which_the_critic_does_not_see_are_not_pushed_nor_counted(rule):
     torch.testing.assert_close(norms(push), 0.3 * norms(v), rtol=1e-5, atol=0)
 
 
-@pytest.mark.parametrize("rule", RULES, **by_name)
+@pytest.mark.parametrize("rule", POSTERIORS, **by_name)
 @pytest.mark.parametrize("standardize", [True, False])
 def test_standardising_forgets_the_critics_scale_and_offset(rule, standardize):
     x, pushes = noise(4, 2, 2), []
@@ -298,7 +282,7 @@ def test_standardising_forgets_the_critics_scale_and_offset(rule, standardize):
     torch.testing.assert_close(psi.std(0, unbiased=False), torch.ones(4, dtype=DOUBLE))
 
 
-@pytest.mark.parametrize("rule", RULES, **by_name)
+@pytest.mark.parametrize("rule", POSTERIORS, **by_name)
 def test_samples_are_clipped_where_the_critic_is_asked(rule):
     asked, x = [], 3 * noise(4, 1, 2)
 
@@ -310,112 +294,11 @@ def test_samples_are_clipped_where_the_critic_is_asked(rule):
     assert asked[0].min() == -0.5 and asked[0].max() == 0.25
 
 
-# ------------------------------------------------------------------------------------------------------ rows
-
-
-@dataclass(frozen=True)
-class Replay(PosteriorSampler):
-    """A posterior that looks up the rows' noise, whatever noise it is given."""
-
-    posterior: Any
-    eps: torch.Tensor
-
-    def on(self, field: qsteer.Field) -> "Replay":
-        return Replay(self.posterior.on(field), self.eps)
-
-    def draw(self, field, eps, x, t):
-        return self.posterior.draw(field, self.eps, x, t)
-
-    def __call__(self, eps, x, t):
-        return self.posterior(self.eps, x, t)
-
-
-@pytest.mark.parametrize("rule", RULES, **by_name)
-@pytest.mark.parametrize("posterior", ["glass", "mlp", "transformer"])
-def test_rows_do_not_know_of_one_another(rule, posterior):
-    x, t = noise(3, 2, 2), torch.tensor([0.2, 0.5, 0.8], dtype=DOUBLE)
-    eps, sampler, context = noise(6, 3, 2, 2, seed=4), GlassPosterior(), noise(3, 4, seed=8)
-    if posterior != "glass":
-        sampler, context = untrained(posterior)
-        sampler.net.last.weight.data += noise(2 if posterior == "transformer" else 4, 16)
-    goal = noise(3, 2, 2, seed=5)
-
-    def steer(rows):
-        observed = torch.utils._pytree.tree_map(lambda part: part[rows], context)
-        field = qsteer.field(lambda x, t, o: nonlinear(x, t) + o[0], (goal[rows], observed))
-        field = Featured(field, observed)
-        value = qsteer.value(lambda a, o: bumpy(a - o), goal[rows])
-        return rule(Replay(sampler, eps[:, rows]), 0.5)(field, value)(x[rows], t[rows])
-
-    whole = steer(slice(None))
-    for b in range(3):
-        torch.testing.assert_close(steer(slice(b, b + 1)), whole[b : b + 1], rtol=1e-9, atol=1e-9)
-
-
-@dataclass(frozen=True)
-class Featured(qsteer.Field):
-    """A field whose features are not all it knows of its observations."""
-
-    inner: qsteer.Field
-    features: Any
-
-    def __call__(self, x, t):
-        return self.inner(x, t)
-
-    def repeat(self, k):
-        return Featured(self.inner.repeat(k), qsteer.flow.repeat_rows(self.features, k))
-
-
-@pytest.mark.filterwarnings("ignore:steering met non-finite")
-@pytest.mark.parametrize(
-    ("rule", "kind"),
-    [(rule, kind) for rule in RULES for kind in ("nan", "inf", "-inf")] + [(RULES[0], "gradient")],
-)
-def test_rows_whose_samples_have_no_finite_value_fall_back_and_are_counted(rule, kind):
-    x, bad, trace = noise(3, 2, 2), torch.tensor([False, True, False]), qsteer.Trace(steps=False)
-    outs = []
-    for value in (Ensemble((spoiled(bumpy, kind),), bad), Ensemble((spoiled(bumpy, kind),), bad & False)):
-        torch.manual_seed(0)
-        outs.append(qsteer.sample(BASE, value, x, rule=rule(GlassPosterior(), 0.3), trace=trace))
-    assert trace.fallbacks == 9
-    assert torch.equal(outs[0][bad], qsteer.sample(BASE, None, x)[bad])
-    torch.testing.assert_close(outs[0][~bad], outs[1][~bad])
-    assert not torch.equal(outs[1][bad], outs[0][bad])
-
-
-@pytest.mark.filterwarnings("ignore:steering met non-finite")
-@pytest.mark.parametrize("rule", RULES, **by_name)
-def test_one_sample_without_a_value_is_enough_to_fall_back(rule):
-    x, trace, value = noise(3, 1, 2), qsteer.Trace(steps=False), qsteer.value(half)
-    eps = noise(4, 3, 1, 2, seed=1)
-    eps[:, :, 0, 0] = -eps[:, :, 0, 0].abs() - 10.0
-    eps[2, 1, 0, 0] = 10.0  # of 4 samples, one of the middle row
-    method = rule(Replay(Plain(), eps), 0.3, clip=None)
-    field = qsteer.field(constant)
-    out = qsteer.sample(field, value, x, rule=method, trace=trace)
-    base = qsteer.sample(field, None, x)
-    assert trace.fallbacks == 9 and torch.equal(out[1], base[1])
-    assert (norms(out - base)[[0, 2]] > 1e-3).all()
-
-
-def half(a: torch.Tensor) -> torch.Tensor:
-    """Not a number where the first entry is above 5."""
-    return torch.where(a[:, 0, 0] > 5, torch.nan, bumpy(a))
-
-
-@dataclass(frozen=True)
-class Plain(PosteriorSampler):
-    """x1 = x + eps."""
-
-    def __call__(self, eps, x, t):
-        return x + eps
-
-
-# ------------------------------------------------------------------------------------------ cost and binding
+# ------------------------------------------------------------------------------------------- cost and binding
 
 
 @pytest.mark.parametrize("steps", [1, 4])
-@pytest.mark.parametrize(("rule", "backward"), [(RULES[0], True), (RULES[1], False)])
+@pytest.mark.parametrize(("rule", "backward"), [(POSTERIORS[0], True), (POSTERIORS[1], False)])
 def test_cost_of_a_guided_step_with_glass(rule, backward, steps):
     field, value, x = CountingField(nonlinear), CountingValue(bumpy), noise(3, 2, 2)
     rule(GlassPosterior(steps=steps), samples=5)(field, value)(x, fixed_times(0.4, 3))
@@ -424,7 +307,7 @@ def test_cost_of_a_guided_step_with_glass(rule, backward, steps):
     assert field.tally.backwards == backward * steps and value.tally.backwards == backward
 
 
-@pytest.mark.parametrize("rule", RULES, **by_name)
+@pytest.mark.parametrize("rule", POSTERIORS, **by_name)
 def test_a_function_of_three_arguments_is_a_posterior_and_the_velocity_is_not_differentiated(rule):
     field, x = CountingField(GAUSSIAN.velocity), noise(3, 1, 2)
     torch.manual_seed(0)
@@ -451,7 +334,7 @@ def test_a_posterior_of_another_policy_becomes_the_steered_policys():
     assert torch.equal(*pushes)
 
 
-@pytest.mark.parametrize("rule", RULES, **by_name)
+@pytest.mark.parametrize("rule", POSTERIORS, **by_name)
 def test_the_global_seed_reproduces_the_samples(rule):
     x, outs = noise(3, 2, 2), []
     for seed in (0, 0, 1):
@@ -460,7 +343,7 @@ def test_the_global_seed_reproduces_the_samples(rule):
     assert torch.equal(outs[0], outs[1]) and not torch.equal(outs[0], outs[2])
 
 
-@pytest.mark.parametrize("rule", RULES, **by_name)
+@pytest.mark.parametrize("rule", POSTERIORS, **by_name)
 @pytest.mark.parametrize("posterior", ["glass", "meta"])
 def test_candidates_are_steered_for_their_own_observation_and_bound_once(rule, posterior):
     goals = torch.tensor([-300.0, 0.0, 500.0], dtype=DOUBLE)[:, None]
@@ -480,7 +363,7 @@ def test_candidates_are_steered_for_their_own_observation_and_bound_once(rule, p
     assert encoded == ([3] if posterior == "meta" else [])
 
 
-@pytest.mark.parametrize("rule", RULES, **by_name)
+@pytest.mark.parametrize("rule", POSTERIORS, **by_name)
 def test_a_mirrored_host_in_float32_is_steered_as_the_paper_is(rule):
     host = Host(lambda x, u: -MIXTURE.velocity(x.double(), 1 - u.double()).to(x.dtype))
     x, outs = noise(4, 1, 2, dtype=torch.float32), []
@@ -491,7 +374,7 @@ def test_a_mirrored_host_in_float32_is_steered_as_the_paper_is(rule):
     assert outs[0].dtype == torch.float32
 
 
-@pytest.mark.parametrize("rule", RULES, **by_name)
+@pytest.mark.parametrize("rule", POSTERIORS, **by_name)
 def test_guidance_raises_the_value_and_negated_lowers_it(rule):
     x, value = noise(200, 1, 2), score(QUADRATIC)
     field = qsteer.field(MIXTURE.velocity)
@@ -503,10 +386,10 @@ def test_guidance_raises_the_value_and_negated_lowers_it(rule):
     assert up - base > 0.1 and base - down > 0.1
 
 
-# ---------------------------------------------------------------------------------------------------- errors
+# ----------------------------------------------------------------------------------------------------- errors
 
 
-@pytest.mark.parametrize("rule", RULES, **by_name)
+@pytest.mark.parametrize("rule", POSTERIORS, **by_name)
 def test_wrong_arguments_are_refused(rule):
     with as_installed():
         for bad in (GlassPosterior, "glass", None):

@@ -1,191 +1,32 @@
 """The fast path: the host's own function, on buffers that stay, asking the device nothing."""
 
 from collections import OrderedDict
-from collections.abc import Iterator
-from contextlib import contextmanager
 from copy import deepcopy
-from dataclasses import replace
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, NamedTuple
 
 import hosts
-import numpy as np
 import pytest
 import torch
+from compiled_cases import CASES, PI, critic, runs
 from fields import as_installed
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import qsteer
 from qsteer.adapters import PlainPolicy
-from qsteer.adapters.pi import PiExpert, PiField
-from qsteer.critics import Critic, CriticConfig, LiveCritic
-from qsteer.hosts import HostField
-from qsteer.maps import FlowMap, GlassPosterior, MapConfig, MetaFlowMap, MetaMapConfig
-from qsteer.steering.compiled import KEPT, GraphRun, rebuilt, signature, tensors_in
-from qsteer.steering.handle import steer, unsteer
-
-PI = ("pi0", "pi05")
-GLASS = GlassPosterior(steps=2)
-METHODS: tuple[tuple[qsteer.Rule | None, qsteer.Sampler], ...] = (
-    (None, qsteer.Euler()),
-    (qsteer.Tweedie(alpha=0.3), qsteer.Euler()),
-    (qsteer.Tweedie(alpha="auto"), qsteer.Euler()),
-    (qsteer.Tweedie(alpha=0.3, start=0.4, stop=0.8), qsteer.Euler(steps=7)),
-    (qsteer.Tweedie(every=2), qsteer.Euler(steps=7)),
-    (qsteer.ForwardTweedie(), qsteer.Euler()),
-    (qsteer.ForwardTweedie(stale=True), qsteer.Euler()),
-    (qsteer.QGF(), qsteer.Euler()),
-    (qsteer.NoisyGradient(), qsteer.Euler()),
-    (qsteer.ThroughTime(), qsteer.Euler()),
-    (qsteer.Posterior(GLASS, samples=3), qsteer.Euler()),
-    (qsteer.GradientFreePosterior(GLASS, samples=3), qsteer.Euler()),
-    (qsteer.RandomDirection(), qsteer.Euler()),
-    (qsteer.Negated(qsteer.Tweedie()), qsteer.Euler()),
-    (qsteer.Gated(qsteer.Tweedie()), qsteer.Euler()),
-    (None, qsteer.BestOfN(4)),
-    (None, qsteer.RandomOfN(4)),
-    (None, qsteer.TrustRegion(beta=0.5)),
-    (None, qsteer.BeamSearch(2, 2, 1)),
-    (qsteer.Tweedie(), qsteer.KeepBest()),
-    (qsteer.Tweedie(), qsteer.BestOfN(3)),
-)
-CASES = [
-    pytest.param(name, method, id=f"{name}-{method[0]}-{method[1]}")
-    for name in (*PI, "plain")
-    for method in (METHODS[:4] if name == "pi0" else METHODS)
-]
+from qsteer.adapters.pi import PiField
+from qsteer.critics import LiveCritic
+from qsteer.maps import FlowMap, MapConfig, MetaFlowMap, MetaMapConfig
+from qsteer.steering.compiled import KEPT, rebuilt, signature, tensors_in
+from qsteer.steering.handle import steer
 
 
 @pytest.fixture(params=PI)
-def policy(request: pytest.FixtureRequest) -> Iterator[nn.Module]:
-    policy = hosts.shared(request.param)
-    hosts.set_steps(policy, 10)
-    yield policy
-    unsteer(policy)
+def name(request: pytest.FixtureRequest) -> str:
+    return request.param
 
 
-def fields(policy: nn.Module, rows: int = 2, **changed: Tensor) -> tuple[HostField, PiField]:
-    """The host's field, and the prepared one, for random observations."""
-    seen: list[Any] = []
-    with steer(policy, hosts.Target(), hosts.Spy(seen)):
-        policy.predict_action_chunk(hosts.observe(policy, rows) | changed)
-    return seen[0][0], PiExpert(policy)(seen[0][0])
-
-
-def pulled(field: qsteer.Field, x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
-    """The velocity, and its vector-Jacobian product in a fixed direction."""
-    x = x.clone().requires_grad_()
-    v = field(x, t)
-    direction = torch.randn(x.shape, generator=torch.Generator().manual_seed(9))
-    return v.detach(), torch.autograd.grad(v, x, direction)[0]
-
-
-def critic(policy: nn.Module, seed: int = 0) -> Critic:
-    """A small critic that fits the tiny hosts, with gradients that matter."""
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        return Critic(CriticConfig(obs_dim=4, action_dim=3, horizon=4, hidden=(16, 16)))
-
-
-# The prepared step
-
-
-@pytest.mark.parametrize("each", [1, 3])
-def test_the_prepared_step_is_the_hosts(policy: nn.Module, each: int) -> None:
-    own, prepared = fields(policy)
-    draw = torch.Generator().manual_seed(1)
-    for time in (0.0, 0.3, 0.9):
-        x = torch.randn(2 * each, 6, 5, generator=draw)
-        t = torch.full((2 * each,), time, dtype=torch.float64)
-        expected, got = pulled(own.repeat(each), x, t), pulled(prepared.repeat(each), x, t)
-        for ours, its in zip(got, expected, strict=True):
-            torch.testing.assert_close(ours, its, rtol=1e-5, atol=1e-5 * float(its.abs().max()))
-
-
-def test_it_depends_on_the_prefix_the_state_and_the_time(policy: nn.Module) -> None:
-    x, t = torch.randn(2, 6, 5), torch.full((2,), 0.3, dtype=torch.float64)
-    _, prepared = fields(policy)
-    v = prepared(x, t)
-    assert not torch.allclose(v, prepared(x, t + 0.2), atol=1e-4)
-    other = replace(prepared, values=tuple(-values for values in prepared.values))
-    assert not torch.allclose(v, other(x, t), atol=1e-4)
-    if prepared.state is not None:
-        assert not torch.allclose(v, replace(prepared, state=-prepared.state)(x, t), atol=1e-4)
-
-
-@pytest.mark.parametrize("layers", [1, 2])
-def test_a_gradient_through_the_last_layers_is_the_hosts(policy: nn.Module, layers: int) -> None:
-    own, prepared = (field.truncated(layers) for field in fields(policy))
-    x, t = torch.randn(2, 6, 5), torch.full((2,), 0.3, dtype=torch.float64)
-    for ours, its in zip(pulled(prepared, x, t), pulled(own, x, t), strict=True):
-        torch.testing.assert_close(ours, its, rtol=1e-5, atol=1e-5)
-    whole = pulled(fields(policy)[1], x, t)[1]
-    assert torch.allclose(pulled(prepared, x, t)[1], whole, atol=1e-5) == (layers == 2)
-    with pytest.raises(ValueError, match="expected 1 to 2"):
-        prepared.truncated(3)
-
-
-def test_absent_tokens_of_the_prefix_are_not_seen(policy: nn.Module) -> None:
-    mask = torch.ones(2, 5, dtype=torch.bool)
-    mask[1, 3:] = False
-    own, prepared = fields(policy, **{"observation.language.attention_mask": mask})
-    assert not prepared.present.all()
-    x, t = torch.randn(4, 6, 5), torch.full((4,), 0.5, dtype=torch.float64)
-    for ours, its in zip(pulled(prepared.repeat(2), x, t), pulled(own.repeat(2), x, t), strict=True):
-        torch.testing.assert_close(ours, its, rtol=1e-5, atol=1e-5)
-
-
-def test_rows_may_have_times_of_their_own(policy: nn.Module) -> None:
-    own, prepared = fields(policy)
-    x, t = torch.randn(2, 6, 5), torch.tensor([0.2, 0.7], dtype=torch.float64)
-    torch.testing.assert_close(prepared(x, t), own(x, t), rtol=1e-5, atol=1e-5)
-
-
-def test_its_features_are_the_hosts(policy: nn.Module) -> None:
-    own, prepared = fields(policy)
-    for ours, its in zip(prepared.repeat(2).features, own.repeat(2).features, strict=True):
-        assert torch.equal(ours, its)
-
-
-def test_in_bfloat16_it_is_as_close_to_float32_as_the_host() -> None:
-    """Rounding is not ours to remove, but not ours to add either."""
-    policy = hosts.random_hosts.pi05(64, 6, dtype=torch.bfloat16)
-    own, prepared = fields(policy.requires_grad_(False))
-    exact = deepcopy(policy)
-    exact.model.paligemma_with_expert.float()
-    wide = {name: tuple(part.float() for part in getattr(prepared, name)) for name in ("keys", "values")}
-    truth = replace(prepared, expert=PiExpert(exact), **wide)
-    x, t = torch.randn(2, 6, 5), torch.full((2,), 0.3, dtype=torch.float64)
-    for ours, its, true in zip(*(pulled(field, x, t) for field in (prepared, own, truth)), strict=True):
-        assert 1e-4 < (its - true).norm() / true.norm() < 0.08
-        assert (ours - true).norm() < 1.5 * (its - true).norm()
-
-
-def test_what_depends_on_the_time_alone_is_evaluated_once(
-    policy: nn.Module, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    calls: list[float] = []
-    evaluate = PiExpert._evaluate
-
-    def counted(self: PiExpert, u: Tensor) -> Any:
-        calls.append(float(u[0]))
-        return evaluate(self, u)
-
-    monkeypatch.setattr(PiExpert, "_evaluate", counted)
-    with steer(policy, hosts.Target(), qsteer.Tweedie(), compile="static"):
-        for seed in range(3):
-            policy.predict_action_chunk(hosts.observe(policy, 1, seed))
-    assert len(calls) == len(set(calls)) == 10
-
-
-def test_candidates_share_one_prefix(policy: nn.Module) -> None:
-    _, prepared = fields(policy)
-    many = prepared.repeat(2).repeat(10)
-    assert many.each == 20
-    assert all(a is b for a, b in zip(many.keys, prepared.keys, strict=True))
-
-
-# Actions
+# ---------------------------------------------------------------------------------------------------- actions
 
 
 @pytest.mark.parametrize(("name", "method"), CASES)
@@ -211,7 +52,7 @@ def test_actions_are_those_of_the_eager_path(
 
 def test_learnt_maps_see_the_observations_of_each_action() -> None:
     policy = hosts.shared("pi05")
-    own, _ = fields(policy)
+    own = qsteer.open_action(policy, hosts.observe(policy, 2)).field
     shape = {"horizon": 6, "action_dim": 5, "features": own.features[0].shape[-1], "network": "transformer"}
     small = {"width": 16, "depth": 1, "heads": 2}
     meta = MetaFlowMap(MetaMapConfig(**shape, **small)).requires_grad_(False)
@@ -277,11 +118,7 @@ def test_fallbacks_are_counted_for_every_action(policy: nn.Module) -> None:
     assert counts == [36, 36]  # 9 guided steps, 2 rows, 2 actions
 
 
-# Buffers and kinds
-
-
-def runs(handle: Any) -> list[Any]:
-    return list(handle._compiled._runs.values())
+# ------------------------------------------------------------------------------------------ buffers and kinds
 
 
 def test_actions_of_a_kind_share_buffers_and_a_learning_critic_is_seen(policy: nn.Module) -> None:
@@ -348,18 +185,6 @@ def test_autocast_is_that_of_the_eager_path(policy: nn.Module) -> None:
     assert 0 < cast < 2 * rounded
 
 
-def test_streams_of_graphs_that_are_gone_are_used_again(recorded: None) -> None:
-    policy = hosts.shared("pi05")
-    with steer(policy, hosts.Target(), qsteer.Tweedie(), compile="static") as handle:
-        handle._compiled.mode = "graph"
-        streams = []
-        for rows in range(1, 2 * KEPT):
-            policy.predict_action_chunk(hosts.observe(policy, rows))
-            streams.append(runs(handle)[-1].stream)
-        assert len(runs(handle)) == len(set(streams)) == KEPT
-        assert streams[KEPT:] == streams[: KEPT - 1]
-
-
 class Named(NamedTuple):
     x: Tensor
     rest: dict[str, Tensor]
@@ -414,7 +239,7 @@ def test_an_action_asks_the_device_nothing(
             run.act()
 
 
-# Checks
+# ----------------------------------------------------------------------------------------------------- checks
 
 
 def test_a_prepared_step_that_is_not_the_hosts_is_refused(
@@ -478,170 +303,3 @@ def test_what_cannot_be_is_refused() -> None:
     free = PlainPolicy(lambda x, t, obs: -x, horizon=4, action_dim=3)
     with pytest.raises(ValueError, match="got no parameters"):
         steer(free, hosts.Target(), compile="graph")
-
-
-# The graph: its book-keeping on the CPU, where a replay is an eager run into the same places; then on CUDA
-
-
-class Recorder:
-    """Stands in for torch.cuda: what is captured is computed again by each replay."""
-
-    captured: GraphRun | None = None
-    seen: ClassVar[list[str]] = []
-
-    class CUDAGraph:
-        def __init__(self) -> None:
-            self.generators: list[torch.Generator] = []
-
-        def register_generator_state(self, generator: torch.Generator) -> None:
-            self.generators.append(generator)
-
-        def replay(self) -> None:
-            assert Recorder.captured is not None
-            with torch.no_grad():
-                action, found = Recorder.captured.act()
-                Recorder.captured.action.copy_(action)
-                for kept, fresh in zip(Recorder.captured.found.steps, found.steps, strict=True):
-                    assert kept.t == fresh.t
-                    for part in ("strength", "gradient_norm", "value", "value_std"):
-                        getattr(kept, part).copy_(getattr(fresh, part))
-
-    class Stream:
-        __class__ = torch.cuda.Stream  # to type checks at run time
-
-        def __init__(self, *_: object) -> None:
-            pass
-
-        def wait_stream(self, _: object) -> None:
-            Recorder.seen.append("wait")
-
-    @staticmethod
-    @contextmanager
-    def nothing(*_: object, **__: object) -> Iterator[None]:
-        yield
-
-
-@pytest.fixture
-def recorded(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Capture on the CPU."""
-    for name, stand_in in (
-        ("CUDAGraph", Recorder.CUDAGraph),
-        ("Stream", Recorder.Stream),
-        ("current_stream", Recorder.Stream),
-        ("stream", Recorder.nothing),
-        ("graph", Recorder.nothing),
-        ("device", Recorder.nothing),
-    ):
-        monkeypatch.setattr(torch.cuda, name, stand_in)
-    check = GraphRun.check
-
-    def known_by_the_graph(self: GraphRun) -> None:
-        Recorder.captured = self
-        check(self)
-
-    monkeypatch.setattr(GraphRun, "check", known_by_the_graph)
-
-
-@pytest.mark.parametrize(
-    "method",
-    [(qsteer.Tweedie(), None), (qsteer.RandomDirection(), None), (None, qsteer.BestOfN(3))],
-    ids=["tweedie", "random", "best-of-3"],
-)
-def test_a_replayed_action_is_the_static_one(
-    recorded: None, method: tuple[qsteer.Rule | None, qsteer.Sampler | None]
-) -> None:
-    policy = hosts.shared("pi05")
-    hosts.set_steps(policy, 4)
-    actions, traces, randoms = [], [], []
-    for mode in ("static", "graph"):
-        rule, sampler = deepcopy(method)
-        torch.manual_seed(3)
-        with steer(policy, critic(policy), rule, sampler=sampler, compile="static", trace=True) as handle:
-            handle._compiled.mode = mode
-            actions.append([policy.predict_action_chunk(hosts.observe(policy, 2, s)) for s in range(3)])
-        traces.append(handle.trace.arrays()["strength"])
-        randoms.append(torch.get_rng_state())
-    assert all(torch.equal(a, b) for a, b in zip(*actions, strict=True)), "actions are copies of their own"
-    assert np.array_equal(*traces)
-    assert torch.equal(*randoms), "rehearsals, capture and check draw nothing from the user's stream"
-
-
-def test_a_graph_that_does_something_else_is_refused(recorded: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Recorder.CUDAGraph, "replay", lambda self: None)  # keeps the action of the capture
-    policy = hosts.shared("pi05")
-    with steer(policy, hosts.Target(), qsteer.Tweedie(), compile="static") as handle:
-        handle._compiled.mode = "graph"
-        with pytest.raises(RuntimeError, match=r"expected the graph's action to be .* got"):
-            policy.predict_action_chunk(hosts.observe(policy))
-        assert not runs(handle)
-
-
-def test_the_critic_encodes_its_observation_beside_the_prefix(
-    recorded: None, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    policy, seen = hosts.shared("pi05"), Recorder.seen
-    embed, bind = policy.model.embed_prefix, hosts.Target.bind
-
-    def prefix(*args: Any) -> Any:
-        seen.append("prefix")
-        return embed(*args)
-
-    def encode(self: Any, obs: Any) -> Any:
-        seen.append("critic")
-        return bind(self, obs)
-
-    monkeypatch.setattr(policy.model, "embed_prefix", prefix)
-    monkeypatch.setattr(hosts.Target, "bind", encode)
-    actions = []
-    for mode, expected in (
-        ("static", ["prefix", "critic"]),
-        ("graph", ["wait", "critic", "prefix", "wait"]),
-    ):
-        with steer(policy, hosts.Target(), qsteer.QGF(), compile="static") as handle:
-            handle._compiled.mode = mode
-            policy.predict_action_chunk(hosts.observe(policy))  # with what a capture waits for
-            seen.clear()
-            torch.manual_seed(3)
-            actions.append(policy.predict_action_chunk(hosts.observe(policy)))
-        assert seen == expected
-    assert torch.equal(*actions)
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize(("name", "method"), CASES)
-def test_on_a_gpu_the_graph_is_the_static_path(
-    name: str, method: tuple[qsteer.Rule | None, qsteer.Sampler]
-) -> None:
-    policy = hosts.build(name).cuda()
-    hosts.set_steps(policy, 4)
-    batches = [hosts.observe(policy, 2, seed) for seed in range(3)]
-    batches = [{key: value.cuda() for key, value in batch.items()} for batch in batches]
-    actions, traces = [], []
-    for mode in ("static", "graph"):
-        rule, sampler = deepcopy(method)
-        torch.manual_seed(3)
-        live = LiveCritic(critic(policy).cuda())
-        with steer(policy, live, rule, sampler=sampler, compile=mode, trace=True) as handle:
-            first = [policy.predict_action_chunk(batch) for batch in batches]
-            live.publish(critic(policy, seed=5).cuda())
-            actions.append([*first, *(policy.predict_action_chunk(batch) for batch in batches)])
-            assert len(runs(handle)) == 1
-        traces.append(torch.from_numpy(handle.trace.arrays()["strength"]))
-    for static, replayed in zip(*actions, strict=True):
-        torch.testing.assert_close(replayed, static, rtol=1e-3, atol=1e-3)
-    torch.testing.assert_close(*traces, rtol=1e-2, atol=1e-3, equal_nan=True)
-
-
-@pytest.mark.gpu
-def test_on_a_gpu_memory_is_flat_and_kinds_are_bounded() -> None:
-    policy = hosts.build("pi05").cuda()
-    with steer(policy, critic(policy).cuda(), qsteer.Tweedie(), compile="graph") as handle:
-        sizes = []
-        for count in range(40):
-            rows = 1 + count % (KEPT + 2)
-            batch = {key: value.cuda() for key, value in hosts.observe(policy, rows).items()}
-            policy.predict_action_chunk(batch)
-            torch.cuda.synchronize()
-            sizes.append(torch.cuda.memory_reserved())  # that of the graphs' pools too
-        assert len(runs(handle)) == KEPT
-    assert max(sizes[20:]) <= 1.05 * max(sizes[:20])

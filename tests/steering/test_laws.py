@@ -9,7 +9,7 @@ from types import MethodType
 import hosts
 import pytest
 import torch
-from hosts import chunk
+from hosts import STRONG, chunk
 from torch import Tensor, nn
 
 import qsteer
@@ -17,7 +17,6 @@ from qsteer.adapters import host_of
 from qsteer.steering.handle import steer, unsteer
 
 BASE = qsteer.Euler()
-STRONG = qsteer.Tweedie(alpha=0.3, clip=None)
 
 
 @pytest.fixture(params=hosts.HOSTS)

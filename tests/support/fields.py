@@ -128,6 +128,11 @@ class Mixture:
         return self.means[k] + self.stds[k, None, None] * z
 
 
+def spread(t: float, s: Tensor) -> Tensor:
+    """The standard deviation c of x_t, see above."""
+    return ((1 - t) ** 2 + t**2 * s**2).sqrt()
+
+
 def nonlinear(x: Tensor, t: Tensor) -> Tensor:
     """A velocity that mixes all entries, depends on time, and has a Jacobian far from the identity."""
     n = x[0].numel()
@@ -150,6 +155,11 @@ def bumpy(a: Tensor) -> Tensor:
 
 def total(a: Tensor) -> Tensor:
     return a.flatten(1).sum(1)
+
+
+def quadratic(a: Tensor) -> Tensor:
+    """-lam/2 (a - y)², lam and y those of the constants below, for chunks of (1, 3)."""
+    return -0.5 * (CURVATURE * (a - TARGET) ** 2).flatten(1).sum(1)
 
 
 class Host(Field):
@@ -271,6 +281,10 @@ def norms(x: Tensor) -> Tensor:
     return x.flatten(1).norm(dim=1)
 
 
+def uniform(*shape: int, seed: int = 1) -> Tensor:
+    return torch.rand(*shape, generator=torch.Generator().manual_seed(seed), dtype=DOUBLE)
+
+
 def euler(v: Callable[[Tensor, Tensor], Tensor], x: Tensor, steps: int = 10) -> Tensor:
     """The reference loop: times i / steps in float32, as :class:`qsteer.Euler` has them."""
     for i in range(steps):
@@ -302,6 +316,21 @@ def fixed_times(t: float, rows: int, dtype: torch.dtype = DOUBLE) -> Tensor:
     return torch.full((rows,), t, dtype=dtype)
 
 
+def jacobian(velocity: Any, x: Tensor, t: float) -> Tensor:
+    """Return dD/dx of each row of (2, 2), of shape (B, 4, 4), by autograd."""
+
+    def denoised(z: Tensor) -> Tensor:
+        return z + (1 - t) * velocity(z[None].view(1, 2, 2), fixed_times(t, 1)).view(-1)
+
+    return torch.stack([torch.autograd.functional.jacobian(denoised, row.flatten()) for row in x])
+
+
+def slope_at_denoised(velocity: Any, x: Tensor, t: float) -> Tensor:
+    """Return the gradient of ``bumpy`` at the denoised action, (B, HA)."""
+    d = (x + (1 - t) * velocity(x, fixed_times(t, len(x)))).requires_grad_()
+    return torch.autograd.grad(bumpy(d).sum(), d)[0].flatten(1)
+
+
 def guidance(rule: Any, field: Any, value: Any, x: Tensor, t: float) -> Tensor:
     """Return what the rule adds to the velocity at (x, t)."""
     with torch.no_grad():
@@ -310,3 +339,20 @@ def guidance(rule: Any, field: Any, value: Any, x: Tensor, t: float) -> Tensor:
 
 BASE = qsteer.field(nonlinear)
 VALUE = qsteer.value(bumpy)
+CONSTANT = qsteer.field(constant)
+GAUSSIAN = Gaussian(
+    torch.tensor([[0.5, -1.0, 0.2]], dtype=DOUBLE), torch.tensor([[0.3, 0.7, 1.5]], dtype=DOUBLE)
+)
+MIXTURE = Mixture(
+    torch.tensor([0.3, 0.5, 0.2], dtype=DOUBLE),
+    noise(3, 2, 2, seed=7),
+    torch.tensor([0.2, 0.5, 0.8], dtype=DOUBLE),
+)
+PLANE = Mixture(
+    torch.tensor([0.3, 0.4, 0.3]),
+    torch.tensor([[[-1.0, 0.5]], [[1.0, 0.5]], [[0.0, -1.0]]]),
+    torch.tensor([0.2, 0.2, 0.2]),
+)
+"""In float32: maps that learn are trained on it."""
+TARGET = torch.tensor([[0.9, 0.1, -0.6]], dtype=DOUBLE)
+CURVATURE = torch.tensor([[4.0, 1.0, 0.3]], dtype=DOUBLE)

@@ -19,6 +19,8 @@ torch.set_num_threads(1)
 
 LEROBOT = ("pi0", "pi05", "smolvla")
 HOSTS = (*LEROBOT, "plain")
+STRONG = qsteer.Tweedie(alpha=0.3, clip=None)
+"""A rule whose effect is seen."""
 
 
 class Velocity(nn.Module):

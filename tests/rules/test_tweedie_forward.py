@@ -1,4 +1,4 @@
-"""Cheaper Tweedie: fewer guided steps, and a finite difference in place of the transposed Jacobian.
+"""ForwardTweedie: a finite difference in place of the transposed Jacobian.
 
 Where the velocity is that of a distribution (`fields.Gaussian`, `fields.Mixture`), J = dD/dx is symmetric and
 ForwardTweedie is Tweedie; where it is not (`fields.nonlinear`), it is J g and not J^T g.
@@ -13,142 +13,31 @@ import torch
 from fields import (
     BASE,
     DOUBLE,
+    MIXTURE,
     VALUE,
     CountingField,
     CountingValue,
     Gaussian,
-    Host,
-    Mixture,
     as_installed,
     bumpy,
     fixed_times,
     guidance,
+    jacobian,
     noise,
     nonlinear,
     norms,
+    slope_at_denoised,
     spoiled,
 )
+from guidance_rules import RAW
 
 import qsteer
-from qsteer.bench.counting import count
-from qsteer.clock import MIRRORED
-from qsteer.evaluation.arms import parse
-from qsteer.evaluation.gradients import agreement
-from qsteer.maps import EulerMap
 
-MIXTURE = Mixture(
-    torch.tensor([0.3, 0.5, 0.2], dtype=DOUBLE),
-    noise(3, 2, 2, seed=7),
-    torch.tensor([0.2, 0.5, 0.8], dtype=DOUBLE),
-)
-GAUSSIAN = Gaussian(
-    torch.tensor([[0.5, -1.0, 0.2]], dtype=DOUBLE), torch.tensor([[0.3, 0.7, 1.5]], dtype=DOUBLE)
-)
-RAW = {"scaling": "raw", "clip": None}
 SLOPE = torch.tensor([[1.5, -0.8], [0.4, 0.3]], dtype=DOUBLE)
 
 
 def linear(a: torch.Tensor) -> torch.Tensor:
     return (SLOPE * a).flatten(1).sum(1)
-
-
-def indices(trace: qsteer.Trace, steps: int) -> list[int]:
-    return [round(t * steps) for t in trace.arrays()["t"]]
-
-
-# -------------------------------------------------------------------------------------------- every k-th step
-
-
-@pytest.mark.parametrize(
-    ("rule", "expected"),
-    [
-        (qsteer.Tweedie(0.1), range(1, 10)),
-        (qsteer.Tweedie(0.1, every=2), [1, 3, 5, 7, 9]),
-        (qsteer.Tweedie(0.1, every=3), [1, 4, 7]),
-        (qsteer.Tweedie(0.1, every=100), [1]),
-        (qsteer.Tweedie(0.1, every=2, start=0.2), [2, 4, 6, 8]),
-        (qsteer.Tweedie(0.1, every=3, start=0.31, stop=0.9), [4, 7]),
-        (qsteer.QGF(0.1, every=4), [0, 4, 8]),
-        (qsteer.QGF(0.1, every=4, start=0.1), [1, 5, 9]),
-        (qsteer.NoisyGradient(0.1, every=2, stop=0.6), [1, 3, 5]),
-        (qsteer.ForwardTweedie(0.1, every=2), [1, 3, 5, 7, 9]),
-        (qsteer.Gated(qsteer.Negated(qsteer.Tweedie(0.1, every=4))), [1, 5, 9]),
-    ],
-    ids=repr,
-)
-def test_the_first_step_of_the_window_is_guided_and_every_kth_from_there(rule, expected):
-    trace, x = qsteer.Trace(), noise(2, 2, 2, dtype=torch.float32)
-    out = qsteer.sample(BASE, VALUE, x, rule=rule, trace=trace)
-    assert indices(trace, 10) == list(expected)
-    steered = rule(BASE, VALUE)
-    for i in range(10):
-        t = torch.full((2,), i / 10)
-        if i in expected and isinstance(rule, qsteer.Tweedie):
-            x = x + 0.1 * replace(rule, every=1)(BASE, VALUE)(x, t)
-        else:
-            x = x + 0.1 * (steered if i in expected else BASE)(x, t)
-    assert torch.equal(out, x.detach())
-
-
-@pytest.mark.parametrize("clock", [None, MIRRORED], ids=["paper", "mirrored"])
-@pytest.mark.parametrize("steps", [1, 2, 5, 7, 20, 50])
-def test_steps_are_the_samplers_own(steps, clock):
-    """Not those of the field's clock, which has ten."""
-    field = BASE if clock is None else Host(lambda x, u: -nonlinear(x, 1 - u), clock)
-    for every in (1, 2, 3):
-        trace, rule = qsteer.Trace(), qsteer.Tweedie(0.1, every=every)
-        for sampler in (qsteer.Euler(steps), qsteer.BestOfN(3, qsteer.Euler(steps))):
-            qsteer.sample(field, VALUE, noise(1, 2, 2), rule=rule, sampler=sampler, trace=trace)
-            assert indices(trace, steps) == list(range(1, steps, every))
-
-
-def test_a_fields_own_number_of_steps_counts_without_another():
-    field, trace = qsteer.field(nonlinear, clock=replace(MIRRORED, steps=6, sign=1)), qsteer.Trace()
-    qsteer.sample(field, VALUE, noise(1, 2, 2), rule=qsteer.Tweedie(0.1, every=2), trace=trace)
-    assert indices(trace, 6) == [1, 3, 5]
-
-
-def test_jumps_by_the_policys_own_integration_count_their_steps_from_noise():
-    x, trace = noise(2, 2, 2), qsteer.Trace()
-    steered = qsteer.Tweedie(0.1, every=2)(BASE, VALUE)
-    with qsteer.trace.record_action(trace), torch.no_grad():
-        EulerMap(steered, 20)(x, 0.6, 1.0)
-    assert indices(trace, 20) == [13, 15, 17, 19]
-
-
-@pytest.mark.parametrize(("every", "guided"), [(1, 9), (2, 5), (3, 3), (9, 1)])
-def test_unguided_steps_cost_one_forward(every, guided):
-    x = noise(1, 2, 2)
-    cost = count(BASE, VALUE, x, qsteer.Tweedie(0.1, every=every))
-    assert (cost.field.forwards, cost.field.backwards) == (10, guided)
-    assert (cost.value.forwards, cost.value.backwards) == (guided, guided)
-    beam = qsteer.BeamSearch(2, 2, inner=qsteer.Euler(10))
-    several = count(BASE, VALUE, x, qsteer.Tweedie(0.1, every=every), beam)
-    later = sum(i >= 6 for i in range(1, 10, every))
-    assert several.field.backwards == guided + later
-
-
-@pytest.mark.parametrize("every", [0, -1, 2.0, math.nan, "2"])
-def test_every_is_a_positive_int(every):
-    with as_installed(), pytest.raises(ValueError, match="every: expected an int of at least 1, got"):
-        qsteer.Tweedie(every=every)
-
-
-# ------------------------------------------------------------------------------------------ finite difference
-
-
-def jacobian(velocity, x, t):
-    """dD/dx of each row, (B, HA, HA), by autograd."""
-
-    def denoised(z):
-        return z + (1 - t) * velocity(z[None].view(1, 2, 2), fixed_times(t, 1)).view(-1)
-
-    return torch.stack([torch.autograd.functional.jacobian(denoised, row.flatten()) for row in x])
-
-
-def slope_at_denoised(velocity, x, t):
-    d = (x + (1 - t) * velocity(x, fixed_times(t, len(x)))).requires_grad_()
-    return torch.autograd.grad(bumpy(d).sum(), d)[0].flatten(1)
 
 
 @pytest.mark.parametrize("t", [0.1, 0.5, 0.9])
@@ -410,119 +299,3 @@ def test_the_perturbations_size_is_eps_whatever_the_values_scale_and_mask():
 def test_perturbations_out_of_range_are_refused(eps):
     with as_installed(), pytest.raises(ValueError, match="eps: expected a finite positive number, got"):
         qsteer.ForwardTweedie(eps=eps)
-
-
-# -------------------------------------------------------------------------------------------------- agreement
-
-
-def test_agreement_is_one_where_the_methods_are_one():
-    x, field = noise(6, 2, 2), qsteer.field(MIXTURE.velocity)
-    rules = {"itself": qsteer.Tweedie(2.0, scaling="raw"), "forward": qsteer.ForwardTweedie()}
-    for found in agreement(field, VALUE, x, rules).values():
-        torch.testing.assert_close(found.t, torch.arange(1, 10, dtype=DOUBLE) / 10, rtol=0, atol=1e-6)
-        ones = torch.ones(9, 6, dtype=DOUBLE)
-        torch.testing.assert_close(found.cosine, ones, rtol=0, atol=1e-6)
-        torch.testing.assert_close(found.ratio, ones, rtol=0, atol=1e-4)
-
-
-def test_agreement_by_hand_where_the_jacobian_is_not_symmetric():
-    """Along the policy's own chain, and along the steered one."""
-    for truth in (qsteer.Tweedie(0.0, clip=None), qsteer.Tweedie(0.4, clip=None)):
-        x, rules = noise(6, 2, 2), {"forward": qsteer.ForwardTweedie(clip=None), "qgf": qsteer.QGF(clip=None)}
-        found = agreement(BASE, VALUE, x, rules, truth=truth, steps=5)
-        steered = truth(BASE, VALUE)
-        for i in range(5):
-            t = float(np.float32(i / 5))
-            if i > 0:
-                j, slope = jacobian(nonlinear, x, t), slope_at_denoised(nonlinear, x, t)
-                true = torch.einsum("bji,bj->bi", j, slope)
-                for name, g in ("forward", torch.einsum("bij,bj->bi", j, slope)), ("qgf", slope):
-                    cosine = (g * true).sum(1) / (g.norm(dim=1) * true.norm(dim=1))
-                    torch.testing.assert_close(found[name].cosine[i - 1], cosine, rtol=0, atol=1e-5)
-                    ratio = g.norm(dim=1) / true.norm(dim=1)
-                    torch.testing.assert_close(found[name].ratio[i - 1], ratio, rtol=1e-5, atol=1e-5)
-            x = (x + steered(x, fixed_times(t, 6)) / 5).detach()
-        assert found["forward"].cosine.shape == (4, 6)
-        assert (found["forward"].cosine < 0.99).any()
-
-
-def test_agreement_remembers_along_the_chain_and_skips_what_a_rule_skips():
-    x = noise(4, 2, 2)
-    rules = {
-        "stale": qsteer.ForwardTweedie(stale=True, clip=None),
-        "exact": qsteer.ForwardTweedie(clip=None),
-        "every": qsteer.Tweedie(every=4),
-    }
-    found = agreement(BASE, VALUE, x, rules, truth=qsteer.Tweedie(clip=None))
-    assert torch.equal(found["stale"].cosine[0], found["exact"].cosine[0]), "the first step waits"
-    assert (found["stale"].cosine[1:] != found["exact"].cosine[1:]).all()
-    guided = ~found["every"].cosine.isnan().any(1)
-    assert guided.nonzero().flatten().tolist() == [0, 4, 8]
-    again = agreement(BASE, VALUE, x, rules, truth=qsteer.Tweedie(clip=None))
-    assert torch.equal(again["stale"].cosine, found["stale"].cosine)
-
-
-def test_agreement_sees_what_the_critic_sees():
-    mask = torch.tensor([[1, 1], [1, 0]])
-    value = qsteer.value(lambda a: bumpy(torch.where(mask.bool(), a, 0.0)), mask=mask)
-    x, rule = noise(4, 2, 2), {"qgf": qsteer.QGF(clip=None)}
-    louder = qsteer.field(lambda x, t: nonlinear(x, t) + torch.where(mask.bool(), 0.0, 100.0 * x.sum()))
-    with torch.inference_mode():
-        found = agreement(louder, value, x, rule, truth=qsteer.Tweedie(0.0, clip=None), steps=2)["qgf"]
-    x = x + 0.5 * louder(x, fixed_times(0.0, 4))
-    t = fixed_times(0.5, 4)
-    with torch.enable_grad():
-        a, b = (
-            torch.where(mask.bool(), r.ascent(louder, value, x.clone(), t).gradient, 0.0).flatten(1)
-            for r in (qsteer.QGF(clip=None), qsteer.Tweedie(clip=None))
-        )
-    torch.testing.assert_close(found.cosine[0], torch.cosine_similarity(a, b))
-
-
-# ------------------------------------------------------------------------------------------------------- arms
-
-
-def test_arms_have_names_for_all_of_them():
-    tweedie = qsteer.Tweedie(0.2)
-    for spec, rule in {
-        "tweedie-every2=0.2": replace(tweedie, every=2),
-        "tweedie-from0.3=0.2": replace(tweedie, start=0.3),
-        "tweedie-to0.6=0.2": replace(tweedie, stop=0.6),
-        "tweedie-from0.3-to0.6-every2=0.2": replace(tweedie, start=0.3, stop=0.6, every=2),
-        "tweedie-last4=0.2": replace(tweedie, layers=4),
-        "tweedie-raw-every3=0.06": qsteer.Tweedie(0.06, scaling="raw", every=3),
-        "tweedie-every2=auto": qsteer.Tweedie("auto", every=2),
-        "qgf-every2=0.06": qsteer.QGF(0.06, every=2),
-        "forward-tweedie=0.2": qsteer.ForwardTweedie(0.2),
-        "forward-tweedie-stale=0.2": qsteer.ForwardTweedie(0.2, stale=True),
-        "forward-tweedie-stale-every2=0.2": qsteer.ForwardTweedie(0.2, stale=True, every=2),
-    }.items():
-        arm = parse(spec)
-        assert arm.rule == rule and arm.name == spec.partition("=")[0] and arm.kind == "steered"
-    assert parse("tweedie-every2=0.2+best-of-4").sampler == parse("best-of-4").sampler
-    assert parse("random-direction-every2=0.2").kind == "control"
-
-
-@pytest.mark.parametrize(
-    "spec",
-    [
-        "tweedie-every=0.2",
-        "tweedie-every0=0.2",
-        "tweedie-every2.5=0.2",
-        "tweedie-from2=0.2",
-        "tweedie-from0.6-to0.3=0.2",
-        "qgf-last2=0.2",
-        "negated-every2=0.2",
-        "best-of-every2",
-        "-every2=0.2",
-        "tweedie-every2",
-    ],
-)
-def test_arms_that_cannot_be_are_refused(spec):
-    with as_installed(), pytest.raises(ValueError, match=r"arm: expected 'base'.*-everyN, -fromT, -toT"):
-        parse(spec)
-
-
-def test_agreement_without_a_guided_step_is_refused():
-    with pytest.raises(ValueError, match="at least one of the chain's steps"):
-        agreement(BASE, VALUE, noise(1, 2, 2), {}, truth=qsteer.Tweedie(start=0.95))
