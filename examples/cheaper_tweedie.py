@@ -15,8 +15,6 @@ beat. What the methods are worth is their success:
 
 import argparse
 from collections.abc import Mapping
-from dataclasses import dataclass
-from dataclasses import field as attribute
 from math import isnan
 from pathlib import Path
 from typing import Any
@@ -32,7 +30,7 @@ from qsteer.experiments.tasks import TASKS
 from qsteer.files import write_json
 from qsteer.policies import FlowPolicy
 from qsteer.testing import hosts as random_hosts
-from qsteer.types import Field, Rule, Sampler, Value
+from qsteer.types import Field, Value
 
 CHECKPOINTS = Path(__file__).parent / "checkpoints" / "cube-single"
 RULES: dict[str, Any] = {
@@ -98,20 +96,6 @@ def visited(policy: FlowPolicy, task: str, episodes: int) -> Tensor:
     return torch.stack(states)
 
 
-@dataclass(frozen=True)
-class Compare(Sampler):
-    """Compares rules where a host hands over its field and the critic's value; acts as the host alone."""
-
-    rules: Mapping[str, Rule]
-    rows: list[dict[str, Any]] = attribute(default_factory=list)
-
-    def __call__(self, field: Field, value: Value | None, noise: Tensor) -> Tensor:
-        """Fill ``rows``."""
-        assert value is not None  # steer binds one
-        self.rows.extend(compare(field, value, noise, self.rules))
-        return qsteer.Euler()(field, value, noise)
-
-
 def main() -> None:
     """Compare, print and write."""
     parser = argparse.ArgumentParser(
@@ -136,11 +120,10 @@ def main() -> None:
     large = random_hosts.pi05(width=128, depth=8)
     config = qsteer.CriticConfig(obs_dim=4, action_dim=3, horizon=large.config.n_action_steps)
     print("\na random pi0.5 and a random critic: cosine to Tweedie's gradient; passes")
-    comparing = Compare(RULES | truncated(8))
-    with qsteer.steer(large, qsteer.Critic(config), comparing):
-        large.predict_action_chunk(random_hosts.batch(large, args.observations))
+    opened = qsteer.open_action(large, random_hosts.batch(large, args.observations), qsteer.Critic(config))
+    hosted = compare(*opened, RULES | truncated(8))
     if args.out:
-        write_json({"states": len(states), "cube-single": small, "random pi05": comparing.rows}, args.out)
+        write_json({"states": len(states), "cube-single": small, "random pi05": hosted}, args.out)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Networks that can be saved, shared on the Hugging Face hub, and loaded again; a checkpoint that lacks weights is refused."""
+"""Networks that can be saved, shared on the hub, and loaded if no weight is missing."""
 
 import contextlib
 from typing import Any

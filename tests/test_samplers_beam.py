@@ -372,3 +372,39 @@ def test_a_learnt_map_without_features_is_refused():
     flow_map = FlowMap(MapConfig(2, 2, 4, hidden=(8,))).double()
     with pytest.raises(ValueError, match="expected features of the observation for a learnt map"):
         qsteer.sample(BASE, VALUE, noise(1, 2, 2), sampler=beam(flow_map=flow_map))
+
+
+def test_completions_have_steps_and_clip_of_their_own_where_inner_is_no_euler():
+    inner, x = qsteer.TrustRegion(inner=qsteer.Euler(4)), noise(1, 2, 2)
+    with pytest.raises(TypeError, match=r"completion: expected the steps and the clip.*completion=Euler"):
+        qsteer.BeamSearch(2, 2, inner=inner)
+    field = CountingField(nonlinear)
+    completion = qsteer.Euler(20, clip=(-0.1, 0.1))
+    sampler = qsteer.BeamSearch(2, 2, eta=0.0, inner=inner, completion=completion)
+    out = qsteer.sample(field, qsteer.value(total), x, sampler=sampler)
+    assert field.tally.rows == [2] * 4 + [4] * 8
+    assert out.abs().max() <= 0.1
+
+
+def test_a_flow_map_needs_no_completion_and_no_rule_bends_it():
+    flow_map = FlowMap(MapConfig(2, 2, 2, hidden=(8,), residual=True)).double()
+    goals = noise(3, 2)
+    field = qsteer.field(lambda x, t, o: o[:, None] + torch.sin(x), goals)
+    sampler = qsteer.BeamSearch(2, 2, flow_map=flow_map, inner=qsteer.TrustRegion())
+    outs = []
+    for rule in (None, qsteer.Tweedie(0.5)):
+        torch.manual_seed(0)
+        outs.append(qsteer.sample(field, qsteer.value(total), noise(3, 2, 2), rule=rule, sampler=sampler))
+    assert torch.equal(*outs)
+
+
+def test_a_flow_map_that_wants_to_be_bound_is_no_plain_function():
+    class Own:
+        def on(self, field):
+            return self
+
+        def __call__(self, x, r, t):
+            return x
+
+    with pytest.raises(TypeError, match=r"flow_map: expected a function or .*subclass qsteer.types.Jump"):
+        qsteer.BeamSearch(flow_map=Own())

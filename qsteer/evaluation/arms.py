@@ -236,13 +236,15 @@ def parse(spec: str, maps: Maps | None = None) -> Arm:
 
     ``base`` is the frozen policy alone. A rule has a strength, a number or, in the matched norm, ``auto``
     (:class:`qsteer.Auto`): ``tweedie=0.2`` and ``qgf=0.06`` in their papers' scalings (matched norm, raw),
-    ``tweedie-raw=0.06`` and ``qgf-matched=0.2`` in the other's, ``posterior=0.2`` and ``gradient-free=0.2`` with a meta flow map (``-glass``: without training),
-    ``noisy-gradient=0.2``, ``through-time=0.2``, ``random-direction=0.2``, ``negated=0.2`` (Tweedie
-    downhill). Cheaper than Tweedie: ``forward-tweedie=0.2`` (``-stale``: the last step's direction), and any
-    guidance rule guided less: ``tweedie-every2=0.2``, ``tweedie-from0.3-to0.6=0.2``; ``tweedie-last4=0.2``
-    goes back through the last 4 layers of a policy that has layers. A sampler follows it or stands alone:
-    ``best-of-8``, ``random-of-8``, ``trust-region=0.3``, ``beam-search=0.3`` (``-map``: on the flow map,
-    ``-fmq``: on the adapted one), ``map-best-of-8``, ``fmq-best-of-8``, ``keep-best``; each goes around what precedes it: ``tweedie=0.2+best-of-8+keep-best``.
+    ``tweedie-raw=0.06`` and ``qgf-matched=0.2`` in the other's, ``posterior=0.2`` and ``gradient-free=0.2``
+    with a meta flow map (``-glass``: without training), ``noisy-gradient=0.2``, ``through-time=0.2``,
+    ``random-direction=0.2``, ``negated=0.2`` (Tweedie downhill). Cheaper than Tweedie:
+    ``forward-tweedie=0.2`` (``-stale``: the last step's direction), and any guidance rule guided less:
+    ``tweedie-every2=0.2``, ``tweedie-from0.3-to0.6=0.2``; ``tweedie-last4=0.2`` goes back through the last 4
+    layers of a policy that has layers. A sampler follows it or stands alone: ``best-of-8``, ``random-of-8``,
+    ``trust-region=0.3``, ``beam-search=0.3`` (``-map``: on the flow map, ``-fmq``: on the adapted one),
+    ``map-best-of-8``, ``fmq-best-of-8``, ``keep-best``; each goes around what precedes it:
+    ``tweedie=0.2+best-of-8+keep-best``.
     Actions are clipped to [-1, 1].
 
     Args:

@@ -45,7 +45,7 @@ def agreement(
     Cost: at each step that of ``truth`` twice and of every rule once.
 
     Args:
-        field: the policy's velocity; inside a host a sampler is given it (see examples/cheaper_tweedie.py).
+        field: the policy's velocity; of a pretrained policy :func:`qsteer.open_action` has it.
         value: the critic's value.
         noise: where the chains begin.
         rules: what is compared, by name.

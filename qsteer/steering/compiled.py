@@ -27,7 +27,7 @@ from qsteer.types import Field, Rule, Sampler, Value
 
 Mode = Literal["static", "graph"]
 KEPT = 4
-"""Kinds of action (shapes, method, critic) that are kept ready; a new one replaces the one unused for longest."""
+"""Kinds of action (shapes, method, critic) kept ready; a new one replaces the least recently used."""
 TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-4, torch.bfloat16: 8e-2, torch.float16: 1e-2}
 """Largest relative difference from the host's velocity or its gradient, and of a graph's action.
 

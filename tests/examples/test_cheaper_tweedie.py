@@ -7,7 +7,6 @@ from hosts import chunk
 from torch import nn
 
 import qsteer
-from qsteer.steering.handle import steer
 
 
 @pytest.mark.parametrize("name", ["pi05"])
@@ -15,10 +14,11 @@ def test_the_example_compares_on_a_host(policy: nn.Module, capsys: pytest.Captur
     import cheaper_tweedie
 
     rules = cheaper_tweedie.RULES | {"all": qsteer.Tweedie(layers=2), "last": qsteer.Tweedie(layers=1)}
-    comparing, base = cheaper_tweedie.Compare(rules), chunk(policy)
-    with steer(policy, hosts.Target(), comparing):
-        assert torch.equal(chunk(policy), base), "it acts as the host alone"
-    rows = {row["rule"]: row for row in comparing.rows}
+    base = chunk(policy)
+    field, value, _ = qsteer.open_action(policy, hosts.observe(policy, 2), hosts.Target())
+    assert torch.equal(chunk(policy), base), "the policy acts as before"
+    found = cheaper_tweedie.compare(field, value, hosts.draw(policy, 2), rules)
+    rows = {row["rule"]: row for row in found}
     assert rows["all"]["cosine"] == pytest.approx([1.0] * 9)
     assert rows["last"]["cosine"][0] < 0.97
     assert [c is None for c in rows["Tweedie, every 2nd step"]["cosine"]] == [False, True] * 4 + [False]

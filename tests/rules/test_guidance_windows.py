@@ -148,3 +148,20 @@ def test_unguided_steps_cost_one_forward(every, guided):
 def test_every_is_a_positive_int(every):
     with as_installed(), pytest.raises(ValueError, match="every: expected an int of at least 1, got"):
         qsteer.Tweedie(every=every)
+
+
+@pytest.mark.parametrize("rule", ALL, **by_name)
+def test_times_per_row_that_are_all_outside_the_window_cost_nothing(rule):
+    x, value, state = noise(3, 2, 2), CountingValue(bumpy), torch.get_rng_state()
+    method = rule(0.5, start=0.5)
+    times = torch.tensor([0.1, 0.2, 0.3], dtype=DOUBLE)
+    assert torch.equal(method(BASE, value)(x, times), nonlinear(x, times))
+    assert value.tally.calls == 0 and torch.equal(state, torch.get_rng_state())
+    assert not method.generators(x.device)
+
+
+@pytest.mark.parametrize("t", [1, np.float32(0.5), np.float64(0.5)], ids=str)
+def test_any_number_is_a_time(t):
+    x, steered = noise(3, 2, 2), qsteer.Tweedie(0.3)(BASE, VALUE)
+    with as_installed(), torch.no_grad():
+        assert torch.equal(steered(x, t), steered(x, float(t)))

@@ -110,3 +110,24 @@ class Plain(PosteriorSampler):
 
     def __call__(self, eps, x, t):
         return x + eps
+
+
+@pytest.mark.filterwarnings("ignore:steering met non-finite")
+def test_at_the_action_a_gradient_free_posterior_falls_back_and_says_so():
+    x, trace = noise(3, 2, 2), qsteer.Trace(steps=False)
+    steered = qsteer.GradientFreePosterior(GlassPosterior(), 0.3)(BASE, Ensemble((bumpy,)))
+    with qsteer.trace.record_action(trace), torch.no_grad():
+        assert torch.equal(steered(x, 1.0), BASE(x, 1.0))
+    assert trace.fallbacks == 3
+
+
+def test_a_posterior_that_wants_to_be_bound_is_no_plain_function():
+    class Own:
+        def on(self, field):
+            return self
+
+        def __call__(self, eps, x, t):
+            return x + eps
+
+    with pytest.raises(TypeError, match=r"posterior: expected a function .*subclass qsteer.types.Post"):
+        qsteer.Posterior(Own())

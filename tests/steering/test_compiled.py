@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import qsteer
 from qsteer.adapters import PlainPolicy
-from qsteer.adapters.pi import PiField
+from qsteer.adapters.pi import PiExpert, PiField
 from qsteer.critics import LiveCritic
 from qsteer.maps import FlowMap, MapConfig, MetaFlowMap, MetaMapConfig
 from qsteer.steering.compiled import KEPT, rebuilt, signature, tensors_in
@@ -303,3 +303,18 @@ def test_what_cannot_be_is_refused() -> None:
     free = PlainPolicy(lambda x, t, obs: -x, horizon=4, action_dim=3)
     with pytest.raises(ValueError, match="got no parameters"):
         steer(free, hosts.Target(), compile="graph")
+
+
+def test_a_residual_flow_map_looks_its_times_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The policy behind it is asked at floats: what pi0.5 knows of a time is evaluated once."""
+    policy, evaluated = hosts.shared("pi05"), []
+    evaluate = PiExpert._evaluate
+    monkeypatch.setattr(PiExpert, "_evaluate", lambda self, u: evaluated.append(len(u)) or evaluate(self, u))
+    features, _ = qsteer.open_action(policy, hosts.observe(policy)).field.features
+    config = MapConfig(6, 5, features.shape[-1], "transformer", width=16, depth=1, heads=2, residual=True)
+    sampler = qsteer.BeamSearch(2, 2, 1, flow_map=FlowMap(config))
+    with steer(policy, critic(policy), sampler, compile="static"):
+        policy.predict_action_chunk(hosts.observe(policy))
+        evaluated.clear()
+        policy.predict_action_chunk(hosts.observe(policy))
+    assert evaluated == []

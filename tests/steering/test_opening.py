@@ -1,6 +1,8 @@
 """Opening an action: what a policy has encoded before its first step, and a policy left as it was."""
 
+import threading
 from collections.abc import Mapping
+from types import SimpleNamespace
 from typing import Any
 
 import hosts
@@ -123,3 +125,40 @@ def test_a_record_that_names_another_step() -> None:
 
     with pytest.raises(RuntimeError, match=r"sample_actions: expected it to call denoise_step.*Host record"):
         qsteer.open_action(Unused(lambda x, t, obs: -x, horizon=3, action_dim=2), torch.zeros(1))
+
+
+@NAMES
+def test_threads_open_actions_of_one_policy(policy: nn.Module) -> None:
+    before, opened = placed(policy), []
+
+    def open_one(seed: int) -> None:
+        opened.append(qsteer.open_action(policy, hosts.observe(policy, seed + 1)))
+
+    threads = [threading.Thread(target=open_one, args=(seed,)) for seed in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sorted(len(action.noise) for action in opened) == [1, 2, 3, 4] and placed(policy) == before
+
+
+def test_a_critic_may_ask_the_policy_itself() -> None:
+    policy = PlainPolicy(lambda x, t, obs: obs[:, :, None] - x, horizon=3, action_dim=2)
+
+    class Asking:
+        def bind(self, obs: torch.Tensor) -> qsteer.Value:
+            goal = policy.predict_action_chunk(obs)
+            return qsteer.value(lambda a, goal: -(a - goal).square().flatten(1).sum(1), goal)
+
+    value = qsteer.open_action(policy, torch.ones(2, 1), Asking()).value
+    assert value is not None and value(torch.zeros(2, 3, 2)).shape == (2,)
+
+
+@pytest.mark.parametrize("config", [object(), {}, SimpleNamespace(horizon=None), None], ids=range(4))
+def test_a_critics_configuration_may_lack_our_names(config: Any) -> None:
+    policy = PlainPolicy(lambda x, t, obs: -x, horizon=3, action_dim=2)
+    critic = hosts.Target()
+    critic.config = config
+    critic.bind = lambda obs: qsteer.value(lambda a: a.flatten(1).sum(1))  # type: ignore[method-assign]
+    with qsteer.steer(policy, critic, qsteer.QGF(1.0)):
+        assert policy.predict_action_chunk(torch.zeros(2, 1)).shape == (2, 3, 2)
