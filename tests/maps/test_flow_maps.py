@@ -95,7 +95,7 @@ def test_euler_map_repeats_observations_and_needs_a_step():
     x = noise(6, 2, 2)
     got = EulerMap(field).repeat(3)(x, fixed_times(0.25, 6), fixed_times(0.75, 6))
     torch.testing.assert_close(got, x + 0.5 * goals.repeat_interleave(3, 0))
-    with as_installed(), pytest.raises(ValueError, match="EulerMap: expected at least 1 step, got 0"):
+    with as_installed(), pytest.raises(ValueError, match=r"EulerMap.steps: expected at least 1, got 0"):
         EulerMap(BASE, 0)
 
 

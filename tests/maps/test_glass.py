@@ -213,7 +213,7 @@ def test_glass_samples_of_a_batch_are_those_of_each_observation_alone():
 
 
 def test_glass_without_steps_or_policy_is_refused():
-    with as_installed(), pytest.raises(ValueError, match="expected at least 1 step, got 0"):
+    with as_installed(), pytest.raises(ValueError, match=r"GlassPosterior.steps: expected at least 1, got 0"):
         GlassPosterior(BASE, 0)
     with pytest.raises(ValueError, match=r"expected a policy to sample from.*Posterior\(GlassPosterior"):
         GlassPosterior()(noise(1, 1, 2, 2), noise(1, 2, 2), fixed_times(0.5, 1))

@@ -393,7 +393,7 @@ def test_guidance_raises_the_value_and_negated_lowers_it(rule):
 def test_wrong_arguments_are_refused(rule):
     with as_installed():
         for bad in (GlassPosterior, "glass", None):
-            with pytest.raises(TypeError, match=r"posterior: expected a sampler.*pass an instance"):
+            with pytest.raises(TypeError, match=r"posterior: expected a function.*pass an instance"):
                 rule(bad)
         with pytest.raises(
             ValueError, match="samples, tau: expected at least 1 and a positive number, got 0"
