@@ -3,6 +3,9 @@
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
+import numpy as np
+from torch import Tensor
+
 
 def check_at_least(owner: object, least: float | int, *names: str) -> None:
     """Check that attributes are no less than a bound; ``None`` passes.
@@ -89,6 +92,38 @@ def check_function(name: str, given: Any, example: str, base: str) -> None:
             f"{name}: expected a function or an object such as {example}, got {given!r}; pass an instance, "
             f"and subclass {base} if it is to be bound to the policy"
         )
+
+
+def check_output(name: str, given: Any, shape: Sequence[int], remedy: str) -> None:
+    """Check what a user's function returned.
+
+    Raises:
+        TypeError: it is no tensor.
+        ValueError: it has another shape.
+    """
+    if not isinstance(given, Tensor):
+        raise TypeError(f"{name}: expected a tensor, got {type(given).__name__}; return {remedy}")
+    if given.shape != tuple(shape):
+        raise ValueError(f"{name}: expected shape {tuple(shape)}, got {tuple(given.shape)}; return {remedy}")
+
+
+def check_count(owner: object, *names: str) -> None:
+    """Check that attributes are whole numbers; ``None`` passes.
+
+    Raises:
+        TypeError: one is not.
+    """
+    for name in names:
+        value = getattr(owner, name)
+        if value is not None and (not isinstance(value, int) or isinstance(value, bool)):
+            raise TypeError(f"{_place(owner, name)}: expected a whole number, got {value!r}; pass an int")
+
+
+def unwrap_numbers(owner: Any) -> None:
+    """Replace numpy numbers and scalar tensors among the fields of a frozen dataclass by plain numbers."""
+    for name, value in vars(owner).items():
+        if isinstance(value, np.generic) or (isinstance(value, Tensor) and value.ndim == 0):
+            object.__setattr__(owner, name, value.item())
 
 
 def list_differences(expected: Mapping[str, Any], found: Mapping[str, Any]) -> tuple[str, str] | None:

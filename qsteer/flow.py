@@ -16,6 +16,7 @@ from jaxtyping import Float, Shaped
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from qsteer.checks import check_output
 from qsteer.clock import PAPER, Clock, Time
 from qsteer.types import Bounds, Field, Jump, PosteriorSampler, Value
 
@@ -100,13 +101,13 @@ class FunctionField(Field):
         """Return the velocity at ``x`` and ``t``; the function is given one time per row."""
         t = expand_time(t, x)
         v = self.fn(x, t) if self.context is None else self.fn(x, t, self.context)
-        if v.shape != x.shape:
-            raise ValueError(
-                f"velocity: expected the shape of x, {tuple(x.shape)}, got {tuple(v.shape)}; return one "
-                "velocity per action entry. If the function closes over one observation per row, hand the "
-                "observations over as qsteer.field(fn, context=obs), so that they are repeated with the "
-                "candidates"
-            )
+        check_output(
+            "velocity",
+            v,
+            x.shape,
+            "one velocity per action entry. If the function closes over one observation per row, hand the "
+            "observations over as qsteer.field(fn, context=obs): they are repeated with the candidates",
+        )
         return v
 
     def repeat(self, k: int) -> "FunctionField":
@@ -127,11 +128,12 @@ class FunctionValue(Value):
     def __call__(self, a: Float[Tensor, "B H A"]) -> Float[Tensor, "B"]:
         """Return the score of each row."""
         q = self.fn(a) if self.context is None else self.fn(a, self.context)
-        if q.shape != a.shape[:1]:
-            raise ValueError(
-                f"value: expected one score per row, shape ({a.shape[0]},), got {tuple(q.shape)}; reduce "
-                "over the action (for example .flatten(1).sum(1)) or squeeze the last axis"
-            )
+        check_output(
+            "value",
+            q,
+            a.shape[:1],
+            "one score per row: reduce over the action (.flatten(1).sum(1)) or squeeze the last axis",
+        )
         return q
 
     def repeat(self, k: int) -> "FunctionValue":
@@ -216,6 +218,26 @@ def read_features(field: Field) -> Any:
             "hand observations over as qsteer.field(fn, context=features), or set Host.features"
         )
     return features
+
+
+def ask(value: Value, a: Float[Tensor, "B H A"]) -> Float[Tensor, "B"]:
+    """Return the value of each action.
+
+    Raises:
+        TypeError: it is no tensor.
+        ValueError: it is not one number per row, which would broadcast to something else.
+    """
+    q = value(a)
+    check_output("value", q, a.shape[:1], "one score per row; reduce over the action, squeeze the last axis")
+    return q
+
+
+def ask_members(value: Value, a: Float[Tensor, "B H A"]) -> Float[Tensor, "J B"]:
+    """Return the value of each action by each member; errors as for :func:`ask`."""
+    q = value.members(a)
+    expected = (len(q) if isinstance(q, Tensor) and q.ndim else 1, len(a))
+    check_output("value.members", q, expected, "one row per member, one score per action")
+    return q
 
 
 def repeat_rows(tree: Any, k: int) -> Any:

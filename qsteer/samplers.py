@@ -7,19 +7,20 @@ with one candidate a selecting sampler is its inner sampler, bit for bit.
 from collections.abc import Callable
 from dataclasses import dataclass
 from dataclasses import field as attribute
+from typing import Any
 
 import torch
 from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor
 
-from qsteer.checks import check_bounds, check_function
-from qsteer.flow import FunctionJump, clip_actions, finite_rows
+from qsteer.checks import check_bounds, check_count, check_function, unwrap_numbers
+from qsteer.flow import FunctionJump, ask, ask_members, clip_actions, finite_rows
 from qsteer.maps.flow_maps import EulerMap, FlowMap
 from qsteer.maps.losses import fmq_target, trust_radius
 from qsteer.rules.guidance import gradient
 from qsteer.trace import report_fallbacks
-from qsteer.types import Bounds, Field, Jump, Sampler, Value
+from qsteer.types import Bounds, Field, Jump, Rule, Sampler, Value
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,8 @@ class Euler(Sampler):
 
     def __post_init__(self) -> None:
         """Check the arguments."""
+        unwrap_numbers(self)
+        check_count(self, "steps")
         if self.steps is not None and self.steps < 1:
             raise ValueError(f"steps: expected at least 1, got {self.steps}; pi0 uses 10, GR00T 4")
         check_bounds(self.clip)
@@ -65,6 +68,9 @@ class _OfN(Sampler):
 
     def __post_init__(self) -> None:
         """Check the arguments."""
+        unwrap_numbers(self)
+        check_count(self, "n")
+        check_inner(self, self.inner)
         if self.n < 1:
             raise ValueError(f"{type(self).__name__}: expected n of at least 1 candidate, got {self.n}")
 
@@ -151,6 +157,8 @@ class TrustRegion(Sampler):
 
     def __post_init__(self) -> None:
         """Check the arguments."""
+        unwrap_numbers(self)
+        check_inner(self, self.inner)
         if not (0 <= self.eta < float("inf") and 0 <= self.beta < float("inf")):
             raise ValueError(f"eta, beta: expected finite numbers of at least 0, got {self.eta}, {self.beta}")
 
@@ -207,6 +215,9 @@ class BeamSearch(Sampler):
 
     def __post_init__(self) -> None:
         """Check the arguments."""
+        unwrap_numbers(self)
+        check_count(self, "particles", "branches", "rounds")
+        check_inner(self, self.inner)
         if min(self.particles, self.branches, self.rounds + 1) < 1:
             raise ValueError(
                 f"particles, branches, rounds: expected at least 1, 1, 0, got {self.particles}, "
@@ -281,6 +292,10 @@ class KeepBest(Sampler):
 
     inner: Sampler = attribute(default_factory=Euler)
 
+    def __post_init__(self) -> None:
+        """Check the argument."""
+        check_inner(self, self.inner)
+
     def __call__(
         self, field: Field, value: Value | None, noise: Float[Tensor, "B H A"]
     ) -> Float[Tensor, "B H A"]:
@@ -288,10 +303,19 @@ class KeepBest(Sampler):
         value = needed(value, self)
         steered = self.inner(field, value, noise)
         base = self.inner(field.base, value, noise)
-        q, q_base = value(steered), value(base)
+        q, q_base = ask(value, steered), ask(value, base)
         better = torch.isfinite(q) & ~(torch.isfinite(q_base) & (q_base > q))
         report_fallbacks(~torch.isfinite(q))
         return torch.where(better[:, None, None], steered, base)
+
+
+def check_inner(sampler: Sampler, inner: Any) -> None:
+    """Raise TypeError unless ``inner`` makes actions: a sampler, or a function like one."""
+    if isinstance(inner, Rule | type) or not callable(inner):
+        raise TypeError(
+            f"{type(sampler).__name__}: expected inner to be a sampler such as Euler(), got {inner!r}; a "
+            "rule goes in the rule's place: steer(policy, critic, rule, sampler=...)"
+        )
 
 
 def candidates(noise: Float[Tensor, "B H A"], n: int) -> Float[Tensor, "B n H A"]:
@@ -315,7 +339,7 @@ def best(a: Float[Tensor, "Bn H A"], q: Float[Tensor, "B n"]) -> Float[Tensor, "
 
 def scores(value: Value, a: Float[Tensor, "Bn H A"], n: int) -> Float[Tensor, "B n"]:
     """Return the values of n candidates per observation; those that are not finite count as the lowest."""
-    q = rearrange(value.repeat(n)(a), "(b n) -> b n", n=n)
+    q = rearrange(ask(value.repeat(n), a), "(b n) -> b n", n=n)
     return torch.where(torch.isfinite(q), q, -torch.inf)
 
 
@@ -327,11 +351,11 @@ def project(
         return a
     with torch.enable_grad():
         x = a.detach().requires_grad_()
-        q = value(x)
+        q = ask(value, x)
         g = gradient(q, x)
     if value.mask is not None:
         g = torch.where(value.mask.bool(), g, 0.0)
-    members = value.members(a) if beta else torch.zeros_like(a[None, :, 0, 0])
+    members = ask_members(value, a) if beta else torch.zeros_like(a[None, :, 0, 0])
     moved = fmq_target(a, g, trust_radius(eta, members, beta, typical))
     finite = finite_rows(moved) & torch.isfinite(q)
     report_fallbacks(~finite)

@@ -5,7 +5,7 @@ import torch
 from fields import DOUBLE, Gaussian, Mixture, as_installed, fixed_times, noise, nonlinear, total
 
 import qsteer
-from qsteer.flow import clip_through, denoise, finite_rows, interpolate, repeat_rows, score
+from qsteer.flow import ask_members, clip_through, denoise, finite_rows, interpolate, repeat_rows, score
 
 GAUSSIAN = Gaussian(
     torch.tensor([[0.5, -1.0, 0.2]], dtype=DOUBLE), torch.tensor([[0.3, 1.0, 2.0]], dtype=DOUBLE)
@@ -135,14 +135,14 @@ def test_velocities_of_another_shape_are_refused_and_point_to_context():
     """A closed-over observation that broadcasts is the usual cause."""
     obs, x = torch.zeros(3, 1, 1), torch.zeros(1, 2, 2)
     with pytest.raises(
-        ValueError, match=r"expected the shape of x, \(1, 2, 2\), got \(3, 2, 2\).*context=obs"
+        ValueError, match=r"velocity: expected shape \(1, 2, 2\), got \(3, 2, 2\).*context=obs"
     ):
         qsteer.field(lambda x, t: x + obs)(x, torch.zeros(1))
 
 
 @pytest.mark.parametrize("fn", [lambda a: a.sum(), lambda a: a[:, :1, 0], lambda a: a.sum(1)])
 def test_values_of_another_shape_are_refused_with_a_remedy(fn):
-    with pytest.raises(ValueError, match=r"one score per row, shape \(3,\).*reduce over the action.*squeeze"):
+    with pytest.raises(ValueError, match=r"expected shape \(3,\).*one score per row.*reduce.*squeeze"):
         qsteer.value(fn)(torch.zeros(3, 2, 2))
 
 
@@ -153,3 +153,56 @@ def test_things_that_are_no_functions_are_refused_with_a_remedy(make):
         pytest.raises(TypeError, match=r"expected a function.*got Tensor; wrap it in a lambda"),
     ):
         make(torch.zeros(3))
+
+
+@pytest.mark.parametrize("out", [lambda x: (x, x), lambda x: {"v": x}, lambda x: x.numpy(), lambda x: None])
+def test_what_is_no_tensor_is_refused(out):
+    x = torch.zeros(1, 2, 2)
+    with pytest.raises(TypeError, match="velocity: expected a tensor, got"):
+        qsteer.field(lambda x, t: out(x))(x, 0.5)
+    with pytest.raises(TypeError, match="value: expected a tensor, got"):
+        qsteer.value(out)(x)
+
+
+class Shaped(qsteer.Value):
+    """A critic of one's own whose values have another shape than (B,)."""
+
+    def __init__(self, shape, members=None):
+        self.shape, self.columns = shape, members
+
+    def __call__(self, a):
+        return a.flatten(1).sum(1).sum().expand(self.shape)
+
+    def repeat(self, k):
+        return self
+
+    def members(self, a):
+        return self(a)[None] if self.columns is None else torch.zeros(self.columns)
+
+
+@pytest.mark.parametrize("shape", [(3, 1), (1,), (), (1, 3)], ids=str)
+@pytest.mark.parametrize(
+    ("rule", "sampler"),
+    [
+        (qsteer.Tweedie(), qsteer.Euler()),
+        (qsteer.QGF(), qsteer.Euler()),
+        (qsteer.NoisyGradient(), qsteer.Euler()),
+        (qsteer.ThroughTime(), qsteer.Euler()),
+        (qsteer.GradientFreePosterior(qsteer.maps.GlassPosterior()), qsteer.Euler()),
+        (None, qsteer.BestOfN(2)),
+        (None, qsteer.TrustRegion()),
+        (None, qsteer.BeamSearch(2, 2)),
+        (None, qsteer.KeepBest()),
+    ],
+    ids=str,
+)
+def test_a_value_of_ones_own_that_would_broadcast_is_refused(rule, sampler, shape):
+    x = noise(3, 2, 2)
+    with as_installed(), pytest.raises(ValueError, match=r"value: expected shape .*one score per row"):
+        qsteer.sample(qsteer.field(nonlinear), Shaped(shape), x, rule=rule, sampler=sampler)
+
+
+@pytest.mark.parametrize("columns", [(3,), (2, 1), (2, 3, 1)], ids=str)
+def test_members_of_another_shape_are_refused(columns):
+    with pytest.raises(ValueError, match=r"value.members: expected shape .*one row per member"):
+        ask_members(Shaped((3,), columns), noise(3, 2, 2))

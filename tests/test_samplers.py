@@ -419,3 +419,33 @@ def test_samplers_are_immutable_and_keep_the_chunks_dtype(sampler):
     for dtype in (torch.float32, torch.float64):
         out = qsteer.sample(BASE, VALUE, noise(2, 2, 2, dtype=dtype), rule=qsteer.Tweedie(), sampler=sampler)
         assert out.dtype == dtype and out.shape == (2, 2, 2) and not out.requires_grad
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda i: qsteer.BestOfN(2, i),
+        lambda i: qsteer.RandomOfN(2, i),
+        lambda i: qsteer.TrustRegion(inner=i),
+        lambda i: qsteer.BeamSearch(inner=i),
+        qsteer.KeepBest,
+    ],
+)
+@pytest.mark.parametrize("inner", [qsteer.Tweedie(), qsteer.Euler, None], ids=str)
+def test_an_inner_that_makes_no_actions_is_refused_when_it_is_given(make, inner):
+    with as_installed(), pytest.raises(TypeError, match="expected inner to be a sampler such as Euler"):
+        make(inner)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: qsteer.Euler(5.0),
+        lambda: qsteer.BestOfN(2.5),
+        lambda: qsteer.BestOfN(True),
+        lambda: qsteer.BeamSearch(rounds=1.0),
+    ],
+)
+def test_numbers_of_things_are_whole(make):
+    with as_installed(), pytest.raises(TypeError, match=r"expected a whole number, got .*pass an int"):
+        make()

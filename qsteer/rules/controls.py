@@ -1,6 +1,6 @@
 """Baselines, which are known to be worse, and the control arm: what guidance gains without its estimate."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from dataclasses import field as attribute
 
 import torch
@@ -8,8 +8,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from qsteer.clock import Time
-from qsteer.flow import clip_through, denoise
-from qsteer.rules.guidance import EDGE, Ascent, Guidance, gradient
+from qsteer.flow import ask, clip_through, denoise
+from qsteer.rules.guidance import EDGE, Ascent, Estimate, Guidance, gradient
 from qsteer.rules.strength import Strength
 from qsteer.types import Field, Value
 
@@ -37,7 +37,7 @@ class NoisyGradient(Guidance):
             v = field(x, t)
         x = x.requires_grad_()
         a = clip_through(x, self.clip)
-        q = value(a)
+        q = ask(value, a)
         return Ascent(v, gradient(q, x), q, a)
 
 
@@ -49,7 +49,7 @@ class ThroughTime(Guidance):
 
     Args:
         alpha: norm of the guidance relative to the velocity's.
-        steps: K of the whole chain; None: the field's own number.
+        steps: K of the whole chain; None: the sampler's.
     """
 
     alpha: Strength = 0.2
@@ -60,8 +60,21 @@ class ThroughTime(Guidance):
         """``alpha``."""
         return self.alpha
 
+    def begin(self, field: Field, value: Value, steps: int) -> Estimate:
+        """Return :meth:`ascent` along the sampler's own chain."""
+        return (
+            super().begin(field, value, steps)
+            if self.steps
+            else replace(self, steps=steps).begin(field, value, steps)
+        )
+
     def ascent(self, field: Field, value: Value, x: Float[Tensor, "B H A"], t: Time) -> Ascent:
         """Differentiate the value of the chain's end with respect to x."""
+        if isinstance(t, Tensor) and t.unique().numel() > 1:
+            raise ValueError(
+                "ThroughTime: expected rows at one time, whose chain ends together, got several; ask for "
+                "each time apart"
+            )
         now = float(t[0]) if isinstance(t, Tensor) else t
         rest = [(s, dt) for s, dt in field.clock.grid(self.steps) if s >= now - EDGE]
         if not rest or rest[0][0] > now + EDGE:
@@ -75,7 +88,7 @@ class ThroughTime(Guidance):
         for s, dt in rest[1:]:
             a = a + dt * field(a, s)
         a = clip_through(a, self.clip)
-        q = value(a)
+        q = ask(value, a)
         return Ascent(v, gradient(q, x), q, a)
 
 

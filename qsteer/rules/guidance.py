@@ -1,6 +1,8 @@
 """What every guidance rule is made of: an estimate of the ascent, a strength, a window; a steered field."""
 
 import math
+import os
+import warnings
 from abc import abstractmethod
 from collections.abc import Callable
 from dataclasses import KW_ONLY, dataclass, replace
@@ -11,9 +13,9 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from qsteer.checks import check_bounds
+from qsteer.checks import check_bounds, unwrap_numbers
 from qsteer.clock import PAPER, Clock, Time
-from qsteer.flow import clip_actions, denoise, expand_time, factor, finite_rows, hypot, norm
+from qsteer.flow import ask, ask_members, clip_actions, denoise, expand_time, factor, finite_rows, hypot, norm
 from qsteer.rules.strength import Auto, Scaling, Strength, improvements, scale
 from qsteer.trace import Step, find_recorder, report_fallbacks, report_gated
 from qsteer.types import Bounds, Field, Rule, Value
@@ -78,6 +80,7 @@ class Guidance(Rule):
 
     def __post_init__(self) -> None:
         """Check the arguments."""
+        unwrap_numbers(self)
         if self.scaling not in get_args(Scaling):
             raise ValueError(f"scaling: expected one of {', '.join(get_args(Scaling))}, got {self.scaling!r}")
         if not 0.0 <= self.start <= self.stop <= 1.0:
@@ -132,8 +135,11 @@ class Guidance(Rule):
         """Return a rule that is bound, for ``k`` rows per observation."""
         return self
 
-    def begin(self, field: Field, value: Value) -> Estimate:
-        """Return :meth:`ascent` for one chain; a rule that remembers something of a chain keeps it here."""
+    def begin(self, field: Field, value: Value, steps: int) -> Estimate:
+        """Return :meth:`ascent` for one chain of so many Euler steps.
+
+        A rule that remembers something of a chain, or looks ahead along it, overrides this.
+        """
         return partial(self.ascent, field, value)
 
     def __call__(self, field: Field, value: Value) -> Field:
@@ -252,7 +258,7 @@ class Steered(Field):
         if (steps := find_recorder()) is None:
             return
         v_norm, g_norm = norms
-        members = self.value.members(found.action).detach()
+        members = ask_members(self.value, found.action).detach()
         stats = norm(push) / v_norm, g_norm, members.mean(0), members.std(0, unbiased=False)
         nan = torch.full_like(found.value, torch.nan)
         steps.append(Step(t, *(torch.where(guided, s, nan) for s in stats)))
@@ -264,7 +270,7 @@ class Steered(Field):
     @cached_property
     def estimate(self) -> Estimate:
         """The rule's estimate of the ascent, and whatever it remembers of this chain."""
-        return self.rule.begin(self.field, self.value)
+        return self.rule.begin(self.field, self.value, self.clock.steps)
 
     def negated(self) -> "Steered":
         """Return the field steered in the opposite direction."""
@@ -275,8 +281,20 @@ class Steered(Field):
         return replace(self, limit=limit)
 
     def chain(self, steps: int | None) -> "Steered":
-        """Return the steered field for one chain of ``steps`` steps; what a rule remembers begins anew."""
-        return replace(self, steps=self.steps if steps is None else steps)
+        """Return the steered field for one chain of ``steps`` steps; what a rule remembers begins anew.
+
+        Warns once for each rule and number of steps if it guides none of them.
+        """
+        chain = replace(self, steps=self.steps if steps is None else steps)
+        if not any(self.rule.guides(t, chain.clock.steps) for t, _ in chain.clock.grid()):
+            warnings.warn(
+                f"{type(self.rule).__name__}: expected at least one guided step, got none of "
+                f"{chain.clock.steps}: the policy acts unsteered; widen start, stop and every, or take more "
+                "steps (t = 0 is left alone, except by QGF)",
+                RuntimeWarning,
+                skip_file_prefixes=(os.path.dirname(os.path.dirname(__file__)),),
+            )
+        return chain
 
     def repeat(self, k: int) -> "Steered":
         """Return the steered field for ``k`` rows per observation; nothing is encoded again."""
@@ -306,13 +324,14 @@ class Steered(Field):
 
 def gradient(q: Float[Tensor, "B"], x: Float[Tensor, "B H A"]) -> Float[Tensor, "B H A"]:
     """Return the gradient of each row's value with respect to its row of x, and to nothing else."""
-    if not q.requires_grad:
+    found = torch.autograd.grad(q.sum(), x, allow_unused=True)[0] if q.requires_grad else None
+    if found is None:
         raise ValueError(
             "value: expected a score that is differentiable in the action, got one without a gradient; "
             "compute it in torch without detach() or no_grad(), or "
             "select with qsteer.BestOfN, which needs no gradient"
         )
-    return torch.autograd.grad(q.sum(), x)[0]
+    return found
 
 
 def at_denoised(
@@ -320,5 +339,5 @@ def at_denoised(
 ) -> tuple[Float[Tensor, "B"], Float[Tensor, "B H A"], Float[Tensor, "B H A"]]:
     """Return the value of the denoised action, that action, and the value's gradient in it."""
     a = clip_actions(denoise(x, v, t), bounds).detach().requires_grad_()
-    q = value(a)
+    q = ask(value, a)
     return q, a, gradient(q, a)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from qsteer.checks import check_function
 from qsteer.clock import Time
-from qsteer.flow import FunctionPosterior, clip_through, factor
+from qsteer.flow import FunctionPosterior, ask, clip_through, factor
 from qsteer.maps.meta import MetaFlowMap
 from qsteer.rules.guidance import Ascent, Guidance, gradient
 from qsteer.rules.strength import EPS, Strength
@@ -124,8 +124,10 @@ class GradientFreePosterior(PosteriorGuidance):
         """Compare the weighted with the plain mean of the samples."""
         with torch.no_grad():
             v, x1 = self.draw(field, x, t)
-            q = values(value, x1)
-            weights = self.tilt(q).softmax(0) - 1 / len(q)
+            q = values(value, x1).to(
+                torch.promote_types(x1.dtype, torch.float32)
+            )  # counts of a rule of thumb
+            weights = (self.tilt(q).softmax(0) - 1 / len(q)).to(x1.dtype)
             # from sample 0: samples that agree move nothing, not even by rounding, which scaling amplifies
             moved = (weights[:, :, None, None] * (x1 - x1[0])).sum(0)
             return Ascent(v, factor(t, x) * moved / factor((1 - t) ** 2, x), q.mean(0), x1.mean(0))
@@ -133,5 +135,5 @@ class GradientFreePosterior(PosteriorGuidance):
 
 def values(value: Value, x1: Float[Tensor, "N B H A"]) -> Float[Tensor, "N B"]:
     """Return the value of N actions per observation, in one call."""
-    q = value.repeat(len(x1))(rearrange(x1, "n b h a -> (b n) h a"))
+    q = ask(value.repeat(len(x1)), rearrange(x1, "n b h a -> (b n) h a"))
     return rearrange(q, "(b n) -> n b", n=len(x1))

@@ -8,8 +8,9 @@ from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor
 
+from qsteer.checks import unwrap_numbers
 from qsteer.clock import Time
-from qsteer.flow import clamp_time, clip_actions
+from qsteer.flow import ask_members, clamp_time, clip_actions
 from qsteer.types import Bounds, Value
 
 Scaling = Literal["match_norm", "raw", "clip_norm", "sigma"]
@@ -90,6 +91,7 @@ class Auto:
 
     def __post_init__(self) -> None:
         """Check the arguments."""
+        unwrap_numbers(self)
         if not (
             0.0 <= self.caution < float("inf") and 0.0 < self.largest < float("inf") and self.trust > 0.0
         ):
@@ -133,6 +135,6 @@ type Strength = float | Literal["auto"] | Auto
 @torch.no_grad()
 def improvements(value: Value, a: Float[Tensor, "K B H A"]) -> Float[Tensor, "J K B"]:
     """Return by how much each member prefers each of K actions to the first, in one call."""
-    q = value.repeat(len(a)).members(rearrange(a, "k b h a -> (b k) h a"))
+    q = ask_members(value.repeat(len(a)), rearrange(a, "k b h a -> (b k) h a"))
     q = rearrange(q, "j (b k) -> j k b", k=len(a))
     return q - q[:, :1]

@@ -10,7 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from qsteer.clock import Time
-from qsteer.flow import clip_through, denoise, expand_time, factor, repeat_time
+from qsteer.flow import ask, clip_through, denoise, expand_time, factor, repeat_time
 from qsteer.rules.guidance import Ascent, Estimate, Guidance, at_denoised, gradient
 from qsteer.rules.strength import EPS, Strength
 from qsteer.types import Field, Value
@@ -60,7 +60,7 @@ class Tweedie(Guidance):
         v = (field if self.layers is None else field.truncated(self.layers))(x, t)
         warn_if_constant(v)
         a = clip_through(denoise(x, v, t), self.clip)
-        q = value(a)
+        q = ask(value, a)
         in_action = gradient(q, a)
         return Ascent(v, torch.autograd.grad(a, x, in_action)[0], q, a, in_action)
 
@@ -125,10 +125,10 @@ class ForwardTweedie(Guidance):
             there = field(x + factor(h, x) * g, t)
             return Ascent(v, g + factor(expand_time(1 - t, x) / h, x) * (there - v), q, a, g)
 
-    def begin(self, field: Field, value: Value) -> Estimate:
+    def begin(self, field: Field, value: Value, steps: int) -> Estimate:
         """Return :meth:`ascent`; with ``stale``, one that keeps the chain's last gradient as direction."""
         if not self.stale:
-            return super().begin(field, value)
+            return super().begin(field, value, steps)
         last: Tensor | None = None
 
         def estimate(x: Tensor, t: Time) -> Ascent:

@@ -1,6 +1,10 @@
 """What :func:`qsteer.steer` and :func:`qsteer.open_action` refuse."""
 
+import os
+import warnings
 from typing import Any, NamedTuple
+
+from torch import nn
 
 from qsteer.hosts import Host, parameters_of
 from qsteer.samplers import Euler
@@ -46,6 +50,18 @@ def check_rtc(policy: Any, host: Host) -> None:
         raise RuntimeError(
             "policy: expected real-time chunking to be off, got it enabled; both guide the same velocity and "
             "one of them would be lost: set policy.config.rtc_config.enabled = False, or remove the steering"
+        )
+
+
+def warn_of_dropout(policy: Any) -> None:
+    """Warn of a policy that drops units out: each velocity is another network's."""
+    modules = policy.modules() if isinstance(policy, nn.Module) else ()
+    if any(isinstance(m, nn.modules.dropout._DropoutNd) and m.training and m.p > 0 for m in modules):
+        warnings.warn(
+            "policy: expected one in eval mode, got dropout in training mode, which makes the Jacobian and "
+            "every finite difference random; call policy.eval()",
+            RuntimeWarning,
+            skip_file_prefixes=(os.path.dirname(os.path.dirname(__file__)),),
         )
 
 

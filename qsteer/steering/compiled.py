@@ -10,7 +10,7 @@ Without a graph (``"static"``) the same code runs eagerly, on any device: the re
 
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from copy import copy, deepcopy
 from dataclasses import fields, is_dataclass, replace
@@ -52,20 +52,29 @@ class Compiled:
 
     Args:
         mode: ``graph``: replay a CUDA graph; ``static``: run the same code on the same buffers eagerly.
-        prepare: returns the same field with what does not change between steps computed once.
+        make_prepare: returns what makes of a field the same with all that does not change between steps
+            computed once; called anew when the weights have changed.
+        weights: of the policy.
         device: where the policy is; for a graph, on CUDA.
     """
 
     def __init__(
-        self, mode: Mode, prepare: Callable[[Any], Field], device: torch.device | None = None
+        self,
+        mode: Mode,
+        make_prepare: Callable[[], Callable[[Any], Field]],
+        weights: Sequence[Tensor] = (),
+        device: torch.device | None = None,
     ) -> None:
-        self.mode, self.prepare, self.device, self._turn = mode, prepare, device, threading.Lock()
+        self.mode, self.make_prepare, self.weights, self.device = mode, make_prepare, weights, device
+        self._prepare: Callable[[Any], Field] | None = None
+        self._versions, self._turn = versions_of(weights), threading.Lock()
         self._runs: OrderedDict[Hashable, Run] = OrderedDict()
         self._beside: dict[Any, torch.cuda.Stream] = {}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Compiled":
         """Return one that has captured nothing: what was captured runs on this one's networks."""
-        return Compiled(self.mode, deepcopy(self.prepare, memo), self.device)
+        make, weights = deepcopy((self.make_prepare, self.weights), memo)
+        return Compiled(self.mode, make, weights, self.device)
 
     @property
     def streams(self) -> tuple[torch.cuda.Stream, torch.cuda.Stream]:
@@ -92,7 +101,7 @@ class Compiled:
             MismatchError: the two fields differ, or a graph does not do what was captured.
         """
         tensors: list[Tensor] = []
-        prepared = self.prepare(field)
+        prepared = self.prepare()(field)
         inputs = prepared, value, noise
         kind = signature(inputs, tensors), id(rule), id(sampler), trace.steps, autocast(noise.device)
         with self._turn, self._in_order(noise.device):
@@ -101,6 +110,14 @@ class Compiled:
                 self._runs[kind] = self._new(inputs, rule, sampler, trace.steps)
             self._runs.move_to_end(kind)
             return self._runs[kind](tensors, trace)
+
+    def prepare(self) -> Callable[[Any], Field]:
+        """Return what prepares a field; made anew if the policy's weights have changed since."""
+        with self._turn:
+            if self._prepare is None or versions_of(self.weights) != self._versions:
+                self._prepare, self._versions = self.make_prepare(), versions_of(self.weights)
+                self._runs.clear()
+            return self._prepare
 
     def _new(
         self, inputs: tuple[Field, Value, Tensor], rule: Rule | None, sampler: Sampler, steps: bool
@@ -119,9 +136,11 @@ class Compiled:
         stream = torch.cuda.current_stream(device) if device.type == "cuda" else None
         if stream is not None:
             stream.wait_event(self._done)
-        yield
-        if stream is not None:
-            stream.record_event(self._done)
+        try:
+            yield
+        finally:
+            if stream is not None:
+                stream.record_event(self._done)
 
     @cached_property
     def _done(self) -> torch.cuda.Event:
@@ -224,6 +243,11 @@ class GraphRun(Run):
         check_alike("the graph's action", self.action, eager, self.buffers)
 
 
+def versions_of(weights: Sequence[Tensor]) -> list[int]:
+    """Return how often each tensor has been changed in place."""
+    return [weight._version for weight in weights]
+
+
 def signature(tree: Any, tensors: list[Tensor]) -> Hashable:
     """Append all tensors of a tree to ``tensors``; return everything else about it.
 
@@ -242,7 +266,7 @@ def signature(tree: Any, tensors: list[Tensor]) -> Hashable:
             return type(tree), *(signature(part, tensors) for part in tree)
     if is_dataclass(tree) and not isinstance(tree, type):
         return type(tree), *(signature(getattr(tree, f.name), tensors) for f in fields(tree) if f.init)
-    return tree if isinstance(tree, Hashable) else id(tree)
+    return (type(tree), tree) if isinstance(tree, Hashable) else id(tree)  # 1, 1.0 and True are equal
 
 
 def tensors_in(tree: Any) -> list[Tensor]:

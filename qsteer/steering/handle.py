@@ -2,12 +2,14 @@
 
 from collections.abc import Callable
 from dataclasses import is_dataclass
+from functools import partial
 from types import EllipsisType
 from typing import Any, get_args
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from qsteer.adapters import host_of
 from qsteer.flow import normal
@@ -21,11 +23,15 @@ from qsteer.steering.checks import (
     checked_sampler,
     read_inputs,
     read_sizes,
+    warn_of_dropout,
 )
 from qsteer.steering.compiled import Compiled, Mode
 from qsteer.steering.opening import Executed, Interception, bind_critic, interception_of
 from qsteer.trace import Trace
 from qsteer.types import Bindable, Rule, Sampler, Value
+
+_frozen_by = WeakTensorKeyDictionary()
+"""How many handles keep a parameter frozen: two policies may share a module."""
 
 
 class Handle(Interception):
@@ -54,9 +60,10 @@ class Handle(Interception):
     ) -> None:
         self.critic, self.rule, self.sampler = critic, rule, sampler
         self.critic_inputs, self.trace, self._compiled = critic_inputs, trace, compiled
-        self._frozen = [parameter for parameter in parameters_of(policy) if parameter.requires_grad]
+        self._frozen = [p for p in parameters_of(policy) if p.requires_grad or p in _frozen_by]
         super().__init__(policy, host)
         for parameter in self._frozen:
+            _frozen_by[parameter] = _frozen_by.get(parameter, 0) + 1
             parameter.requires_grad_(False)
 
     def __repr__(self) -> str:
@@ -74,7 +81,11 @@ class Handle(Interception):
         """Restore the policy exactly; removing twice does nothing."""
         self._restore()
         for parameter in self._frozen:
-            parameter.requires_grad_(True)
+            others = _frozen_by.pop(parameter, 1) - 1
+            if others:
+                _frozen_by[parameter] = others
+            else:
+                parameter.requires_grad_(True)
         self._frozen = []
 
     def swap(
@@ -83,6 +94,7 @@ class Handle(Interception):
         rule: Rule | EllipsisType | None = ...,
         sampler: Sampler | EllipsisType | None = ...,
         critic: Bindable | EllipsisType = ...,
+        critic_inputs: Callable[[Any], Any] | EllipsisType | None = ...,
     ) -> None:
         """Change the method from the next action on; what is not named stays.
 
@@ -90,6 +102,7 @@ class Handle(Interception):
             rule: the new rule; None: no rule.
             sampler: the new sampler; None: the host's own Euler chain.
             critic: the new critic.
+            critic_inputs: turns the host's batch into what the critic is bound to; None: nothing does.
 
         Raises:
             TypeError, ValueError: as for :func:`steer`; nothing is changed then.
@@ -101,6 +114,8 @@ class Handle(Interception):
         if critic is not ...:
             check_critic(critic, self.policy, self.host)
             self.critic = critic
+        if critic_inputs is not ...:
+            self.critic_inputs = critic_inputs
         self.rule, self.sampler = new_rule, new_sampler
 
     def _act(self, batch: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Float[Tensor, "B H A"]:
@@ -180,11 +195,11 @@ def steer(
             as one CUDA graph, and the critic encodes its observation beside the prefix on a second stream
             (unless it sees the policy's features); ``"static"`` runs the same code eagerly on any device:
             keys and values are not copied at each step, what depends on the time alone is tabulated,
-            candidates share one prefix. The policy's weights must not change meanwhile; the critic's may, in
-            place. A new kind of action (shapes, rule, sampler, critic) is captured and checked when it first
-            comes. All that depends on the observation must be in tensors of the value that ``critic.bind``
-            returns, a frozen dataclass such as ``qsteer.value(fn, context=obs)``, with the same ``fn`` each
-            time. None: the host's own step, bit for bit.
+            candidates share one prefix. Weights may change in place, the critic's at no cost; the policy's
+            are prepared anew. A new kind of action (shapes, rule, sampler, critic) is captured and checked
+            when it first comes. All that depends on the observation must be in tensors of the value that
+            ``critic.bind`` returns, a frozen dataclass such as ``qsteer.value(fn, context=obs)``, with the
+            same ``fn`` each time. None: the host's own step, bit for bit.
 
     Returns:
         The handle that changes the method or takes it away; also a context manager.
@@ -219,6 +234,7 @@ def steer(
     check_methods(policy, host)
     check_rtc(policy, host)
     check_critic(critic, policy, host)
+    warn_of_dropout(policy)
     compiled = checked_compile(compile, policy, host)
     return Handle(policy, host, critic, rule, sampler, critic_inputs, Trace(steps=trace), compiled)
 
@@ -253,4 +269,7 @@ def checked_compile(mode: Mode | None, policy: Any, host: Host) -> Compiled | No
             f"compile: expected a policy on one CUDA device for 'graph', got {got}; use compile='static' or "
             "none"
         )
-    return Compiled(mode, host.prepare(policy), next(iter(devices), None))
+    make = partial(host.prepare, policy)
+    compiled = Compiled(mode, make, parameters_of(policy), next(iter(devices), None))
+    compiled.prepare()  # a policy that cannot be prepared is refused here
+    return compiled

@@ -16,6 +16,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
+from types import MethodType
 from typing import Any, NamedTuple, NoReturn
 
 import torch
@@ -48,6 +49,8 @@ class Call(NamedTuple):
     by: "Interception"
     act: Callable[[Any, tuple[Any, ...], dict[str, Any]], Tensor]
     batch: Any
+    entered: list[bool]
+    """Not empty once the entry has been called."""
     encoding: bool = False
     """Whether the entry's own code runs, to be interrupted at its first step."""
 
@@ -77,9 +80,11 @@ class Interception(ABC):
         self.policy, self.host = policy, host
         self._replaced: list[tuple[Any, str, Any]] = []
         for path, method in ((host.entry, self._entry), (host.step, self._step), (host.batch, self._batch)):
-            owner, name = host.site(policy, path)
-            self._replaced.append((owner, name, vars(owner).get(name)))
-            setattr(owner, name, method)
+            if path == host.entry == host.batch and method != self._batch:
+                continue  # one method that is given the batch and integrates
+            for owner, name in places_of(policy, host, path):
+                self._replaced.append((owner, name, vars(owner).get(name)))
+                setattr(owner, name, method)
 
     @abstractmethod
     def _act(self, batch: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Float[Tensor, "B H A"]:
@@ -98,7 +103,7 @@ class Interception(ABC):
     ) -> tuple[HostField, Float[Tensor, "B H A"]]:
         """Encode the observation by the host's own entry, given its arguments; return velocity and noise."""
         entry, step = (self.host.own(self.policy, path) for path in (self.host.entry, self.host.step))
-        token = _call.set(Call(self, self._act, None, encoding=True))
+        token = _call.set(Call(self, self._act, None, [], encoding=True))
         try:
             entry(*args, **kwargs)
         except _Interruption as first_step:
@@ -129,22 +134,31 @@ class Interception(ABC):
             self._run(stop, batch)
         except _Interruption as opened:
             return opened.content
-        raise RuntimeError(
-            f"{self.host.batch}: expected it to call {self.host.entry}, got a result without a call; correct "
-            "the Host record"
-        )
+        raise AssertionError("unreachable: a batch method without its entry has been refused")
 
-    def _run(self, act: Callable[..., Tensor], batch: Any, *args: Any, **kwargs: Any) -> Any:
+    def _run(self, act: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Any:
         """Run the class's own batch method, with ``act`` in the entry's place."""
-        token = _call.set(Call(self, act, batch))
+        own = self.host.own(self.policy, self.host.batch)
+        batch = next(iter(inspect.signature(own).bind(*args, **kwargs).arguments.values()))
+        call = Call(self, act, batch, [])
+        token = _call.set(call)
         try:
-            return self.host.own(self.policy, self.host.batch)(batch, *args, **kwargs)
+            if self.host.batch == self.host.entry:
+                return self._entry(*args, **kwargs)
+            result = own(*args, **kwargs)
         finally:
             _call.reset(token)
+        if not call.entered:
+            raise RuntimeError(
+                f"{self.host.batch}: expected it to call {self.host.entry}, got a result without a call, "
+                "which nothing has steered; correct the Host record, or let the policy look the method "
+                "up when it acts"
+            )
+        return result
 
-    def _batch(self, batch: Any, *args: Any, **kwargs: Any) -> Any:
+    def _batch(self, *args: Any, **kwargs: Any) -> Any:
         """Stand in for the host's batch method: remember the batch while the class's own runs."""
-        return self._run(self._act, batch, *args, **kwargs)
+        return self._run(self._act, *args, **kwargs)
 
     def _step(self, *args: Any, **kwargs: Any) -> Any:
         """Stand in for the host's step: interrupt the entry that waits for it, else run the class's own."""
@@ -162,6 +176,7 @@ class Interception(ABC):
                 f"{self.host.entry}: expected a call by {self.host.batch}, which has the critic's batch, "
                 f"got a direct one; call policy.{self.host.batch}(batch), or remove the handle first"
             )
+        call.entered.append(True)
         return call.act(call.batch, args, kwargs)
 
 
@@ -232,6 +247,22 @@ def open_action(
     with acting(critic), outside_inference_mode():
         value = bind_critic(critic, batch, critic_inputs, field)
         return Opened(field, Executed.of(value, noise, *read_sizes(critic, policy, host)), noise)
+
+
+def places_of(policy: Any, host: Host, path: str) -> list[tuple[Any, str]]:
+    """Return where an instance is asked for a method: its owner, and what was bound when it was constructed.
+
+    A policy may keep a bound method (``self._sample = model.sample_actions``, as openpi's does).
+    """
+    owner, name = host.site(policy, path)
+    own = getattr(type(owner), name)
+    kept = [
+        (holder, attribute)
+        for holder in {id(policy): policy, id(owner): owner}.values()
+        for attribute, held in vars(holder).items()
+        if isinstance(held, MethodType) and held.__self__ is owner and held.__func__ is own
+    ]
+    return [(owner, name), *(place for place in kept if place[0] is not owner or place[1] != name)]
 
 
 def interception_of(policy: Any, host: Host) -> Interception | None:

@@ -51,13 +51,33 @@ def test_through_time_is_tweedie_at_the_last_step():
     )
 
 
+@pytest.mark.parametrize("steps", [4, 5, 15])
+def test_through_time_follows_the_samplers_own_chain(steps):
+    x, sampler = noise(2, 2, 2), qsteer.Euler(steps)
+    outs = [
+        qsteer.sample(BASE, VALUE, x, rule=qsteer.ThroughTime(steps=given), sampler=sampler)
+        for given in (None, steps)
+    ]
+    assert torch.equal(*outs)
+
+
+def test_through_time_refuses_rows_at_several_times():
+    steered = qsteer.ThroughTime()(BASE, VALUE)
+    with pytest.raises(ValueError, match=r"expected rows at one time.*got several"):
+        steered(noise(2, 2, 2), torch.tensor([0.1, 0.2], dtype=DOUBLE))
+
+
 @pytest.mark.parametrize("steps", [4, 8, 15, 20])
 def test_through_time_refuses_a_chain_of_another_number_of_steps(steps):
     with pytest.raises(
         ValueError, match=r"chain's own number of steps.*give ThroughTime\(steps=...\) the sampler's"
     ):
         qsteer.sample(
-            BASE, VALUE, noise(1, 2, 2), rule=qsteer.ThroughTime(stop=0.8), sampler=qsteer.Euler(steps)
+            BASE,
+            VALUE,
+            noise(1, 2, 2),
+            rule=qsteer.ThroughTime(stop=0.8, steps=10),
+            sampler=qsteer.Euler(steps),
         )
 
 

@@ -165,3 +165,30 @@ def test_any_number_is_a_time(t):
     x, steered = noise(3, 2, 2), qsteer.Tweedie(0.3)(BASE, VALUE)
     with as_installed(), torch.no_grad():
         assert torch.equal(steered(x, t), steered(x, float(t)))
+
+
+@pytest.mark.parametrize(
+    ("rule", "steps"),
+    [(qsteer.Tweedie(0.3), 1), (qsteer.Tweedie(0.3, start=0.95), 10), (qsteer.QGF(start=0.5, stop=0.51), 3)],
+    ids=str,
+)
+def test_a_rule_that_guides_no_step_of_the_chain_says_so(rule, steps):
+    with pytest.warns(RuntimeWarning, match=f"expected at least one guided step, got none of {steps}"):
+        qsteer.sample(BASE, VALUE, noise(1, 2, 2), rule=rule, sampler=qsteer.Euler(steps))
+
+
+@pytest.mark.parametrize("number", [np.float32(0.25), np.float64(0.25), torch.tensor(0.25)], ids=repr)
+def test_numpy_numbers_and_scalar_tensors_are_numbers(number):
+    with as_installed():
+        rule = qsteer.Tweedie(number)
+        assert rule == qsteer.Tweedie(0.25) and isinstance(rule.alpha, float)
+        assert qsteer.QGF(weight=number) == qsteer.QGF(0.25)
+        assert qsteer.TrustRegion(eta=number) == qsteer.TrustRegion(eta=0.25)
+        assert qsteer.BestOfN(np.int64(3)) == qsteer.BestOfN(3)
+
+
+def test_a_critic_that_detaches_the_action_is_named():
+    weight = torch.ones((), dtype=DOUBLE, requires_grad=True)
+    value = qsteer.value(lambda a: weight * a.detach().flatten(1).sum(1))
+    with pytest.raises(ValueError, match="expected a score that is differentiable in the action"):
+        qsteer.sample(BASE, value, noise(1, 2, 2), rule=qsteer.QGF())

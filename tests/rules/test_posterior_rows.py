@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from fields import BASE, DOUBLE, Ensemble, bumpy, constant, noise, nonlinear, norms, spoiled
+from fields import BASE, DOUBLE, Ensemble, as_installed, bumpy, constant, noise, nonlinear, norms, spoiled
 from guidance_rules import POSTERIORS, by_name
 from small_maps import untrained
 
@@ -131,3 +131,14 @@ def test_a_posterior_that_wants_to_be_bound_is_no_plain_function():
 
     with pytest.raises(TypeError, match=r"posterior: expected a function .*subclass qsteer.types.Post"):
         qsteer.Posterior(Own())
+
+
+@pytest.mark.parametrize("kind", [torch.int64, torch.float32, torch.bfloat16])
+def test_scores_of_any_type_weigh_actions_of_any_type(kind):
+    """A rule of thumb counts; a critic is float32 beside a policy in bfloat16."""
+    field = qsteer.field(lambda x, t: -x)
+    value = qsteer.value(lambda a: (10 * a).flatten(1).sum(1).to(kind))
+    rule = qsteer.GradientFreePosterior(GlassPosterior(), 0.3)
+    x = noise(2, 2, 2).to(torch.bfloat16)
+    with as_installed():
+        assert qsteer.sample(field, value, x, rule=rule).dtype == torch.bfloat16

@@ -318,3 +318,23 @@ def test_a_residual_flow_map_looks_its_times_up(monkeypatch: pytest.MonkeyPatch)
         evaluated.clear()
         policy.predict_action_chunk(hosts.observe(policy))
     assert evaluated == []
+
+
+def test_changed_weights_of_the_policy_are_seen() -> None:
+    policy = hosts.build("pi05", seed=3)
+    batch, noise = hosts.observe(policy), hosts.draw(policy)
+    with steer(policy, critic(policy), qsteer.QGF(), compile="static"):
+        before = policy.predict_action_chunk(batch, noise=noise)
+        with torch.no_grad():
+            for weight in policy.parameters():
+                weight.mul_(1.05)
+        after = policy.predict_action_chunk(batch, noise=noise)
+    with steer(policy, critic(policy), qsteer.QGF()):
+        eager = policy.predict_action_chunk(batch, noise=noise)
+    torch.testing.assert_close(after, eager, rtol=1e-4, atol=1e-4)
+    assert (after - before).abs().max() > 1e-3
+
+
+def test_kinds_tell_types_apart() -> None:
+    values = [qsteer.value(abs, {"scale": scale}) for scale in (1, 1.0, True)]
+    assert len({signature(value, []) for value in values}) == 3

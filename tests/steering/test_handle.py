@@ -1,7 +1,9 @@
 """A steered policy: what its methods do, at what cost, and that calls and threads are apart."""
 
 import gc
+import pickle
 import weakref
+from dataclasses import replace
 from threading import Barrier, Thread
 from typing import Any
 
@@ -13,6 +15,7 @@ from hosts import STRONG, chunk
 from torch import Tensor, nn
 
 import qsteer
+from qsteer.adapters import Host, PlainPolicy
 from qsteer.steering.handle import steer
 
 
@@ -179,3 +182,116 @@ def test_the_entry_alone_has_no_batch(policy: nn.Module, name: str):
             t, noise = torch.zeros(1), hosts.draw(policy)
             step = policy.denoise_step(noise, t, hosts.observe(policy))
             assert step.shape == noise.shape, "at any other time the step is the host's own"
+
+
+# Shapes that policies come in
+
+
+class Whole(PlainPolicy):
+    """One method is given the batch and integrates."""
+
+    @property
+    def __qsteer_host__(self) -> Host:
+        return replace(super().__qsteer_host__, entry="get_action", batch="get_action")
+
+    def get_action(self, obs: torch.Tensor, noise: torch.Tensor | None = None) -> torch.Tensor:
+        return PlainPolicy.sample_actions(self, obs, noise)
+
+
+class Bound(PlainPolicy):
+    """Bound its entry when it was made, as openpi's policies do."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._sample = self.sample_actions
+
+    def predict_action_chunk(self, obs: torch.Tensor, noise: torch.Tensor | None = None) -> torch.Tensor:
+        return self._sample(obs, noise=noise)
+
+
+class Copied(Bound):
+    """Keeps a function that nothing finds."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        method = self._sample
+        self._sample = lambda *args, **kwargs: method(*args, **kwargs)
+
+
+class Up:
+    def bind(self, obs: Any) -> qsteer.Value:
+        return qsteer.value(lambda a: a.flatten(1).sum(1))
+
+
+def tiny(kind: type[PlainPolicy]) -> PlainPolicy:
+    return kind(lambda x, t, obs: torch.sin(x) + obs[:, None], horizon=3, action_dim=2)
+
+
+@pytest.mark.parametrize("kind", [Whole, Bound])
+def test_an_entry_that_is_the_batch_method_or_was_bound_before_is_steered_and_given_back(kind):
+    policy, plain = tiny(kind), tiny(PlainPolicy)
+    name = "get_action" if kind is Whole else "predict_action_chunk"
+    obs, noise, before = torch.ones(1, 2), torch.randn(1, 3, 2), dict(vars(policy))
+    base = getattr(policy, name)(obs, noise=noise)
+    with qsteer.steer(policy, Up(), STRONG), qsteer.steer(plain, Up(), STRONG):
+        act = getattr(policy, name)
+        assert torch.equal(act(obs, noise=noise), plain.predict_action_chunk(obs, noise=noise))
+        assert not torch.equal(act(obs, noise=noise), base)
+    assert vars(policy) == before
+    assert torch.equal(getattr(policy, name)(obs, noise=noise), base)
+
+
+def test_a_result_that_nothing_has_steered_is_an_error():
+    policy = tiny(Copied)
+    with qsteer.steer(policy, Up(), STRONG):
+        with pytest.raises(RuntimeError, match=r"predict_action_chunk: expected it to call sample_actions"):
+            policy.predict_action_chunk(torch.ones(1, 2))
+    assert policy.predict_action_chunk(torch.ones(1, 2)).shape == (1, 3, 2)
+
+
+def test_a_batch_may_be_given_by_its_name():
+    policy, noise = tiny(PlainPolicy), torch.randn(1, 3, 2)
+    with qsteer.steer(policy, Up(), STRONG):
+        by_name = policy.predict_action_chunk(obs=torch.ones(1, 2), noise=noise)
+        assert torch.equal(by_name, policy.predict_action_chunk(torch.ones(1, 2), noise))
+
+
+def test_policies_that_share_a_module_are_frozen_until_both_are_removed():
+    shared = nn.Linear(2, 2)
+    first, second = (PlainPolicy(shared, horizon=3, action_dim=2) for _ in range(2))
+    handles = [qsteer.steer(policy, Up(), STRONG) for policy in (first, second)]
+    handles[0].remove()
+    assert not shared.weight.requires_grad
+    handles[1].remove()
+    assert shared.weight.requires_grad
+
+
+def test_a_steered_plain_policy_can_be_pickled():
+    policy = PlainPolicy(nn.Linear(2, 2), horizon=3, action_dim=2)
+    with qsteer.steer(policy, hosts.Target(), STRONG):
+        other = pickle.loads(pickle.dumps(policy))
+    assert torch.equal(other.velocity.weight, policy.velocity.weight)
+
+
+def test_dropout_in_training_mode_is_warned_of():
+    policy = PlainPolicy(nn.Dropout(0.5), horizon=3, action_dim=2)
+    with pytest.warns(RuntimeWarning, match=r"expected one in eval mode.*policy.eval\(\)"):
+        qsteer.steer(policy, Up()).remove()
+    policy.eval()
+    qsteer.steer(policy, Up()).remove()
+
+
+def test_swap_takes_critic_inputs():
+    policy, seen = tiny(PlainPolicy), []
+
+    class Seeing(Up):
+        def bind(self, obs: Any) -> qsteer.Value:
+            seen.append(obs)
+            return super().bind(obs)
+
+    with qsteer.steer(policy, Seeing(), STRONG) as handle:
+        handle.swap(critic_inputs=lambda obs: "translated")
+        policy.predict_action_chunk(torch.ones(1, 2))
+        handle.swap(critic_inputs=None)
+        policy.predict_action_chunk(torch.ones(1, 2))
+    assert seen[0] == "translated" and torch.equal(seen[1], torch.ones(1, 2))
