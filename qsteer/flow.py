@@ -77,8 +77,8 @@ def clip_actions(a: Tensor, bounds: Bounds) -> Tensor:
 
 
 def norm(x: Float[Tensor, "B H A"]) -> Float[Tensor, "B"]:
-    """Return the norm of each row."""
-    return x.flatten(1).norm(dim=1)
+    """Return the norm of each row, in single precision or better: squares leave the range of halves."""
+    return x.to(torch.promote_types(x.dtype, torch.float32)).flatten(1).norm(dim=1)
 
 
 @dataclass(frozen=True)

@@ -74,14 +74,15 @@ class Trace:
     def arrays(self) -> dict[str, np.ndarray]:
         """Return ``t`` (K,) and ``strength, gradient_norm, value, value_std`` (N, K).
 
-        N rows of actions, K guided steps. Actions guided at other times than the last one (a rule was
-        swapped) are left out.
+        N rows of chains, K guided steps. Chains guided at other times than the first one of the last action
+        (a rule was swapped; the completions of a beam) are left out.
         """
         names = ("strength", "gradient_norm", "value", "value_std")
         if not self.actions:
             return {"t": np.zeros(0), **{name: np.zeros((0, 0)) for name in names}}
-        times = [first_time(step.t) for step in self.actions[-1]]
-        alike = [a for a in self.actions if [first_time(step.t) for step in a] == times]
+        times = [first_time(step.t) for step in split_chains(self.actions[-1])[0]]
+        chains = [chain for action in self.actions for chain in split_chains(action)]
+        alike = [chain for chain in chains if [first_time(step.t) for step in chain] == times]
         columns = {name: [torch.stack([getattr(s, name) for s in a], 1) for a in alike] for name in names}
         return {
             "t": np.array(times, dtype=np.float32),
@@ -191,6 +192,17 @@ def find_recorder() -> list[Step] | None:
     """Return the list to append guided steps to; None: no trace has asked for them."""
     action = _recording.get()
     return action.steps if action is not None and action.wanted else None
+
+
+def split_chains(action: list[Step]) -> list[list[Step]]:
+    """Return the steps of each chain of an action: one begins where time goes back, or has other rows."""
+    chains: list[list[Step]] = []
+    for step in action:
+        last = chains[-1][-1] if chains else None
+        if last is None or len(last.value) != len(step.value) or first_time(step.t) <= first_time(last.t):
+            chains.append([])
+        chains[-1].append(step)
+    return chains
 
 
 def first_time(t: Time) -> float:

@@ -449,3 +449,17 @@ def test_an_inner_that_makes_no_actions_is_refused_when_it_is_given(make, inner)
 def test_numbers_of_things_are_whole(make):
     with as_installed(), pytest.raises(TypeError, match=r"expected a whole number, got .*pass an int"):
         make()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize(
+    "sampler",
+    [qsteer.TrustRegion(0.3), qsteer.TrustRegion(0.3, beta=0.5), qsteer.BeamSearch(1, 1, rounds=0, eta=0.3)],
+    ids=str,
+)
+def test_a_finished_action_moves_by_eta_in_every_number_format(dtype, sampler):
+    x, trace = torch.zeros(2, 2, 2, dtype=dtype), qsteer.Trace(steps=False)
+    field, value = qsteer.field(lambda x, t: torch.zeros_like(x)), qsteer.value(total)
+    out = qsteer.sample(field, value, x, sampler=sampler, trace=trace)
+    assert trace.fallbacks == 0
+    torch.testing.assert_close(norms(out.float()), torch.full((2,), 0.3), rtol=1e-2, atol=0)

@@ -240,3 +240,18 @@ def test_threads_may_share_a_trace():
     assert all(
         len(action) == 9 and len({len(step.value) for step in action}) == 1 for action in trace.actions
     )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    "sampler", [qsteer.BeamSearch(2, 3, 2), qsteer.BestOfN(3), qsteer.KeepBest()], ids=str
+)
+def test_any_sampler_and_number_format_can_be_printed(sampler, dtype):
+    field, trace = qsteer.field(lambda x, t: torch.sin(x) - 0.5), qsteer.Trace()
+    value = qsteer.value(lambda a: a.flatten(1).sum(1))
+    for _ in range(2):
+        x = torch.randn(2, 3, 2).to(dtype)
+        qsteer.sample(field, value, x, rule=qsteer.Tweedie(), sampler=sampler, trace=trace)
+    rows = {qsteer.BeamSearch: 2 * 2 * 2, qsteer.BestOfN: 2 * 2 * 3, qsteer.KeepBest: 2 * 2}[type(sampler)]
+    assert trace.arrays()["strength"].shape == (rows, 9)
+    assert len(str(trace).splitlines()) == 2 + 9

@@ -151,8 +151,9 @@ def fmq_target(
         eta: radius; one, or one per sample (:func:`trust_radius`).
         kappa: keeps a vanishing gradient finite.
     """
-    eta = torch.as_tensor(eta, dtype=grad.dtype, device=grad.device).expand(len(grad))
-    return u_ref + factor(eta / (norm(grad) + kappa), grad) * grad
+    length = norm(grad) + kappa
+    eta = torch.as_tensor(eta, dtype=length.dtype, device=grad.device).expand(len(grad))
+    return u_ref + factor(eta / length, grad) * grad
 
 
 def trust_radius(
@@ -170,6 +171,7 @@ def trust_radius(
         typical: disagreement that counts as 1; None: the batch's mean, as in the paper, where a batch of one
             always shrinks to ``eta / (1 + beta)``.
     """
+    q_members = q_members.to(torch.promote_types(q_members.dtype, torch.float32))
     disagreement = 2**0.5 * q_members.std(0, unbiased=False)
     unit = disagreement.nanmean() if typical is None else typical
     return eta / (1 + beta * disagreement / (unit + 1e-8))

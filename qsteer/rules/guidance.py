@@ -218,7 +218,8 @@ class Steered(Field):
         else:
             slope = torch.where(found.gradient == 0, 0.0, found.gradient * found.action_gradient)
             slope = slope.flatten(1).sum(1).clamp(min=0)
-            deviations = (expand_time(t, x).to(x.dtype) * slope).sqrt() * v_norm / g_norm
+            deviations = (expand_time(t, x).to(x.dtype) * slope).sqrt() * v_norm
+            deviations = deviations / torch.where(g_norm == 0, 1.0, g_norm)  # where it is flat, stay
         return factor(auto.choose(self.value, start, ray, deviations, self.rule.clip), x) * push
 
     def keep_finite(

@@ -349,3 +349,13 @@ def test_auto_is_its_defaults_and_arms_know_it():
 def test_what_cannot_be_chosen_is_refused(make, message):
     with as_installed(), pytest.raises(ValueError, match=message):
         make()
+
+
+def test_where_the_critic_is_flat_nothing_is_pushed_and_nothing_falls_back():
+    """A saturated success critic: its gradients are exactly zero."""
+    trace, x = qsteer.Trace(), noise(4, 2, 2, dtype=torch.float32)
+    value = qsteer.value(lambda a: torch.sigmoid(200 + a.flatten(1).sum(1)))
+    base = qsteer.field(lambda x, t: torch.sin(x))
+    out = qsteer.sample(base, value, x, rule=qsteer.Tweedie("auto"), trace=trace)
+    assert trace.fallbacks == 0 and torch.equal(out, qsteer.sample(base, None, x))
+    assert not trace.arrays()["strength"].any()
