@@ -1,7 +1,10 @@
 """Checks that many settings share; each raises a ValueError that says what was expected and what was got."""
 
 from collections.abc import Collection, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 def check_at_least(owner: object, least: float | int, *names: str) -> None:
@@ -88,6 +91,26 @@ def check_function(name: str, given: Any, example: str, base: str) -> None:
         raise TypeError(
             f"{name}: expected a function or an object such as {example}, got {given!r}; pass an instance, "
             f"and subclass {base} if it is to be bound to the policy"
+        )
+
+
+def check_finite(name: str, values: "Tensor", remedy: str) -> None:
+    """Check that a column of numbers, one row per entry of the first axis, has neither NaN nor infinity.
+
+    Raises:
+        ValueError: it has; the message names the column and the first row.
+
+    Cost: a pass over the column; waits for its device.
+    """
+    bad = ~values.isfinite()
+    if bad.any():
+        rows = bad.reshape(len(bad), -1)
+        row = int(rows.any(1).nonzero()[0, 0])
+        entry = int(rows[row].nonzero()[0, 0])
+        place = f"row {row}" if values.ndim == 1 else f"row {row}, entry {entry}"
+        raise ValueError(
+            f"{name}: expected finite numbers, got {values[row].reshape(-1)[entry].item()} in {place} "
+            f"(first of {int(rows.any(1).sum())} such rows of {len(rows)}); {remedy}"
         )
 
 
