@@ -25,6 +25,9 @@ from qsteer.types import Value
 
 type Batch = Tensor | Mapping[str, Any]  # a state; or a host's batch, of which a critic reads some entries
 
+OVERSHOOT = 0.1
+"""How far resampling may put a pixel beyond [0, 1]."""
+
 CARD = """---
 {{ card_data }}
 ---
@@ -168,6 +171,7 @@ class Critic(HubModule, tags=["qsteer", "robotics", "flow-matching", "critic"], 
         chunk = config.horizon * config.action_dim
         self.net = EnsembleMLP(config.members, config.context, chunk, config.hidden, config.stack)
         self._warned = False
+        self._ranged: set[str] = set()  # views whose range was checked
 
     @staticmethod
     def stacked(critics: Sequence["Critic"]) -> "Critic":
@@ -242,7 +246,8 @@ class Critic(HubModule, tags=["qsteer", "robotics", "flow-matching", "critic"], 
         Raises:
             KeyError: the mapping lacks an input.
             TypeError: it is a tensor, and the critic sees more than a state.
-            ValueError: an input has another shape, or the rows do not fall into equal groups.
+            ValueError: an input has another shape, the rows do not fall into equal groups, or the first image
+                of a view is floating point and plainly not in [0, 1].
         """
         return self.net.encode(self.context(obs, augment=augment))
 
@@ -308,6 +313,15 @@ class Critic(HubModule, tags=["qsteer", "robotics", "flow-matching", "critic"], 
                 f"observation: expected {key!r} as (B, 3, h, w), uint8 or floating point in [0, 1], got "
                 f"{tuple(image.shape)} of {image.dtype}; put channels first: image.permute(0, 3, 1, 2)"
             )
+        if key not in self._ranged and image.dtype != torch.uint8 and not _is_captured(image):
+            self._ranged.add(key)
+            low, high = (bound.item() for bound in image.aminmax()) if image.numel() else (0.0, 1.0)
+            if low < -OVERSHOOT or high > 1 + OVERSHOOT:
+                self._ranged.discard(key)
+                raise ValueError(
+                    f"observation: expected {key!r} as uint8, or floating point in [0, 1], got floats from "
+                    f"{low:.3g} to {high:.3g}; pass bytes, or image / 255, as in training"
+                )
         return to_unit_view(image, self.config.view_size, self.net.first.bias)
 
     def _features(self, obs: Batch) -> Float[Tensor, "B F"]:
@@ -335,6 +349,11 @@ class Critic(HubModule, tags=["qsteer", "robotics", "flow-matching", "critic"], 
                 "only a critic of states alone takes a tensor"
             )
         return obs
+
+
+def _is_captured(image: Tensor) -> bool:
+    """Return whether its values cannot be read now."""
+    return torch.compiler.is_compiling() or (image.is_cuda and torch.cuda.is_current_stream_capturing())
 
 
 @dataclass(frozen=True)

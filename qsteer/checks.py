@@ -126,6 +126,26 @@ def unwrap_numbers(owner: Any) -> None:
             object.__setattr__(owner, name, value.item())
 
 
+def check_finite(name: str, values: Tensor, remedy: str) -> None:
+    """Check that a column of numbers, one row per entry of the first axis, has neither NaN nor infinity.
+
+    Raises:
+        ValueError: it has; the message names the column and the first row.
+
+    Cost: a pass over the column; waits for its device.
+    """
+    bad = ~values.isfinite()
+    if bad.any():
+        rows = bad.reshape(len(bad), -1)
+        row = int(rows.any(1).nonzero()[0, 0])
+        entry = int(rows[row].nonzero()[0, 0])
+        place = f"row {row}" if values.ndim == 1 else f"row {row}, entry {entry}"
+        raise ValueError(
+            f"{name}: expected finite numbers, got {values[row].reshape(-1)[entry].item()} in {place} "
+            f"(first of {int(rows.any(1).sum())} such rows of {len(rows)}); {remedy}"
+        )
+
+
 def list_differences(expected: Mapping[str, Any], found: Mapping[str, Any]) -> tuple[str, str] | None:
     """Return what differs between two descriptions, as ``"a=1, b=2"`` for each of them; ``None``: nothing."""
     names = sorted(name for name in {**found, **expected} if found.get(name) != expected.get(name))

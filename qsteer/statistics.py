@@ -33,12 +33,17 @@ class Band(NamedTuple):
     high: np.ndarray
 
 
-def wilson_interval(successes: int, n: int, level: float = 0.95) -> Interval:
+def wilson_interval(successes: float | int, n: float | int, level: float = 0.95) -> Interval:
     """Return Wilson's score interval of a success rate (1927), well behaved for few episodes and rare events.
 
     Raises:
-        ValueError: not 0 <= successes <= n with n >= 1, or a level outside (0, 1).
+        ValueError: not whole numbers with 0 <= successes <= n and n >= 1, or a level outside (0, 1).
     """
+    if successes % 1 or n % 1:
+        raise ValueError(
+            f"successes, n: expected whole numbers of episodes, got {successes} of {n}; a Wilson interval is "
+            "of counts, take seed_bootstrap for means"
+        )
     if not 0 <= successes <= n or n < 1:
         raise ValueError(f"successes, n: expected 0 <= successes <= n and n >= 1, got {successes} of {n}")
     _check_level(level)
@@ -65,7 +70,8 @@ def paired_bootstrap(
         seed: of the resampling.
 
     Raises:
-        ValueError: the arms are not as long as each other, or empty, or an argument is out of range.
+        ValueError: the arms are not as long as each other, empty or not finite, or an argument is out of
+            range.
 
     Cost: of order ``samples`` times the number of different values of ``a - b`` (three for successes).
     """
@@ -75,6 +81,8 @@ def paired_bootstrap(
             f"a, b: expected outcomes of the same episodes, shapes (E,), got {a.shape} and {b.shape}; run "
             "both arms with the same seed and number of episodes"
         )
+    _check_finite("a", a)
+    _check_finite("b", b)
     _check_samples(samples)
     _check_level(level)
     # The mean of a resample depends only on how often each value is drawn.
@@ -101,13 +109,14 @@ def seed_bootstrap(values: ArrayLike, *, samples: int = 10_000, level: float = 0
         Mean, low and high, each of the shape ``...`` of one seed's values.
 
     Raises:
-        ValueError: there is no seed, or an argument is out of range.
+        ValueError: there is no seed, a value is not finite, or an argument is out of range.
 
     Cost: a product of a (samples, S) with a (S, ...) array.
     """
     values = np.asarray(values, float)
     if values.ndim < 1 or not len(values):
         raise ValueError(f"values: expected one row per seed, shape (S, ...), got {values.shape}")
+    _check_finite("values", values)
     _check_samples(samples)
     _check_level(level)
     n = len(values)
@@ -128,9 +137,11 @@ def interquartile_mean(scores: ArrayLike) -> float:
         scores: (S, T) score of each run (seed) on each task.
 
     Raises:
-        ValueError: there are no scores.
+        ValueError: there are no scores, or one is NaN or infinite.
     """
-    ordered = np.sort(np.asarray(scores, float), axis=None)
+    scores = np.asarray(scores, float)
+    _check_finite("scores", scores)
+    ordered = np.sort(scores, axis=None)
     if not ordered.size:
         raise ValueError("scores: expected at least one, got none")
     cut = ordered.size // 4
@@ -158,7 +169,7 @@ def stratified_bootstrap(
         seed: of the resampling.
 
     Raises:
-        ValueError: the scores have another shape, or an argument is out of range.
+        ValueError: the scores have another shape or are not finite, or an argument is out of range.
 
     Cost: ``samples`` calls of ``statistic``.
     """
@@ -167,6 +178,7 @@ def stratified_bootstrap(
         raise ValueError(
             f"scores: expected one row per seed and one column per task, shape (S, T), got {scores.shape}"
         )
+    _check_finite("scores", scores)
     _check_samples(samples)
     _check_level(level)
     rng = np.random.default_rng(seed)
@@ -194,7 +206,7 @@ def time_weighted_ema(x: ArrayLike, y: ArrayLike, alpha: float | int = 0.99) -> 
         ValueError: lengths differ, ``x`` does not increase, or ``alpha`` is out of range.
     """
     x, y = np.asarray(x, float), np.asarray(y, float)
-    if x.shape != y.shape or x.ndim != 1 or np.any(np.diff(x) <= 0):
+    if x.shape != y.shape or x.ndim != 1 or not np.all(np.diff(x) > 0):
         raise ValueError(
             f"x, y: expected equal lengths and increasing x, got shapes {x.shape} and {y.shape}, x = {x}"
         )
@@ -207,6 +219,16 @@ def time_weighted_ema(x: ArrayLike, y: ArrayLike, alpha: float | int = 0.99) -> 
         total, mass = decay * total + y[i], decay * mass + 1
         smooth[i] = total / mass
     return smooth
+
+
+def _check_finite(name: str, values: np.ndarray) -> None:
+    bad = np.argwhere(~np.isfinite(values))
+    if len(bad):
+        place = tuple(bad[0].tolist())
+        raise ValueError(
+            f"{name}: expected finite numbers, got {values[place]} at {place} (first of {len(bad)}); a run "
+            "that has no result is not a score: leave it out, and say so"
+        )
 
 
 def _check_samples(samples: int) -> None:

@@ -139,3 +139,23 @@ class TestSeeds:
                 time_weighted_ema(np.array(x, float), np.array(y, float))
         with pytest.raises(ValueError, match="alpha"):
             time_weighted_ema(np.arange(2.0), np.arange(2.0), 1.5)
+
+
+@pytest.mark.parametrize("wrong", [np.nan, np.inf])
+def test_what_is_not_finite_is_no_score(wrong: float) -> None:
+    scores = np.ones((3, 2))
+    scores[1, 0] = wrong
+    for statistic in (interquartile_mean, stratified_bootstrap, seed_bootstrap):
+        with pytest.raises(ValueError, match=r"expected finite numbers, got (nan|inf) at \(1, 0\)"):
+            statistic(scores)
+    with pytest.raises(ValueError, match=r"b: expected finite numbers, got (nan|inf) at \(1,\)"):
+        paired_bootstrap(np.ones(3), scores[:, 0])
+    with pytest.raises(ValueError, match="increasing x"):
+        time_weighted_ema(np.array([0, wrong, np.nan]), np.ones(3))
+
+
+def test_successes_are_counted_in_whole_numbers() -> None:
+    for k, n in ((2.5, 5), (2, 5.5)):
+        with pytest.raises(ValueError, match=f"whole numbers of episodes, got {k} of {n}"):
+            wilson_interval(k, n)
+    assert wilson_interval(2.0, 5.0) == wilson_interval(2, 5)

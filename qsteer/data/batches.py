@@ -17,7 +17,10 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import default_collate
 
+from qsteer.checks import check_finite
 from qsteer.fingerprints import tensor_bytes
+
+REMEDY = "leave the row out, or repair it"
 
 
 @runtime_checkable
@@ -68,7 +71,11 @@ class SafetensorsBatches:
         return self.ends[-1]
 
     def rows(self, numbers: list[int]) -> dict[str, Tensor]:
-        """Read these rows and nothing else."""
+        """Read these rows and nothing else.
+
+        Raises:
+            ValueError: one holds NaN or infinity.
+        """
         found: dict[str, list[Tensor]] = {}
         with ExitStack() as stack:
             files: dict[int, Any] = {}
@@ -78,7 +85,9 @@ class SafetensorsBatches:
                     files[i] = stack.enter_context(safe_open(self.paths[i], "pt"))
                 row = number - self.ends[i] + self.lengths[i]
                 for key in files[i].keys():
-                    found.setdefault(key, []).append(files[i].get_slice(key)[row : row + 1][0])
+                    value = files[i].get_slice(key)[row : row + 1][0]
+                    check_finite(f"{self.paths[i]}, row {row}: {key}", value[None], REMEDY)
+                    found.setdefault(key, []).append(value)
         return {key: _stack_padded(rows) for key, rows in found.items()}
 
     def fingerprint(self) -> str:
@@ -113,8 +122,16 @@ class DatasetBatches:
         return len(self.dataset)
 
     def rows(self, numbers: list[int]) -> dict[str, Any]:
-        """Decode, collate and preprocess these frames."""
-        return self.preprocessor(default_collate([self.dataset[i] for i in numbers]))
+        """Decode, collate and preprocess these frames.
+
+        Raises:
+            ValueError: a frame holds NaN or infinity, or does so when it is preprocessed.
+        """
+        frames = default_collate([self.dataset[i] for i in numbers])
+        _check_batch(f"{self.name}, frames {numbers}", frames)
+        batch = self.preprocessor(frames)
+        _check_batch(f"{self.name}, frames {numbers} after the preprocessor", batch)
+        return batch
 
     def fingerprint(self) -> str:
         """Return name and length: the frames are not read."""
@@ -154,14 +171,25 @@ def lerobot_batches(
 
 
 def record(batches: Iterable[Mapping[str, Any]], directory: str | Path) -> None:
-    """Write each batch as a file that :class:`SafetensorsBatches` reads; only tensors are written."""
+    """Write each batch as a file that :class:`SafetensorsBatches` reads; only tensors are written.
+
+    Raises:
+        ValueError: one holds NaN or infinity; the batches before it are written.
+    """
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     for i, batch in enumerate(batches):
         path = directory / f"{i:06d}.safetensors"
         tensors = {k: v.detach().cpu().contiguous() for k, v in batch.items() if isinstance(v, Tensor)}
+        _check_batch(f"record, batch {i}", tensors)
         save_file(tensors, path.with_suffix(".tmp"))
         os.replace(path.with_suffix(".tmp"), path)
+
+
+def _check_batch(where: str, batch: Mapping[str, Any]) -> None:
+    for key, value in batch.items():
+        if isinstance(value, Tensor) and value.ndim and value.is_floating_point():
+            check_finite(f"{where}: {key}", value, REMEDY)
 
 
 def _stack_padded(rows: list[Tensor]) -> Tensor:

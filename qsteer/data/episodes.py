@@ -10,6 +10,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
+from qsteer.checks import check_finite
 from qsteer.critics.targets import chunk_return, monte_carlo_target
 from qsteer.fingerprints import fingerprint
 
@@ -24,6 +25,9 @@ class Episodes:
     stored row of a trajectory, whether the task ended there or a time limit cut it. Play data goes on after a
     success, so a terminal need not be an end.
 
+    What is unambiguous is converted: numpy arrays and lists to tensors, numbers of any real type to float32,
+    flags of 0 and 1 to bool, (N, 1) rewards and flags to (N,).
+
     Attributes:
         observations: (N, O), state before the step.
         next_observations: (N, O), state after the step; at an end it is stored nowhere else.
@@ -31,20 +35,37 @@ class Episodes:
         rewards: (N,), reward of the step.
         terminals: (N,), bool: the task is over after this step.
         ends: (N,), bool: this row is the last of its trajectory.
+
+    Raises:
+        TypeError: a column holds no numbers.
+        ValueError: a column has another shape or length, holds NaN or infinity, or flags other than 0 and 1;
+            or the last row is no end. The message names the column.
     """
 
-    observations: Tensor
-    next_observations: Tensor
-    actions: Tensor
-    rewards: Tensor
-    terminals: Tensor
-    ends: Tensor
+    # Tensors, once they are converted.
+    observations: Any
+    next_observations: Any
+    actions: Any
+    rewards: Any
+    terminals: Any
+    ends: Any
 
     def __post_init__(self) -> None:
-        """Check that all columns have the same length and that the last trajectory ends."""
+        """Convert the columns and check them, and that the last trajectory ends."""
+        for f in fields(self):
+            read = _read_flags if f.name in ("terminals", "ends") else _read_numbers
+            object.__setattr__(self, f.name, read(f"Episodes.{f.name}", getattr(self, f.name)))
         lengths = {f.name: len(getattr(self, f.name)) for f in fields(self)}
         if len(set(lengths.values())) != 1:
             raise ValueError(f"Episodes: expected one row per step in every column, got lengths {lengths}")
+        devices = {f.name: str(getattr(self, f.name).device) for f in fields(self)}
+        if len(set(devices.values())) != 1:
+            raise ValueError(f"Episodes: expected all columns on one device, got {devices}; move them")
+        if self.next_observations.shape != self.observations.shape:
+            raise ValueError(
+                f"Episodes.next_observations: expected the shape of observations, "
+                f"{tuple(self.observations.shape)}, got {tuple(self.next_observations.shape)}"
+            )
         if not len(self.ends) or not bool(self.ends[-1]):
             raise ValueError(
                 "Episodes.ends: expected True on the last row, got False; mark each trajectory's last"
@@ -59,13 +80,15 @@ class Episodes:
 
         Raises:
             KeyError: a column is missing.
+            ValueError: ``masks`` or ``terminals`` are not 0 and 1; and as the class says.
         """
         names = ("observations", "next_observations", "actions", "rewards", "masks", "terminals")
         if missing := [name for name in names if name not in data]:
             raise KeyError(f"OGBench data: expected {names}, got no {missing}; load a single-task dataset")
-        columns = {name: torch.as_tensor(np.asarray(data[name], np.float32)) for name in names}
-        ends, terminals = columns.pop("terminals") > 0, columns.pop("masks") == 0
-        return cls(**columns, terminals=terminals, ends=ends)
+        columns = {name: data[name] for name in names}
+        ends = _read_flags("OGBench data, terminals", columns.pop("terminals"))
+        goes_on = _read_flags("OGBench data, masks", columns.pop("masks"))
+        return cls(**{k: _to_tensor(k, v) for k, v in columns.items()}, terminals=~goes_on, ends=ends)
 
     def __len__(self) -> int:
         """Return the number of steps."""
@@ -202,6 +225,53 @@ class Chunks:
 
     def _rows(self, start: Int[Tensor, "B"]) -> Int[Tensor, "B H"]:
         return torch.minimum(start[:, None] + self.steps, self.last[start, None])
+
+
+def _to_tensor(name: str, column: Any) -> Tensor:
+    """Return a column of numbers as a tensor, in its own type."""
+    if not isinstance(column, Tensor):
+        try:
+            array = np.asarray(column)
+        except ValueError as error:  # rows of different length
+            raise TypeError(f"{name}: expected an array of numbers, got {error}") from None
+        if array.dtype.kind not in "biuf":
+            raise TypeError(
+                f"{name}: expected a tensor or array of numbers, got {type(column).__name__} of "
+                f"{array.dtype}; convert it"
+            )
+        array = array.astype(array.dtype.newbyteorder("="), copy=False)
+        if array.dtype.kind == "f" and array.dtype.itemsize > 8:
+            array = array.astype(np.float64)
+        column = torch.from_numpy(np.require(array, requirements=["C", "W"]))
+    if column.is_complex():
+        raise TypeError(f"{name}: expected real numbers, got {column.dtype}; convert it")
+    return column
+
+
+def _read_numbers(name: str, column: Any) -> Tensor:
+    """Return observations or actions (N, K), or rewards (N,), as float32, checked."""
+    given, single = _to_tensor(name, column), name.endswith("rewards")
+    read = given[:, 0] if single and given.shape[1:] == (1,) else given
+    if read.ndim != (1 if single else 2):
+        raise ValueError(
+            f"{name}: expected shape {'(N,)' if single else '(N, size)'}, got {tuple(given.shape)}; give one "
+            f"{'number' if single else 'vector'} per step"
+        )
+    read = read.to(torch.float32)
+    check_finite(name, read, "drop the trajectories that hold it, or repair them")
+    return read
+
+
+def _read_flags(name: str, column: Any) -> Tensor:
+    """Return flags (N,) as bool, checked."""
+    given = _to_tensor(name, column)
+    flags = given[:, 0] if given.shape[1:] == (1,) else given
+    if flags.ndim != 1:
+        raise ValueError(f"{name}: expected shape (N,), got {tuple(given.shape)}; give one flag per step")
+    if flags.dtype != torch.bool and (other := ((flags != 0) & (flags != 1)).nonzero()).numel():
+        row = int(other[0])
+        raise ValueError(f"{name}: expected flags 0 and 1, got {flags[row].item()} in row {row}; convert it")
+    return flags.bool()
 
 
 def join_transitions(batches: Sequence[Transitions]) -> Transitions:

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from qsteer.checks import check_finite
 from qsteer.data.episodes import Episodes
 from qsteer.data.layout import Rows, Trajectory
 from qsteer.data.replay import Replay
@@ -28,13 +29,15 @@ def fill(replay: Replay, trajectories: Iterable[Trajectory]) -> None:
     """Add trajectories to a replay of one lane, from the first row to the last.
 
     Raises:
-        ValueError: the replay has more lanes, or rows of another shape.
+        ValueError: the replay has more lanes, or rows of another shape, or a trajectory holds NaN or
+            infinity.
     """
     if replay.layout.lanes != 1:
         raise ValueError(
             f"fill: expected a replay of 1 lane, got {replay.layout.lanes}; make one for the data"
         )
-    for trajectory in trajectories:
+    for number, trajectory in enumerate(trajectories):
+        _check_finite(f"trajectory {number}", trajectory)
         observations, closing = trajectory.observations, trajectory.closing
         if isinstance(replay.layout.observations, int):
             observations = _take_state(observations)
@@ -142,15 +145,17 @@ def from_transitions(transitions: Iterable[Mapping[str, Any]]) -> Iterator[Traje
 
     Raises:
         KeyError: a transition lacks an entry.
+        ValueError: one holds NaN or infinity, or an image neither bytes nor floats in [0, 1].
     """
     rows: list[Mapping[str, Any]] = []
+    number = 0
     for transition in transitions:
         rows.append(transition)
         if transition["done"] or transition["truncated"]:
-            yield _join_transitions(rows)
-            rows = []
+            yield _check_finite(f"trajectory {number}", _join_transitions(rows))
+            rows, number = [], number + 1
     if rows:
-        yield _join_transitions(rows)
+        yield _check_finite(f"trajectory {number}", _join_transitions(rows))
 
 
 def to_lerobot_dataset(
@@ -230,6 +235,7 @@ def from_lerobot_dataset(dataset: Any) -> Iterator[Trajectory]:
 
     Raises:
         KeyError: there is no ``next.reward`` or no ``next.done``: the data is for imitation only.
+        ValueError: a column holds NaN or infinity, or an image neither bytes nor floats in [0, 1].
     """
     features = dataset.features
     if missing := [key for key in (ACTION, REWARD, DONE) if key not in features]:
@@ -241,11 +247,11 @@ def from_lerobot_dataset(dataset: Any) -> Iterator[Trajectory]:
     for i in range(len(dataset)):
         frame = dataset[i]
         if frames and frame["episode_index"] != frames[-1]["episode_index"]:
-            yield _read_episode(frames, keys)
+            yield _check_finite(_name_episode(frames), _read_episode(frames, keys))
             frames = []
         frames.append(frame)
     if frames:
-        yield _read_episode(frames, keys)
+        yield _check_finite(_name_episode(frames), _read_episode(frames, keys))
 
 
 def _read_episode(frames: list[Mapping[str, Any]], keys: list[str]) -> Trajectory:
@@ -287,6 +293,24 @@ def _join_transitions(rows: list[Mapping[str, Any]]) -> Trajectory:
         truncated=bool(final["truncated"] and not final["done"]),
         closing={key: _to_bytes(key, value) for key, value in final["next_state"].items()},
     )
+
+
+def _name_episode(frames: list[Mapping[str, Any]]) -> str:
+    return f"episode {int(frames[0]['episode_index'])}"
+
+
+def _check_finite(where: str, trajectory: Trajectory) -> Trajectory:
+    """Return a trajectory, after a check that all that is read of it is finite."""
+    remedy = "leave the trajectory out, or repair it"
+    step = torch.arange(trajectory.actions.shape[1], device=trajectory.actions.device)
+    unused = step >= trajectory.executed.to(step.device)[:, None]
+    actions = trajectory.actions.masked_fill(unused[..., None], 0)
+    check_finite(f"{where}, {ACTION}", actions, remedy)
+    check_finite(f"{where}, {REWARD}", trajectory.rewards, remedy)
+    for label, seen in (("", trajectory.observations), (" after the last row", trajectory.closing)):
+        for key, value in {} if seen is None else _name(seen).items():
+            check_finite(f"{where}, {key}{label}", value, remedy)
+    return trajectory
 
 
 def _drop_unseen_end(trajectory: Trajectory) -> Trajectory:
@@ -332,11 +356,16 @@ def _to_floats(key: str, value: Tensor) -> Tensor:
 
 
 def _to_bytes(key: str, value: Tensor) -> Tensor:
-    return (
-        (value * 255).round().to(torch.uint8)
-        if key.startswith(IMAGE) and value.is_floating_point()
-        else value
-    )
+    if not (key.startswith(IMAGE) and value.is_floating_point()):
+        return value
+    check_finite(key, value[None], "leave the image out")
+    scaled = (value * 255).round()
+    if scaled.numel() and (scaled.min() < 0 or scaled.max() > 255):
+        raise ValueError(
+            f"{key}: expected images as bytes or as floats in [0, 1], got floats from {value.min():.3g} to "
+            f"{value.max():.3g}; convert them: image.to(torch.uint8), or image / 255"
+        )
+    return scaled.to(torch.uint8)
 
 
 def _describe_feature(key: str, value: Tensor, videos: bool) -> dict[str, Any]:

@@ -103,8 +103,8 @@ class Layout:
         """Return one row of every lane, checked, by the names and in the types of the columns.
 
         Raises:
-            ValueError: observations are of another kind, or something is missing, of another shape, or is
-                floating point where its column is not, or the reverse.
+            ValueError: observations are of another kind, or something is missing, of another shape, is
+                floating point where its column is not, or the reverse, or lies beyond its column's type.
         """
         if isinstance(self.observations, int):
             if not isinstance(observations, Tensor):
@@ -124,12 +124,13 @@ class Layout:
         columns, read = self.columns, {}
         for name, value in {**given, **(others or {})}.items():
             expected, dtype = (self.lanes, *columns[name][0]), getattr(torch, columns[name][1])
-            if value.shape != expected or value.is_floating_point() != dtype.is_floating_point:
+            kinds = value.is_floating_point(), value.is_complex()
+            if value.shape != expected or kinds != (dtype.is_floating_point, False):
                 raise ValueError(
                     f"Replay.add: expected {name} {expected} of {dtype}, got {tuple(value.shape)} of "
                     f"{value.dtype}; give rows of the replay's Layout"
                 )
-            read[name] = value.to(dtype)
+            read[name] = _cast(name, value, dtype)
         return read
 
     def read_ends(self, rows: "Rows") -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -224,6 +225,24 @@ def infer_columns(observations: Observation) -> int | dict[str, tuple[tuple[int,
 def column_name(key: str) -> str:
     """Return the column of an observation's entry; ``""`` stands for an observation that is one tensor."""
     return f"observations.{key}" if key else "observations"
+
+
+def _cast(name: str, value: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return a value in its column's type, checked to fit; NaN and infinity stay what they are."""
+    cast = value.to(dtype)
+    if torch.promote_types(value.dtype, dtype) == dtype:
+        return cast
+    lost = value.isfinite() & ~cast.isfinite() if dtype.is_floating_point else cast.to(value.dtype) != value
+    if value.dtype.is_signed and not dtype.is_signed:
+        lost |= value < 0
+    if lost.any():
+        limits = torch.finfo(dtype) if dtype.is_floating_point else torch.iinfo(dtype)
+        lane = int(lost.nonzero()[0, 0])
+        raise ValueError(
+            f"Replay.add: expected {name} from {limits.min} to {limits.max}, which {dtype} holds, got "
+            f"{value[lost][0].item()} in lane {lane}; give the column a wider type in Layout.observations"
+        )
+    return cast
 
 
 def to_numpy(value: Tensor | np.ndarray) -> np.ndarray:

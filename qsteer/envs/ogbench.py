@@ -27,8 +27,10 @@ from types import ModuleType
 from typing import Any
 
 import numpy as np
+import torch
 from tqdm import tqdm
 
+from qsteer.checks import check_finite
 from qsteer.envs.platform import seed_numpy
 
 try:
@@ -121,7 +123,8 @@ def load(name: str, path: str | os.PathLike[str], *, sparse: bool = False) -> tu
     Raises:
         FileNotFoundError: one of the two files is missing.
         ModuleNotFoundError: OGBench is not installed.
-        ValueError: ``name`` is not a task of OGBench, or ``path`` does not end in ``.npz``.
+        ValueError: ``name`` is not a task of OGBench, ``path`` does not end in ``.npz``, or a column holds
+            NaN or infinity.
     """
     dataset = dataset_name(name)
     files = _name_files(path)
@@ -136,6 +139,9 @@ def load(name: str, path: str | os.PathLike[str], *, sparse: bool = False) -> tu
         splits = _import_ogbench().make_env_and_datasets(
             name, dataset_path=str(files[0]), compact_dataset=False, dataset_only=True, cur_env=env
         )
+    for file, split in zip(files, splits, strict=True):
+        for column, values in split.items():
+            check_finite(f"{file}: {column}", torch.from_numpy(values), "leave its trajectory out")
     if sparse:
         for split in splits:
             split["rewards"] = split["rewards"].clip(min=UNSOLVED)

@@ -12,12 +12,16 @@ Rewards are those of QC (Li et al. 2025, arXiv:2507.07969), which FMQ follows: -
 files have 0 and 1.
 """
 
+import contextlib
 import json
 import logging
 import os
+import re
 import sys
 import warnings
+from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from types import ModuleType
@@ -26,6 +30,7 @@ from typing import Any, SupportsFloat
 import numpy as np
 import torch
 
+from qsteer.checks import check_finite
 from qsteer.data.episodes import Episodes
 from qsteer.envs.platform import choose_graphics, seed_numpy
 
@@ -96,8 +101,9 @@ def load(path: str | os.PathLike[str]) -> Episodes:
         FileNotFoundError: there is no such file.
         KeyError: a demonstration lacks a column.
         ModuleNotFoundError: h5py is not installed.
-        ValueError: the actions do not lie in [-1, 1] (files with absolute actions), or rewards are neither 0
-            nor 1 (files with dense ones).
+        ValueError: the actions do not lie in [-1, 1] (files with absolute actions), rewards are neither 0
+            nor 1 (files with dense ones), a column holds NaN or infinity or is not as long as the others,
+            there is no demonstration, or the file is broken.
     """
     try:
         import h5py
@@ -111,26 +117,33 @@ def load(path: str | os.PathLike[str]) -> Episodes:
     columns: dict[str, list[np.ndarray]] = {
         name: [] for name in ("observations", "next_observations", "actions", "rewards", "terminals", "ends")
     }
-    with h5py.File(path, "r") as file:
-        data = file["data"]
+    with _reading(path), h5py.File(path, "r") as file:
+        if not (data := file.get("data")):
+            raise ValueError(
+                f"{path}: expected demonstrations in a group 'data', got {sorted(file)}, and none; use a "
+                "low_dim file of RoboMimic"
+            )
         _check_version(path, data.attrs.get("env_args"))
-        for name in sorted(data, key=lambda name: int(name.rpartition("_")[2])):
+        for name in sorted(data, key=partial(_number, path)):
             demo = data[name]
             needed = ["actions", "rewards", *(f"obs/{key}" for key in KEYS)]
             if missing := [column for column in needed if column not in demo]:
                 raise KeyError(
                     f"{path}, {name}: expected {needed}, got no {missing}; use a low_dim file, not a raw one"
                 )
-            states = _read_states(demo["obs"])
-            columns["observations"].append(states)
-            columns["next_observations"].append(
+            states, rewards = _read_states(demo["obs"]), demo["rewards"][:]
+            rewards = rewards[:, 0] if rewards.shape[1:] == (1,) else rewards
+            following = (
                 _read_states(demo["next_obs"])
                 if "next_obs" in demo
                 else np.concatenate([states[1:], states[-1:]])
             )
-            columns["actions"].append(demo["actions"][:])
-            columns["rewards"].append(demo["rewards"][:] - 1.0)
-            columns["terminals"].append(demo["rewards"][:] > 0)
+            read = {"observations": states, "next_observations": following, "actions": demo["actions"][:]}
+            _check_demo(f"{path}, {name}", read | {"rewards": rewards})
+            for column, values in read.items():
+                columns[column].append(values)
+            columns["rewards"].append(rewards - 1.0)
+            columns["terminals"].append(rewards > 0)
             columns["ends"].append(np.arange(len(states)) == len(states) - 1)
     arrays = {name: np.concatenate(parts) for name, parts in columns.items()}
     if np.abs(arrays["actions"]).max() > 1:
@@ -203,6 +216,40 @@ class RobosuiteEnv(gymnasium.Env[np.ndarray, np.ndarray]):
 
     def _state(self, raw: dict[str, np.ndarray]) -> np.ndarray:
         return np.concatenate([raw["object-state" if key == "object" else key] for key in KEYS], dtype=float)
+
+
+@contextlib.contextmanager
+def _reading(path: str | os.PathLike[str]) -> Iterator[None]:
+    """Turn what h5py says of a broken file into an error that names it."""
+    try:
+        yield
+    except OSError as error:
+        raise ValueError(
+            f"{path}: expected an HDF5 file, got {Path(path).stat().st_size} bytes that are none, or not all "
+            f"of one ({error}); fetch it again"
+        ) from error
+
+
+def _number(path: str | os.PathLike[str], name: str) -> int:
+    """Return the number at the end of a demonstration's name: ``demo_1``, or ``demo1``."""
+    if (found := re.search(r"\d+$", name)) is None:
+        raise ValueError(
+            f"{path}: expected demonstrations named demo_0, demo_1, ..., got {name!r}; rename it"
+        )
+    return int(found[0])
+
+
+def _check_demo(where: str, columns: dict[str, np.ndarray]) -> None:
+    """Check that a demonstration's columns have one finite row a step."""
+    shapes = {name: values.shape for name, values in columns.items()}
+    lengths = {shape[:1] for shape in shapes.values()}
+    vectors = all(len(shape) == (1 if name == "rewards" else 2) for name, shape in shapes.items())
+    if len(lengths) != 1 or lengths == {(0,)} or not vectors:
+        raise ValueError(
+            f"{where}: expected one row per step in every column, got shapes {shapes}; repair it"
+        )
+    for name, values in columns.items():
+        check_finite(f"{where}, {name}", torch.from_numpy(values), "leave the demonstration out")
 
 
 def _read_states(group: Any) -> np.ndarray:

@@ -11,7 +11,7 @@ import json
 import multiprocessing
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -50,8 +50,9 @@ class Rollouts:
 
     Attributes:
         name: of the arm.
-        success: ``info["success"]`` (or ``"is_success"``) at any step; where the environment reports neither,
-            whether the episode terminated.
+        success: ``info["success"]`` (or ``"is_success"``) at any step, a flag or robomimic's
+            ``{"task": flag}``; where the environment reports neither in the whole episode, whether it
+            terminated.
         sum_reward: sum of the episode's rewards.
         max_reward: the largest of them.
         length: in environment steps.
@@ -284,14 +285,14 @@ class ChunkedAction(gymnasium.Wrapper):
         self._cameras: Callable[[bool], None] = getattr(env.unwrapped, "cameras", lambda on: None)
         self._observation: Any = tree_map(itemgetter(0), create_empty_array(observation))
         self._over = [True, False]  # terminated, truncated
-        self._sums = _start_sums()
+        self._sums, self._reported = _start_sums(), False
 
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
     ) -> tuple[Any, dict[str, Any]]:
         """Start an episode."""
         self._cameras(True)
-        self._over, self._sums = [False, False], _start_sums()
+        self._over, self._sums, self._reported = [False, False], _start_sums(), False
         self._observation, _ = self.env.reset(seed=seed, options=options)
         return self._observation, {}
 
@@ -303,7 +304,10 @@ class ChunkedAction(gymnasium.Wrapper):
                 break
             self._cameras(k == len(action) - 1)
             self._observation, reward, *self._over, info = self.env.step(single)
-            success = info.get("success", info.get("is_success", self._over[0]))
+            success = _read_success(info)
+            self._reported |= success is not None
+            if success is None:  # an environment that reports successes has reported none in this step
+                success = self._over[0] and not self._reported
             sums["success"] = sums["success"] or bool(success)
             sums["sum_reward"] += float(reward)
             sums["max_reward"] = max(sums["max_reward"], float(reward))
@@ -329,6 +333,29 @@ def to_tensors(observations: Any) -> Any:
 
 def _make_chunked(make_env: MakeEnv, horizon: int, gamma: float) -> ChunkedAction:
     return ChunkedAction(make_env(), horizon, gamma)
+
+
+def _read_success(info: Mapping[str, Any]) -> bool | None:
+    """Return what a step's info says of success; None: nothing.
+
+    Raises:
+        TypeError: it is neither a flag nor robomimic's ``{"task": flag}``.
+    """
+    name = next((name for name in ("success", "is_success") if name in info), None)
+    if name is None:
+        return None
+    said = info[name]
+    flag = said["task"] if isinstance(said, Mapping) and "task" in said else said
+    try:
+        value = np.asarray(flag)
+    except ValueError:  # rows of different length
+        value = np.asarray(None)
+    if value.size != 1 or value.dtype.kind not in "biuf" or value.item() not in (0, 1):
+        raise TypeError(
+            f'info["{name}"]: expected a flag, or {{"task": flag}}, got {said!r}; return True or False, '
+            "for example from a wrapper"
+        )
+    return bool(value.item())
 
 
 def _start_sums() -> dict[str, Any]:

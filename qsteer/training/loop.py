@@ -18,7 +18,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from accelerate import PartialState
@@ -147,6 +147,8 @@ def fit(
         progress: show a progress bar.
 
     Raises:
+        RuntimeError: the loss or a weight is no longer finite; no checkpoint of that is written. Or ``out``
+            holds such a checkpoint.
         ValueError: ``out`` holds a checkpoint of a run with another identity, or a broken one; or the
             processes cannot share a batch evenly.
     """
@@ -161,7 +163,12 @@ def fit(
     learner.share = Share(state.process_index, state.num_processes)
     optimizer = training.optimizer(parameters)
     generator = torch.Generator(parameters[0].device).manual_seed(training.seed)
-    start = resume(out, learner, optimizer, generator, identity)
+    start = saved = resume(out, learner, optimizer, generator, identity)
+    if broken := _list_broken(learner):
+        raise RuntimeError(
+            f"{out / CHECKPOINT}: expected finite weights, got NaN or infinity in {broken}; delete the "
+            "directory and train again"
+        )
     if state.num_processes > 1:
         for tensor in learner.state_dict().values():
             torch.distributed.broadcast(tensor, 0)
@@ -179,14 +186,19 @@ def fit(
         disable=not (progress and main),
     )
     since, clock = start, time.perf_counter()
+    # The first step whose loss is not finite; found without waiting for the device.
+    ill = torch.full((), training.steps + 1, device=parameters[0].device)
     for step in bar:
         loss, info = learner.loss(generator)
+        ill = torch.where(loss.detach().isfinite(), ill, ill.clamp(max=step))
         descend(learner, optimizer, loss, training, step)
         if step % training.log_every == 0 or step == training.steps:
             shown = {"loss": loss.detach()} | info
             if state.num_processes > 1:
                 _average(list(shown.values()))
             values = {name: value.item() for name, value in shown.items()}
+            if not math.isfinite(values["loss"]):
+                _stop(out, min(step, int(ill)), values, saved)
             speed = {"samples/s": (step - since) * training.batch_size / (time.perf_counter() - clock)}
             if main:
                 if step % training.evaluate_every == 0 or step == training.steps:
@@ -195,10 +207,33 @@ def fit(
                 append_json_line(out / SPEED, {"step": step} | speed)
                 bar.set_postfix({name: f"{value:.4g}" for name, value in (values | speed).items()})
         if main and (step % training.checkpoint_every == 0 or step == training.steps):
+            if int(ill) <= step or _list_broken(learner):
+                _stop(out, min(step, int(ill)), {"loss": loss.item()} | _to_numbers(info), saved)
             save(out, learner, optimizer, generator, step, identity)
+            saved = step
         if step % training.log_every == 0:
             since, clock = step, time.perf_counter()
     state.wait_for_everyone()
+
+
+def _list_broken(learner: Learner) -> list[str]:
+    """Return the names of the learner's tensors that hold NaN or infinity."""
+    state = learner.state_dict()
+    return [n for n, t in state.items() if t.is_floating_point() and not bool(t.isfinite().all())]
+
+
+def _to_numbers(info: Mapping[str, Tensor]) -> dict[str, float]:
+    return {name: value.item() for name, value in info.items()}
+
+
+def _stop(out: Path, step: int, values: Mapping[str, float], saved: int) -> NoReturn:
+    """End a run that is not finite any more, with what is known of it."""
+    shown = ", ".join(f"{name}={value:.4g}" for name, value in values.items())
+    kept = f"the last checkpoint is of step {saved}" if saved else "there is no checkpoint"
+    raise RuntimeError(
+        f"{out}: expected a finite loss and finite weights, got NaN or infinity in step {step} ({shown}); "
+        f"{kept}. Look for outliers in the data, or lower learning_rate or gradient_clip"
+    )
 
 
 def descend(

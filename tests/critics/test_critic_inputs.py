@@ -283,3 +283,14 @@ def test_nothing_goes_over_the_host() -> None:
     finally:
         torch.cuda.set_sync_debug_mode("default")
     torch.testing.assert_close(value.cpu(), make().bind(observe(size=40))(chunks()), atol=1e-3, rtol=1e-3)
+
+
+@pytest.mark.parametrize(("scale", "shift"), [(255.0, 0.0), (2.0, -1.0)])
+def test_images_of_another_range_are_refused_at_the_first_bind(scale: float, shift: float) -> None:
+    critic, obs = make(), observe()
+    wrong = obs | {WRIST: obs[WRIST].float() / 255 * scale + shift}
+    for _ in range(2):
+        with pytest.raises(ValueError, match=rf"'{WRIST}' as uint8, or floating point in \[0, 1\], got"):
+            critic.bind(wrong)
+    critic.bind(obs | {WRIST: obs[WRIST].float() / 255})
+    critic.bind(wrong)  # it is checked once: reading the range of every image would make an action wait

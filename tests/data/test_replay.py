@@ -58,7 +58,7 @@ def test_rows_of_several_steps_are_what_their_steps_say(horizon: int, need: str)
             last = k == count - 1
             steps.append(
                 {
-                    "observation": row["observation"] if k == 0 else np.full(2, np.nan, np.float32),
+                    "observation": row["observation"] if k == 0 else np.full(2, -99, np.float32),
                     "next": row["next"],
                     "actions": row["actions"][k : k + 1],
                     "reward": np.float32(-1) if need == "returns" else row["rewards"][k],

@@ -212,3 +212,38 @@ def test_frames() -> None:
     assert frame.shape == (480, 480, 3)
     assert frame.dtype == np.uint8
     assert frame.std() > 20
+
+
+class TestUnusualFiles:
+    def test_other_names_and_shapes_of_the_same(self, tmp_path: Path) -> None:
+        demos = {f"demo_{i}": demo(4, [3], seed=i) for i in range(11)}
+        usual = robomimic.load(write(tmp_path / "usual.hdf5", demos))
+        other = {
+            name.replace("_", ""): columns | {"rewards": columns["rewards"][:, None]}
+            for name, columns in demos.items()
+        }
+        assert robomimic.load(write(tmp_path / "other.hdf5", other)).fingerprint() == usual.fingerprint()
+
+    def test_nan_names_file_demonstration_column_and_row(self, tmp_path: Path) -> None:
+        for name, column in (("actions", "actions"), ("obs/object", "observations"), ("rewards", "rewards")):
+            columns = demo(4, [3])
+            columns[name][2] = np.nan
+            path = write(tmp_path / f"{column}.hdf5", {"demo_0": demo(4, [3]), "demo_1": columns})
+            with pytest.raises(ValueError, match=rf"{column}\.hdf5, demo_1, {column}: .*nan in row 2"):
+                robomimic.load(path)
+
+    def test_broken_files_are_named(self, tmp_path: Path) -> None:
+        pytest.importorskip("h5py")
+        whole = write(tmp_path / "whole.hdf5", {"demo_0": demo(4, [3])}).read_bytes()
+        for name, content in (("empty", b""), ("half", whole[: len(whole) // 2]), ("text", b"version 1")):
+            path = tmp_path / f"{name}.hdf5"
+            path.write_bytes(content)
+            with pytest.raises(ValueError, match=rf"{name}\.hdf5: expected an HDF5 file, got {len(content)}"):
+                robomimic.load(path)
+        for name, demos, message in (
+            ("none", {}, "expected demonstrations in a group 'data'"),
+            ("names", {"first": demo(2, [1])}, "named demo_0, demo_1, ..., got 'first'"),
+            ("short", {"demo_0": demo(4, [3]) | {"rewards": np.zeros(3)}}, "demo_0: expected a row per step"),
+        ):
+            with pytest.raises(ValueError, match=rf"{name}\.hdf5.*{message}"):
+                robomimic.load(write(tmp_path / f"{name}.hdf5", demos))

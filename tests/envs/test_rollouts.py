@@ -267,3 +267,47 @@ class TestChunkedAction:
         ):
             with pytest.raises(ValueError, match=says):
                 ChunkedAction(make(), H)
+
+
+class Says(Walk):
+    """Reports these infos, one a step, and terminates after the last."""
+
+    def __init__(self, *infos: dict[str, Any]) -> None:
+        super().__init__()
+        self.infos = infos
+
+    def step(self, action: np.ndarray) -> tuple[np.ndarray, float, bool, bool, dict]:
+        self.clock += 1
+        return self._observe(), 0.0, self.clock == len(self.infos), False, self.infos[self.clock - 1]
+
+
+YES, NO = ({"is_success": {"task": flag, "reach": True}} for flag in (True, False))
+
+
+@pytest.mark.parametrize(
+    ("infos", "expected"),
+    [
+        ([NO, NO], False),
+        ([NO, YES], True),
+        ([{"is_success": np.array([False])}], False),
+        ([{"success": np.float32(1)}], True),
+        ([{"success": False}, {}], False),  # a failure ends the episode, and that step says nothing
+        ([{}, {}], True),
+        ([{}, {"success": False}], False),
+    ],
+)
+def test_success_is_what_the_environment_says(infos: list[dict[str, Any]], expected: bool) -> None:
+    env = ChunkedAction(Says(*infos), len(infos))
+    for _ in range(2):
+        env.reset(seed=0)
+        assert env.step(np.zeros((len(infos), A), np.float32))[4]["success"] is expected
+
+
+@pytest.mark.parametrize(
+    "said", [{"reach": True}, "False", None, np.ones(2, bool), [True, False], {"task": {}}, 0.5]
+)
+def test_a_success_that_is_no_flag_is_refused(said: object) -> None:
+    env = ChunkedAction(Says({"is_success": said}), 1)
+    env.reset(seed=0)
+    with pytest.raises(TypeError, match=r'info\["is_success"\]: expected a flag'):
+        env.step(np.zeros((1, A), np.float32))
