@@ -69,6 +69,9 @@ def train_online(
     learner starts from its last checkpoint and catches up. Simulators cannot be stored, so episodes that were
     running are cut, and a resumed run is not the same to the bit.
 
+    Rows with a reward or an observation that is not finite are refused, their episodes cut, and counted in the
+    metrics as ``refused``.
+
     A critic that diverges does not act: see :class:`~qsteer.online.health.Health`. Until it has recovered,
     the unsteered policy acts.
 
@@ -227,7 +230,7 @@ class OnlineLoop:
             rows = collector.receive()
         with window.share("store"):
             self.replay.add(rows)
-        self.health.observe_rewards(rows.rewards)
+        self.health.observe_rewards(rows.rewards[rows.kept])
 
     def steer(self) -> None:
         """Steer once the critic has learnt something and while it is healthy; else leave the policy alone."""
@@ -361,12 +364,14 @@ class OnlineLoop:
         speed = window.speed(self.env_steps, self.update)
         line: dict[str, float] = {}
         for s, directory in enumerate(self.seed_directories):
-            mine = [outcome for lane, *outcome in collector.finished if lane // self.training.num_envs == s]
+            lanes = slice(s * self.training.num_envs, (s + 1) * self.training.num_envs)
+            mine = [outcome for lane, *outcome in collector.finished if lanes.start <= lane < lanes.stop]
             means = map(np.mean, zip(*mine, strict=True))
             episodes = (
                 dict(zip(("success", "return", "length"), map(float, means), strict=True)) if mine else {}
             )
-            line = episodes | {"episodes": float(len(mine))} | shared | scores[s]
+            counted = {"episodes": float(len(mine)), "refused": float(collector.refused[lanes].sum())}
+            line = episodes | counted | shared | scores[s]
             append_json_line(directory / METRICS, counts | line)
             append_json_line(directory / SPEED, counts | speed)
             tracker.log({f"{directory.name}/{k}": v for k, v in (line | speed).items()}, self.env_steps)
