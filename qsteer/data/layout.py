@@ -133,7 +133,7 @@ class Layout:
         return read
 
     def read_ends(self, rows: "Rows") -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-        """Return where the task is over, where a time limit ended an episode, the executed steps, and kept rows.
+        """Return where the task is over, where a time limit ended it, the executed steps, and kept rows.
 
         All are (N,); a row that is not kept ends nothing.
 
@@ -228,8 +228,8 @@ def check_finite(columns: Mapping[str, Tensor], lanes: np.ndarray) -> None:
         if value.is_floating_point() and not (finite := find_finite(value))[lanes].all():
             lane = lanes[~finite[lanes]][0]
             raise ValueError(
-                f"Replay.add: expected finite {name}, got NaN or infinity first in lane {lane}; mend it, or leave "
-                "the row out (Rows.kept), which cuts its episode"
+                f"Replay.add: expected finite {name}, got NaN or infinity first in lane {lane}; mend it, or "
+                "leave the row out (Rows.kept), which cuts its episode"
             )
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from qsteer.critics.targets import chunk_return, monte_carlo_target
@@ -53,7 +53,7 @@ class Replay:
 
     Raises:
         ValueError: the directory holds a replay of another layout.
-        RuntimeError: another process has the directory open.
+        RuntimeError: another replay, of any process, has the directory open, or it cannot be locked.
     """
 
     def __init__(
@@ -112,14 +112,24 @@ class Replay:
         ]
         return torch.from_numpy(np.concatenate(parts)).to(self.device)
 
+    def rewards(self) -> Float[Tensor, "R"]:
+        """Return the rewards of all rows that are stored, on the CPU."""
+        parts = []
+        for lane in self._lane.tolist():
+            slots = self._window(lane) % self._slots
+            slots = slots[self._host["codes"][lane, slots] != CLOSING]
+            column = self._columns["rewards"][lane]
+            parts.append(column[torch.from_numpy(slots).to(column.device)].cpu())
+        return torch.cat(parts)
+
     def add(self, rows: Rows) -> None:
-        """Append one row to every lane, or to those of ``rows.kept``. Once this has returned, they are stored.
+        """Append one row to every lane, or to those of ``rows.kept``. When this returns, they are stored.
 
         Cost: their copy, and bookkeeping that does not grow with what is stored.
 
         Raises:
-            ValueError: a column has another shape or type, or is not finite, a row in the middle of an episode was not executed
-                to its end, or a truncated episode has no return (``"returns"`` with gamma 1).
+            ValueError: a column has another shape or type, or is not finite, a row in the middle of an episode
+                was not executed to its end, or a truncated episode has no return (``"returns"`` with gamma 1).
         """
         layout = self.layout
         over, timed_out, executed, kept = layout.read_ends(rows)
