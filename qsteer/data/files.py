@@ -76,8 +76,8 @@ def _lock(path: Path) -> TextIO:
     except BlockingIOError:
         file.close()
         raise RuntimeError(
-            f"{path}: expected a replay that nothing else has open, got one that another replay, of this or of "
-            "another process, has open; end that, or use another directory"
+            f"{path}: expected a replay that nothing else has open, got one that another replay, of this "
+            "or of another process, has open; end that, or use another directory"
         ) from None
     except OSError as error:
         file.close()

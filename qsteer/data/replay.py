@@ -128,8 +128,9 @@ class Replay:
         Cost: their copy, and bookkeeping that does not grow with what is stored.
 
         Raises:
-            ValueError: a column has another shape or type, or is not finite, a row in the middle of an episode
-                was not executed to its end, or a truncated episode has no return (``"returns"`` with gamma 1).
+            ValueError: a column has another shape or type, or is not finite; a row in the middle of an
+                episode was not executed to its end; or a truncated episode has no return (``"returns"`` with
+                gamma 1).
         """
         layout = self.layout
         over, timed_out, executed, kept = layout.read_ends(rows)

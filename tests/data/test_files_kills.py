@@ -197,5 +197,5 @@ def test_a_file_system_without_locks_is_said_to_be_one(
         raise OSError(95, "Operation not supported")
 
     monkeypatch.setattr("fcntl.flock", unsupported)
-    with pytest.raises(RuntimeError, match="expected a file system that locks files, got .*not supported"):
+    with pytest.raises(RuntimeError, match=r"expected a file system that locks files, got .*not supported"):
         Replay(layout(), directory=tmp_path)
