@@ -29,7 +29,7 @@ class ReplayFiles:
         """Open the directory ``path``, or make it, with ``slots`` slots per lane.
 
         Raises:
-            RuntimeError: another process has it open.
+            RuntimeError: another replay, of any process, has it open, or its file system does not lock.
             ValueError: it holds a replay of another layout.
         """
         path.mkdir(parents=True, exist_ok=True)
@@ -69,14 +69,20 @@ class ReplayFiles:
 
 
 def _lock(path: Path) -> TextIO:
-    """Take the directory for this process, as long as the returned file is open."""
+    """Take the directory for one replay, as long as the returned file is open; other files do not matter."""
     file = (path / "lock").open("w")
     try:
-        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.close()
         raise RuntimeError(
-            f"{path}: expected a replay of this process alone, got one that another has open; stop it, or "
-            "use another directory"
+            f"{path}: expected a replay that nothing else has open, got one that another replay, of this "
+            "or of another process, has open; end that, or use another directory"
+        ) from None
+    except OSError as error:
+        file.close()
+        raise RuntimeError(
+            f"{path}: expected a file system that locks files, got {error}; use a local directory"
         ) from None
     return file
 

@@ -133,23 +133,28 @@ class Layout:
             read[name] = _cast(name, value, dtype)
         return read
 
-    def read_ends(self, rows: "Rows") -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Return where the task is over, where a time limit ended an episode, and the executed steps: (N,).
+    def read_ends(self, rows: "Rows") -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+        """Return where the task is over, where a time limit ended it, the executed steps, and kept rows.
+
+        All are (N,); a row that is not kept ends nothing.
 
         Raises:
             ValueError: a column has another shape, a row in the middle of an episode was not executed to its
                 end, or a truncated episode has no return (``"returns"`` with gamma 1).
         """
         over = to_numpy(rows.terminals).astype(bool)
-        timed_out = to_numpy(rows.truncations).astype(bool) & ~over
-        ends = over | timed_out
+        timed_out = to_numpy(rows.truncations).astype(bool)
         executed = np.full(self.lanes, self.steps) if rows.executed is None else to_numpy(rows.executed)
-        for name, value in (("terminals", over), ("truncations", timed_out), ("executed", executed)):
+        kept = np.ones(self.lanes, bool) if rows.kept is None else to_numpy(rows.kept).astype(bool)
+        flags = {"terminals": over, "truncations": timed_out, "executed": executed, "kept": kept}
+        for name, value in flags.items():
             if value.shape != (self.lanes,):
                 raise ValueError(
                     f"Replay.add: expected {name} ({self.lanes},), got {value.shape}; give one a lane"
                 )
-        whole = executed == self.steps
+        over, timed_out = over & kept, timed_out & ~over & kept
+        executed = np.where(kept, executed, self.steps)
+        ends, whole = over | timed_out, executed == self.steps
         if not (whole | ends).all() or executed.min() < 1 or executed.max() > self.steps:
             raise ValueError(
                 f"Replay.add: expected {self.steps} executed steps, or 1 to {self.steps} where an episode "
@@ -160,7 +165,7 @@ class Layout:
             raise ValueError(
                 "Replay.add: expected gamma < 1 for truncated episodes' returns, got 1; lower it"
             )
-        return over, timed_out, executed
+        return over, timed_out, executed, kept
 
 
 class Rows(NamedTuple):
@@ -175,6 +180,7 @@ class Rows(NamedTuple):
         executed: primitive steps, fewer than n only where the episode ends; ``None``: n.
         next_observations: after the row; read where an episode ends, needed only by ``"next_state"`` after a
             truncation.
+        kept: which rows to store; of the others nothing is read, and their episodes are cut. ``None``: all.
     """
 
     observations: Observation
@@ -184,6 +190,7 @@ class Rows(NamedTuple):
     truncations: Bool[Tensor, "N"]
     executed: Int[Tensor, "N"] | None = None
     next_observations: Observation | None = None
+    kept: Bool[Tensor, "N"] | None = None
 
 
 class Trajectory(NamedTuple):
@@ -210,6 +217,26 @@ class Trajectory(NamedTuple):
     def __len__(self) -> int:
         """Return the number of rows."""
         return len(self.rewards)
+
+
+def check_finite(columns: Mapping[str, Tensor], lanes: np.ndarray) -> None:
+    """Check that the rows of some lanes hold numbers, and neither NaN nor infinity.
+
+    Raises:
+        ValueError: one does not.
+    """
+    for name, value in columns.items():
+        if value.is_floating_point() and not (finite := find_finite(value))[lanes].all():
+            lane = lanes[~finite[lanes]][0]
+            raise ValueError(
+                f"Replay.add: expected finite {name}, got NaN or infinity first in lane {lane}; mend it, or "
+                "leave the row out (Rows.kept), which cuts its episode"
+            )
+
+
+def find_finite(value: Tensor) -> Bool[np.ndarray, "N"]:
+    """Return which rows of a tensor hold numbers, and neither NaN nor infinity."""
+    return to_numpy(value.flatten(1).isfinite().all(1) if value.ndim > 1 else value.isfinite())
 
 
 def infer_columns(observations: Observation) -> int | dict[str, tuple[tuple[int, ...], str]]:

@@ -14,13 +14,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from qsteer.critics.targets import chunk_return, monte_carlo_target
 from qsteer.data.episodes import Transitions
 from qsteer.data.files import ReplayFiles
-from qsteer.data.layout import Layout, Rows, Trajectory, column_name, to_numpy
+from qsteer.data.layout import Layout, Rows, Trajectory, check_finite, column_name, to_numpy
 from qsteer.types import Observation
 
 SPARE = 2
@@ -49,11 +49,11 @@ class Replay:
     Attributes:
         layout: as given.
         device: as given.
-        added: rows that were ever added, in all lanes together.
+        added: rows that were ever added, in all lanes together; those that were not kept count.
 
     Raises:
         ValueError: the directory holds a replay of another layout.
-        RuntimeError: another process has the directory open.
+        RuntimeError: another replay, of any process, has the directory open, or it cannot be locked.
     """
 
     def __init__(
@@ -112,44 +112,62 @@ class Replay:
         ]
         return torch.from_numpy(np.concatenate(parts)).to(self.device)
 
+    def rewards(self) -> Float[Tensor, "R"]:
+        """Return the rewards of all rows that are stored, on the CPU."""
+        parts = []
+        for lane in self._lane.tolist():
+            slots = self._window(lane) % self._slots
+            slots = slots[self._host["codes"][lane, slots] != CLOSING]
+            column = self._columns["rewards"][lane]
+            parts.append(column[torch.from_numpy(slots).to(column.device)].cpu())
+        return torch.cat(parts)
+
     def add(self, rows: Rows) -> None:
-        """Append one row to every lane. Once this has returned, they are kept.
+        """Append one row to every lane, or to those of ``rows.kept``. When this returns, they are stored.
 
         Cost: their copy, and bookkeeping that does not grow with what is stored.
 
         Raises:
-            ValueError: a column has another shape or type, a row in the middle of an episode was not executed
-                to its end, or a truncated episode has no return (``"returns"`` with gamma 1).
+            ValueError: a column has another shape or type, or is not finite; a row in the middle of an
+                episode was not executed to its end; or a truncated episode has no return (``"returns"`` with
+                gamma 1).
         """
         layout = self.layout
-        over, timed_out, executed = layout.read_ends(rows)
+        over, timed_out, executed, kept = layout.read_ends(rows)
         ends, whole = over | timed_out, executed == layout.steps
         closed = ends if rows.next_observations is not None else np.zeros_like(ends)
         columns = layout.read(rows.observations, {"actions": rows.actions, "rewards": rows.rewards}) | {
-            "executed": executed,
-            "codes": over * TERMINAL + timed_out * TRUNCATED + closed * CLOSED,
+            "executed": torch.from_numpy(executed),
+            "codes": torch.from_numpy(over * TERMINAL + timed_out * TRUNCATED + closed * CLOSED),
         }
         behind = {} if rows.next_observations is None else layout.read(rows.next_observations)
+        (into,), (ending,) = kept.nonzero(), closed.nonzero()
+        check_finite(columns, into)
+        check_finite(behind, ending)
 
         with self._exclusive():
             slot = self._used
-            self._write(columns, self._lane, slot)
-            if len(lane := closed.nonzero()[0]):
-                after = {name: column[lane] for name, column in behind.items()}
-                self._write(after | {"codes": np.full(len(lane), CLOSING)}, lane, slot[lane] + 1)
+            if len(into) < layout.lanes:
+                columns = {name: column[into] for name, column in columns.items()}
+            self._write(columns, into, slot[into])
+            if len(ending):
+                after = {name: column[ending] for name, column in behind.items()}
+                self._write(after | {"codes": np.full(len(ending), CLOSING)}, ending, slot[ending] + 1)
             if layout.need == "returns":
                 for i in ends.nonzero()[0]:
                     self._fill_returns(int(i), int(slot[i]) + 1, bool(over[i]))
 
-            used, added = slot + 1 + closed, self.added + layout.lanes
+            used, added = slot + kept + closed, self.added + layout.lanes
             if self._files is not None:
                 self._files.commit(used, added)
             self._used, self.added = used, added
-            self._rows += 1
+            self._rows += kept
             self._expire(slot)
-            self._admit(layout.usable(slot + 1, over, timed_out, closed, whole))
+            self._admit(np.where(kept, layout.usable(slot + 1, over, timed_out, closed, whole), 0))
             self._begin = np.where(ends, used, self._begin)
             self._next = np.maximum(self._next, self._begin)
+            if len(into) < layout.lanes:
+                self._cut(~kept)
 
     def cut(self, lanes: Bool[Tensor, "N"] | None = None) -> None:
         """End the episodes that are running in these lanes (``None``: all); how they went on is not known.
@@ -157,12 +175,12 @@ class Replay:
         What can be drawn of them stays so; the next row starts an episode.
         """
         with self._exclusive():
-            running = self._begin < self._used
-            if lanes is not None:
-                running &= to_numpy(lanes)
-            (lane,) = running.nonzero()
-            self._write({"codes": np.full(len(lane), CUT)}, lane, self._used[lane] - 1)
-            self._begin[lane] = self._next[lane] = self._used[lane]
+            self._cut(True if lanes is None else to_numpy(lanes))
+
+    def _cut(self, lanes: np.ndarray | bool) -> None:
+        (lane,) = ((self._begin < self._used) & lanes).nonzero()
+        self._write({"codes": np.full(len(lane), CUT)}, lane, self._used[lane] - 1)
+        self._begin[lane] = self._next[lane] = self._used[lane]
 
     def sample(
         self,

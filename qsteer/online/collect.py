@@ -1,18 +1,23 @@
 """Environments that run while a critic learns: rows of their episodes, for a replay."""
 
+import warnings
 from collections.abc import Callable
 from operator import itemgetter
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from jaxtyping import Int
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_leaves, tree_map
 
-from qsteer.data.layout import Rows
+from qsteer.data.layout import Rows, find_finite
 from qsteer.envs.rollouts import MakeEnv, Simulators, to_tensors
 from qsteer.online.actors import Decision
 from qsteer.types import Observation
+
+IN_A_ROW = 5
+"""Failures in a row, without a success between them, after which a run stops."""
 
 type LaneActor = Callable[[Any, Int[np.ndarray, "N"]], Decision]
 
@@ -20,7 +25,8 @@ type LaneActor = Callable[[Any, Int[np.ndarray, "N"]], Decision]
 class Collector(Simulators):
     """Environments in processes of their own, all of which advance by one row of their chunks at a time.
 
-    An environment whose chunk is used up asks for another; one whose episode is over starts a new one.
+    An environment whose chunk is used up asks for another; one whose episode is over starts a new one. A row
+    with a reward or an observation that is not finite is refused (``Rows.kept``), and its episode given up.
 
     Args:
         make_env: makes one environment, as for :class:`~qsteer.envs.rollouts.Simulators`.
@@ -34,6 +40,7 @@ class Collector(Simulators):
     Attributes:
         finished: ``(environment, success, sum of rewards, length)`` of the episodes that ended since it was
             emptied.
+        refused: rows of each environment that were refused: (N,).
 
     Raises:
         ValueError: as for ``Simulators``, or rows do not divide a chunk.
@@ -53,6 +60,8 @@ class Collector(Simulators):
             raise ValueError(f"row: expected a divisor of the horizon {horizon}, got {row}")
         super().__init__(make_env, horizon=horizon, num_envs=num_envs, gamma=gamma)
         self.finished: list[tuple[int, bool, float, int]] = []
+        self.refused: np.ndarray = np.zeros(num_envs, int)
+        self._barren = 0  # rounds in a row in which no row was kept
         self._horizon, self._row, self._closes = horizon, row, closing
         self._next: np.ndarray = np.zeros(num_envs, int)  # first action of the next row in the pending chunk
         self._over: np.ndarray = np.ones(num_envs, bool)
@@ -72,16 +81,23 @@ class Collector(Simulators):
             act: asked for chunks for the environments that need one: their observations and their numbers,
                 ascending.
             generator: of the seeds of new episodes.
+
+        Raises:
+            ValueError: the policy gives actions that are not finite.
+            RuntimeError: an environment gives no finite observation after several resets.
         """
         self._act = act
         if self._over.any():
-            draws = torch.randint(2**31, (self.num_envs,), generator=generator, device=generator.device)
-            seeds: list[int | None] = [*draws.tolist()]
-            self._raw, _ = self._envs.reset(seed=seeds, options={"reset_mask": self._over.copy()})
+            self._reset(generator)
         self._next = np.where(self._over, 0, (self._next + self._row) % self._horizon)
         self._seen = to_tensors(self._raw)
         if (asking := np.flatnonzero(self._next == 0)).size:
             decision = act(tree_map(itemgetter(asking), self._seen), asking)
+            if not decision.executed.isfinite().all():
+                raise ValueError(
+                    "act: expected finite actions, got NaN or infinity for finite observations of the "
+                    "environment; look at the policy and at what prepares its inputs"
+                )
             if self._executed is None:
                 shape = self.num_envs, self._horizon
                 self._executed = np.zeros((*shape, *decision.executed.shape[2:]), np.float32)
@@ -95,15 +111,31 @@ class Collector(Simulators):
         self._envs.step_async(actions.clip(low, high))
 
     def receive(self) -> Rows:
-        """Wait for the simulators and return the row that :meth:`send` started."""
+        """Wait for the simulators and return the row that :meth:`send` started.
+
+        Raises:
+            RuntimeError: several rounds in a row gave no row that is finite.
+        """
         self._raw, rewards, terminated, truncated, info = self._envs.step_wait()
-        self._over = terminated | truncated
-        for i in np.flatnonzero(self._over):
-            outcome = bool(info["success"][i]), float(info["sum_reward"][i]), int(info["length"][i])
-            self.finished.append((int(i), *outcome))
+        ended = terminated | truncated
+        kept = self._sift({"reward": rewards, "observation": self._raw})
         following = to_tensors(self._raw)
         if self._row == self._horizon:
-            following = self._closing(following) if self._closes else None
+            kept &= self._sift({"prepared observation": self._seen}, kept)
+            following = self._closing(following, ended & kept) if self._closes else None
+            if following is not None:
+                kept &= self._sift({"prepared observation": following}, ended & kept)
+        self._over = ended | ~kept
+        self.refused += ~kept
+        self._barren = 0 if kept.any() else self._barren + 1
+        if self._barren == IN_A_ROW:
+            raise RuntimeError(
+                f"environments: expected finite rewards and observations, got none in {IN_A_ROW} rounds in a "
+                "row; look at the sensors and at the reward"
+            )
+        for i in np.flatnonzero(ended & kept):
+            outcome = bool(info["success"][i]), float(info["sum_reward"][i]), int(info["length"][i])
+            self.finished.append((int(i), *outcome))
         steps = torch.from_numpy(self._steps())
         return Rows(
             observations=self._seen,
@@ -113,6 +145,7 @@ class Collector(Simulators):
             truncations=torch.from_numpy(truncated & ~terminated),
             executed=torch.from_numpy(info["executed"].astype(np.int64)),
             next_observations=following,
+            kept=torch.from_numpy(kept),
         )
 
     def abandon(self) -> None:
@@ -127,9 +160,42 @@ class Collector(Simulators):
     def _steps(self) -> Int[np.ndarray, "N n"]:
         return self._next[:, None] + np.arange(self._row)
 
-    def _closing(self, raw: Any) -> Observation:
+    def _reset(self, generator: torch.Generator) -> None:
+        """Start episodes where one is over, again where the first observation is not finite."""
+        over = self._over.copy()
+        for _ in range(IN_A_ROW):
+            draws = torch.randint(2**31, (self.num_envs,), generator=generator, device=generator.device)
+            seeds: list[int | None] = [*draws.tolist()]
+            self._raw, _ = self._envs.reset(seed=seeds, options={"reset_mask": over.copy()})
+            over &= ~self._sift({"first observation": self._raw}, over)
+            if not over.any():
+                return
+            self.refused += over
+        raise RuntimeError(
+            f"environment {over.argmax()}: expected a finite observation after a reset, got NaN or infinity "
+            f"{IN_A_ROW} times in a row; look at its sensors"
+        )
+
+    def _sift(self, given: dict[str, Any], lanes: np.ndarray | None = None) -> np.ndarray:
+        """Return where all is finite, and say where it is not; of other than ``lanes`` nothing is said."""
+        kept = np.ones(self.num_envs, bool)
+        for name, columns in given.items():
+            leaves = [torch.as_tensor(leaf) for leaf in tree_leaves(columns)]
+            finite = [find_finite(leaf) for leaf in leaves if leaf.is_floating_point()]
+            found = np.logical_and.reduce([np.ones(self.num_envs, bool), *finite])
+            for i in np.flatnonzero(~found if lanes is None else ~found & lanes):
+                warnings.warn(
+                    f"environment {i}: expected a finite {name}, got NaN or infinity: the row is refused and "
+                    "its episode given up (said once, counted in the metrics)",
+                    RuntimeWarning,
+                    skip_file_prefixes=(str(Path(__file__).parents[1]),),
+                )
+            kept &= found
+        return kept
+
+    def _closing(self, raw: Any, over: np.ndarray) -> Observation:
         """Return what the critic would see after the row; only entries of episodes that ended are read."""
-        ended = np.flatnonzero(self._over)
+        ended = np.flatnonzero(over)
         if not ended.size:
             return self._seen
         closing, at = self._act(tree_map(itemgetter(ended), raw), ended).observations, torch.from_numpy(ended)

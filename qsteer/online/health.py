@@ -6,7 +6,7 @@ from copy import deepcopy
 from dataclasses import KW_ONLY, dataclass, field
 from math import isfinite
 from statistics import median
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +16,9 @@ from qsteer.checks import check_at_least
 
 VALUES = ("q", "q_min", "q_max", "v", "y")
 """Entries of a learner's metrics that are values of actions or states."""
+
+FAR, RARE = 2.0**14, 0.01
+"""Size over the median size, and share, from which on and up to which rewards are outliers."""
 
 
 @dataclass
@@ -27,11 +30,14 @@ class Health:
     * a metric, a parameter or a gradient is not finite;
     * a value is beyond what any return can be: every discounted sum of 1, 2, ... rewards in ``[low, high]``
       lies in ``[min(low, low / (1 - gamma)), max(high, high / (1 - gamma))]``, which is widened by ``margin``
-      times its width on both sides;
+      times its width on both sides. This applies to a value once it has been inside without the margin: a
+      fresh critic's may start anywhere;
     * the loss is ``explosion`` times its running median, and beyond the square of that width (at first an
       error may be as large as the returns, however small it was while none had been seen).
 
     The last two wait for a first reward other than zero, without which the size of values is not known.
+    Rewards that are ``FAR`` times the usual size and rarer than ``RARE`` among those other than zero are
+    no part of ``[low, high]``: a sensor's mistake must not make everything look healthy.
 
     Example, every n-th update of an online loop:
         >>> reason = health.check({"loss": loss} | info, learner.parameters())  # doctest: +SKIP
@@ -63,9 +69,11 @@ class Health:
     recovery: int = 20
     trips: int = field(default=0, init=False)
     restores: int = field(default=0, init=False)
-    _rewards: tuple[float, float] = field(default=(float("inf"), -float("inf")), init=False, repr=False)
+    _sizes: dict[int, tuple[int, float, float]] = field(default_factory=dict, init=False, repr=False)
+    _zeros: bool = field(default=False, init=False, repr=False)
+    _inside: frozenset[str] = field(default=frozenset(), init=False, repr=False)
     _losses: deque[float] = field(default_factory=deque, init=False, repr=False)
-    _kept: deque[tuple[dict[str, Any], dict[str, Any]]] = field(
+    _kept: deque[tuple[dict[str, Any], dict[str, Any], frozenset[str]]] = field(
         default_factory=lambda: deque(maxlen=2), init=False, repr=False
     )
     _since_trip: int | None = field(default=None, init=False, repr=False)
@@ -102,11 +110,34 @@ class Health:
     def observe_rewards(self, rewards: Tensor) -> None:
         """Take in rewards of any shape, as the environments give them; those that are not finite are ignored.
 
-        Cost: a minimum and a maximum; waits for a device the rewards are on.
+        Cost: a sort by size; waits for a device the rewards are on.
         """
-        if len(finite := rewards[torch.isfinite(rewards)]):
-            low, high = torch.stack(finite.aminmax()).tolist()
-            self._rewards = min(self._rewards[0], low), max(self._rewards[1], high)
+        finite = rewards[torch.isfinite(rewards)].cpu()
+        given = finite[finite != 0]
+        self._zeros |= len(given) < len(finite)
+        sizes = torch.frexp(given).exponent  # in powers of two: 0.5 <= |r| / 2^size < 1
+        for size in sizes.unique().tolist():
+            of = given[sizes == size]
+            count, low, high = self._sizes.get(size, (0, float("inf"), -float("inf")))
+            self._sizes[size] = count + len(of), min(low, float(of.min())), max(high, float(of.max()))
+
+    @property
+    def outliers(self) -> int:
+        """Rewards that are left out of the bounds."""
+        return sum(count for count, *_ in self._sizes.values()) - sum(n for n, *_ in self._usual())
+
+    def _usual(self) -> list[tuple[int, float, float]]:
+        """Return number, least and greatest of the rewards of each usual size."""
+        total, seen = sum(count for count, *_ in self._sizes.values()), 0
+        usual = dict(sorted(self._sizes.items()))
+        for middle, (count, *_) in usual.items():
+            seen += count
+            if 2 * seen >= total:
+                far = [size for size in usual if 2.0 ** (size - middle) > FAR]
+                if sum(usual[size][0] for size in far) < RARE * total:
+                    usual = {size: found for size, found in usual.items() if size not in far}
+                break
+        return list(usual.values())
 
     def check(self, info: Mapping[str, float | int | Tensor], parameters: Iterable[Tensor]) -> str | None:
         """Check the critic after an update; return why it is ill, or None.
@@ -135,7 +166,7 @@ class Health:
             self._since_keep += 1
             return
         self._since_keep = 0
-        self._kept.append((deepcopy(learner.state_dict()), deepcopy(optimizer.state_dict())))
+        self._kept.append((deepcopy(learner.state_dict()), deepcopy(optimizer.state_dict()), self._inside))
 
     def restore(self, learner: nn.Module, optimizer: torch.optim.Optimizer) -> None:
         """Put the last kept state back, bit for bit; if that is ill again before it recovers, the one before.
@@ -151,7 +182,7 @@ class Health:
             )
         if self._relapsed and len(self._kept) > 1:
             self._kept.pop()
-        weights, moments = self._kept[-1]
+        weights, moments, self._inside = self._kept[-1]
         learner.load_state_dict(weights)
         optimizer.load_state_dict(deepcopy(moments))  # which may take tensors over as they are
         self.restores += 1
@@ -164,8 +195,11 @@ class Health:
             return f"not finite: {', '.join(bad)}"
         if (bounds := self.bounds) is not None:
             low, high = bounds
-            for name in VALUES:
-                if name in found and not low <= found[name] <= high:
+            least, most = cast(tuple[float, float], self._returns())
+            values = [name for name in VALUES if name in found]
+            self._inside |= {name for name in values if least <= found[name] <= most}
+            for name in values:
+                if name in self._inside and not low <= found[name] <= high:
                     return f"{name} = {found[name]:.4g} beyond any return: [{low:.4g}, {high:.4g}]"
         if "loss" in found:
             return self._exploded(found["loss"])
@@ -179,9 +213,11 @@ class Health:
         return f"loss = {loss:.4g}, {usual:.4g} is usual" if loss > self.explosion * usual else None
 
     def _returns(self) -> tuple[float, float] | None:
-        low, high = self._rewards
-        if low > high or low == high == 0.0:
+        if not (usual := self._usual()):
             return None
+        zero = [0.0] if self._zeros else []
+        low = min([low for _, low, _ in usual] + zero)
+        high = max([high for *_, high in usual] + zero)
         return min(low, low / (1 - self.gamma)), max(high, high / (1 - self.gamma))
 
 

@@ -69,6 +69,9 @@ def train_online(
     learner starts from its last checkpoint and catches up. Simulators cannot be stored, so episodes that were
     running are cut, and a resumed run is not the same to the bit.
 
+    Rows with a reward or an observation that is not finite are refused, their episodes cut; the metrics
+    count them as ``refused``.
+
     A critic that diverges does not act: see :class:`~qsteer.online.health.Health`. Until it has recovered,
     the unsteered policy acts.
 
@@ -151,6 +154,14 @@ class OnlineLoop:
         self.optimizer = settings.optimizer([p for p in self.learner.parameters() if p.requires_grad])
         self.generator = torch.Generator(critic.device).manual_seed(settings.seed)
         self.health = Health(gamma=settings.gamma**training.row)
+        self.health.observe_rewards(self.replay.rewards())
+        if offline is not None:
+            steps = (
+                offline.episodes.rewards.cpu()
+            )  # a row's are between one step's and those of all its steps
+            self.health.observe_rewards(steps)
+            if training.row > 1:
+                self.health.observe_rewards(steps * sum(settings.gamma**k for k in range(training.row)))
         self.identity = {"training": asdict(training), "rule": repr(rule), "sampler": repr(sampler)}
         self.update = resume(out, self.learner, self.optimizer, self.generator, self.identity)
         for directory in self.seed_directories:
@@ -227,7 +238,7 @@ class OnlineLoop:
             rows = collector.receive()
         with window.share("store"):
             self.replay.add(rows)
-        self.health.observe_rewards(rows.rewards)
+        self.health.observe_rewards(rows.rewards[rows.kept])
 
     def steer(self) -> None:
         """Steer once the critic has learnt something and while it is healthy; else leave the policy alone."""
@@ -352,6 +363,7 @@ class OnlineLoop:
         self.settle()
         shared = {name: float(value) for name, value in window.info.items()}
         shared |= {"steered": float(self.health.steers), "trips": float(self.health.trips)}
+        shared["outliers"] = float(self.health.outliers)
         trace = self.actor.trace
         shared |= {"fallbacks": float(trace.fallbacks), "gated": float(trace.gated)}
         if (strengths := trace.arrays()["strength"]).size:
@@ -361,12 +373,14 @@ class OnlineLoop:
         speed = window.speed(self.env_steps, self.update)
         line: dict[str, float] = {}
         for s, directory in enumerate(self.seed_directories):
-            mine = [outcome for lane, *outcome in collector.finished if lane // self.training.num_envs == s]
+            lanes = slice(s * self.training.num_envs, (s + 1) * self.training.num_envs)
+            mine = [outcome for lane, *outcome in collector.finished if lanes.start <= lane < lanes.stop]
             means = map(np.mean, zip(*mine, strict=True))
             episodes = (
                 dict(zip(("success", "return", "length"), map(float, means), strict=True)) if mine else {}
             )
-            line = episodes | {"episodes": float(len(mine))} | shared | scores[s]
+            counted = {"episodes": float(len(mine)), "refused": float(collector.refused[lanes].sum())}
+            line = episodes | counted | shared | scores[s]
             append_json_line(directory / METRICS, counts | line)
             append_json_line(directory / SPEED, counts | speed)
             tracker.log({f"{directory.name}/{k}": v for k, v in (line | speed).items()}, self.env_steps)

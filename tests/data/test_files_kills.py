@@ -153,16 +153,49 @@ def test_kill_9_loses_nothing_that_was_acknowledged(tmp_path: Path) -> None:
     assert kill == kills - 1
 
 
+OPEN = """
+import sys
+sys.path.insert(0, sys.argv[2])
+from histories import layout
+from qsteer.data.replay import Replay
+
+replay = Replay(layout(), directory=sys.argv[1])
+print("held", flush=True)
+input()
+"""
+
+
 def test_a_directory_has_one_process(tmp_path: Path) -> None:
-    code = (
-        "import sys, fcntl; f = open(sys.argv[1], 'w'); fcntl.lockf(f, fcntl.LOCK_EX); "
-        "print('held', flush=True); input()"
-    )
-    command = [sys.executable, "-c", code, tmp_path / "lock"]
+    command = [sys.executable, "-c", OPEN, tmp_path, Path(histories.__file__).parent]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
         assert other.stdout is not None
         assert other.stdout.readline() == b"held\n"
-        with pytest.raises(RuntimeError, match="another has open"):
+        with pytest.raises(RuntimeError, match="another process, has open"):
             Replay(layout(), directory=tmp_path)
         other.kill()
     assert Replay(layout(), directory=tmp_path).added == 0
+
+
+def test_a_directory_has_one_replay_and_keeps_its_lock_when_a_second_is_refused(tmp_path: Path) -> None:
+    replay = Replay(layout(), directory=tmp_path)
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match="expected a replay that nothing else has open"):
+            Replay(layout(), directory=tmp_path)
+    with open(tmp_path / "lock"):  # nor does it go when any other file of it is closed
+        pass
+    command = [sys.executable, "-c", OPEN, tmp_path, Path(histories.__file__).parent]
+    other = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True)
+    assert other.returncode and "expected a replay that nothing else has open" in other.stderr
+    del replay
+    assert Replay(layout(), directory=tmp_path).added == 0
+
+
+def test_a_file_system_without_locks_is_said_to_be_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def unsupported(*_) -> None:
+        raise OSError(95, "Operation not supported")
+
+    monkeypatch.setattr("fcntl.flock", unsupported)
+    with pytest.raises(RuntimeError, match=r"expected a file system that locks files, got .*not supported"):
+        Replay(layout(), directory=tmp_path)

@@ -240,3 +240,39 @@ def test_on_a_gpu_it_is_the_same(tmp_path: Path, need: str, stored: str) -> None
             value = getattr(batch, f.name)
             if isinstance(value, Tensor):
                 torch.testing.assert_close(value.cpu(), getattr(same, f.name))
+
+
+@pytest.mark.parametrize("need", NEEDS)
+def test_a_row_that_is_not_kept_leaves_nothing_and_cuts_its_episode(need: str) -> None:
+    """What is drawn is what it would be, had the lane been cut and had only the others gone on."""
+    history = History(5, lanes=3)
+    replay = Replay(layout(need=need, lanes=3))
+    left = 0
+    for step in range(80):
+        row = history.row()
+        if step % 7 == 3:
+            kept = np.array([step % 3 != lane for lane in range(3)])
+            row.rewards[~kept], row.observations[~kept] = torch.nan, torch.inf
+            row = row._replace(kept=torch.from_numpy(kept))
+            for log, keep in zip(history.log, kept, strict=True):
+                if not keep:
+                    log.pop()
+                    left += 1
+            history.cut(~kept)
+        replay.add(row)
+        compare(replay, history)
+    assert left == 11 and replay.added == 240
+    for row in (replay.gather(replay.starts), replay.sample(256, torch.Generator().manual_seed(0))):
+        assert row.rewards.isfinite().all() and row.observations.isfinite().all()
+
+
+@pytest.mark.parametrize("column", ["observations", "actions", "rewards"])
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+def test_what_is_not_finite_is_refused_by_name_and_lane(column: str, bad: float) -> None:
+    history, replay = History(0, lanes=3), Replay(layout(lanes=3))
+    replay.add(history.row())
+    row = history.row()
+    getattr(row, column)[1] = bad
+    with pytest.raises(ValueError, match=rf"expected finite {column}, got NaN or infinity first in lane 1"):
+        replay.add(row)
+    assert replay.added == 3

@@ -121,6 +121,38 @@ def test_steering_is_forbidden_until_it_has_recovered():
     assert not health.steers and health.trips == 3
 
 
+def test_bounds_apply_to_a_value_once_it_has_been_inside():
+    """Rewards of .001 and a fresh critic's values of .3: it learns its way in, and is then watched."""
+    health = seen(0.0, 0.001, margin=0.5)  # returns in [0, .01]
+    for q in (0.3, 0.1, 0.0149, 0.016, 0.0149, 0.009, 0.0149):
+        assert health.check({"q": q}, WEIGHTS) is None
+    assert health.check({"q": 0.016, "q_max": 0.3}, WEIGHTS) == "q = 0.016 beyond any return: [-0.005, 0.015]"
+
+
+@pytest.mark.parametrize("place", [0, 2000, 3999])
+def test_a_few_outliers_widen_no_bounds(place):
+    rewards = torch.rand(4000, generator=torch.Generator().manual_seed(0)) - 0.5
+    usual = seen(*rewards.tolist())
+    rewards[torch.arange(place, place + 5) % 4000] = -1e6
+    health = seen(*rewards.tolist())
+    assert health.outliers == 5 and health.bounds == pytest.approx(usual.bounds, rel=0.01)
+    for _ in range(health.window):
+        assert health.check({"loss": 1.0, "y": 0.1}, WEIGHTS) is None
+    assert "loss = 1e+11" in health.check({"loss": 1e11}, WEIGHTS)
+    assert "beyond any return" in health.check({"y": -1e4}, WEIGHTS)
+
+
+@pytest.mark.parametrize(
+    ("step", "rare"), [(0.0, 1.0), (-1.0, 0.0), (-1.0, 1000.0), (-0.001, 1.0), (1.0, -1000.0)]
+)
+def test_a_rare_success_is_no_outlier(step, rare):
+    health = Health(0.9)
+    health.observe_rewards(torch.full((100_000,), step))
+    health.observe_rewards(torch.tensor([rare]))
+    low, high = health._returns()
+    assert health.outliers == 0 and low <= min(step, rare) and high >= max(step, rare)
+
+
 # --------------------------------------------------------------------------------------- a critic that learns
 
 

@@ -23,7 +23,7 @@ from qsteer.data import Chunks, Episodes
 from qsteer.data.replay import Replay
 from qsteer.online.actors import StateActor
 from qsteer.online.collect import Collector
-from qsteer.online.loop import train_online
+from qsteer.online.loop import OnlineLoop, train_online
 from qsteer.training.critic import LEARNERS, Sarsa, fresh_critic
 
 
@@ -247,3 +247,17 @@ def test_killed_at_random_moments_nothing_acknowledged_is_lost(tmp_path: Path) -
     steps, updates = ([line[key] for line in lines] for key in ("env_steps", "step"))
     assert steps == sorted(set(steps)) and steps[-1] == 600
     assert updates == sorted(updates) and updates[-1] == 600
+
+
+def test_health_knows_the_rewards_of_offline_data_and_of_the_stored_replay(tmp_path: Path) -> None:
+    actor, live = parts()
+    new = OnlineLoop(
+        actor, live, tmp_path / "a", TRAINING, None, None, Chunks(offline(), 1, 0.9, "next_actions"), None
+    )
+    low, high = offline().rewards.aminmax()
+    assert new.health._returns() == pytest.approx((float(low) / (1 - 0.9), float(high)))
+    run(tmp_path / "b", replace(TRAINING, env_steps=24, warmup=20, evaluate_every=0))
+    actor, live = parts()
+    settings = replace(TRAINING, env_steps=24, warmup=20, evaluate_every=0)
+    again = OnlineLoop(actor, live, tmp_path / "b", settings, RULE, None, None, None)
+    assert again.health._returns()[0] == pytest.approx(float(again.replay.rewards().min()) / (1 - 0.9))

@@ -60,3 +60,39 @@ def run(out: Path, training: OnlineTraining = TRAINING, seeds: int = 1, **option
     options = {"rule": RULE, "make_env": ThreeSteps} | options
     make_env = options.pop("make_env")
     return train_online(make_env, actor, live, out, training, progress=False, **options)
+
+
+class Faulty(ThreeSteps):
+    """Now and then a reward or an observation is not finite."""
+
+    count = 0
+
+    def reset(self, **options: Any) -> tuple[np.ndarray, dict[str, Any]]:
+        obs, info = super().reset(**options)
+        Faulty.count += 1
+        return (obs * np.nan, info) if Faulty.count % 9 == 8 else (obs, info)
+
+    def step(self, action: np.ndarray) -> tuple[np.ndarray, float, bool, bool, dict[str, Any]]:
+        obs, reward, *rest = super().step(action)
+        Faulty.count += 1
+        return (
+            obs * (np.inf if Faulty.count % 11 == 3 else 1),
+            np.nan if Faulty.count % 13 == 5 else reward,
+            *rest,
+        )
+
+
+class Dead(ThreeSteps):
+    """Its reward is never a number."""
+
+    def step(self, action: np.ndarray) -> tuple[np.ndarray, float, bool, bool, dict[str, Any]]:
+        obs, _, *rest = super().step(action)
+        return obs, np.nan, *rest
+
+
+class Blind(ThreeSteps):
+    """It sees nothing."""
+
+    def reset(self, **options: Any) -> tuple[np.ndarray, dict[str, Any]]:
+        obs, info = super().reset(**options)
+        return obs * np.nan, info
