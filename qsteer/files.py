@@ -1,10 +1,17 @@
-"""Small files that are never found half-written: JSON reports, and metrics as lines of JSON."""
+"""Small files that are never found half-written, and checks of files before they are read or written."""
 
 import json
 import os
-from collections.abc import Mapping
+import zipfile
+import zlib
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+import numpy as np
+
+LFS = b"version https://git-lfs"
+"""How the text begins that git leaves in the place of a large file."""
 
 
 def write_text(path: str | Path, text: str) -> Path:
@@ -42,3 +49,114 @@ def trim_json_lines(path: Path, last_step: int | None = None) -> None:
     if last_step is not None:
         kept = [line for line in kept if json.loads(line)["step"] <= last_step]
     write_text(path, "".join(kept))
+
+
+def check_directory(path: Path) -> Path:
+    """Check that a directory can be written to, or made; return it.
+
+    Raises:
+        NotADirectoryError: the path, or what lies above it, is a file.
+        PermissionError: it cannot be written to.
+    """
+    above = path.absolute()
+    while not above.exists() and above != above.parent:
+        above = above.parent
+    if not above.is_dir():
+        raise NotADirectoryError(
+            f"{path}: expected a directory to write to, got the file {above}; name another"
+        )
+    if not os.access(above, os.W_OK | os.X_OK):
+        raise PermissionError(
+            f"{path}: expected a directory that can be written to, got none in {above}; name another"
+        )
+    return path
+
+
+def check_output(path: Path, suffixes: Sequence[str] = ()) -> Path:
+    """Check that a file can be written, before the work whose result it is to hold; return its path.
+
+    Args:
+        path: of the file; one that exists is replaced.
+        suffixes: which the path may end in; any by default.
+
+    Raises:
+        IsADirectoryError: the path is a directory.
+        OSError: as for :func:`check_directory`.
+        ValueError: it ends in something else.
+    """
+    if path.is_dir():
+        raise IsADirectoryError(f"{path}: expected a file to write, got a directory; name a file in it")
+    if suffixes and path.suffix.lower() not in suffixes:
+        raise ValueError(f"{path}: expected a file that ends in {', '.join(suffixes)}; name another")
+    check_directory(path.parent)
+    return path
+
+
+def check_whole(path: Path) -> None:
+    """Check that there is a file with something in it that is not git's stand-in for a large one.
+
+    Raises:
+        FileNotFoundError: there is none.
+        ValueError: it is a directory, empty, or a stand-in.
+    """
+    if not path.exists():
+        raise FileNotFoundError(f"{path}: expected a file, got none; is the path right?")
+    if not path.is_file():
+        raise ValueError(f"{path}: expected a file, got a directory; name the file in it")
+    with path.open("rb") as file:
+        head = file.read(len(LFS))
+    if not head:
+        raise ValueError(f"{path}: expected a whole file, got an empty one; make or download it again")
+    if head == LFS:
+        raise ValueError(
+            f"{path}: expected a whole file, got a pointer of git LFS; run git lfs pull where it comes from"
+        )
+
+
+def read_json(path: Path) -> Any:
+    """Read a whole file as JSON.
+
+    Raises:
+        FileNotFoundError: there is none.
+        ValueError: it is no JSON.
+    """
+    check_whole(path)
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: expected JSON, got something else ({error}); write it again") from None
+
+
+def check_npz(path: Path, columns: Sequence[str]) -> None:
+    """Check that a file holds columns of numbers with as many rows each.
+
+    Raises:
+        FileNotFoundError: there is none.
+        ValueError: it is no whole .npz file, or a column is missing, empty, no array of numbers, or shorter.
+    """
+    check_whole(path)
+    try:
+        with np.load(path) as file:
+            if not isinstance(file, np.lib.npyio.NpzFile):
+                raise ValueError("a single array")
+            names = file.files
+            found = {name: file[name] for name in columns if name in names}
+    except (ValueError, OSError, EOFError, KeyError, zipfile.BadZipFile, zlib.error) as error:
+        raise ValueError(
+            f"{path}: expected a whole .npz file of numbers, got something else ({error}); make or download "
+            "it again"
+        ) from None
+    if missing := [name for name in columns if name not in found]:
+        raise ValueError(
+            f"{path}: expected columns {', '.join(columns)}, got no {', '.join(missing)} among "
+            f"{', '.join(names) or 'none at all'}; make or download a data set of this task"
+        )
+    rows = {name: len(column) if column.ndim else 0 for name, column in found.items()}
+    if len(set(rows.values())) > 1 or not all(rows.values()):
+        raise ValueError(
+            f"{path}: expected as many rows in each column, at least one, got {rows}; mend the file"
+        )
+    if strange := [name for name, column in found.items() if column.dtype.kind not in "biuf"]:
+        raise ValueError(
+            f"{path}: expected numbers, got {found[strange[0]].dtype} in {strange[0]}; mend the file"
+        )

@@ -5,8 +5,16 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-from qsteer.cli.options import Commands, add_command, add_task_option, add_training_options, select_given
-from qsteer.experiments.tasks import RECIPES, run_directory
+from qsteer.cli.options import (
+    Commands,
+    add_command,
+    add_task_option,
+    add_training_options,
+    natural_float,
+    natural_int,
+    select_given,
+    start_run,
+)
 
 
 def add_parser(commands: Commands) -> None:
@@ -15,12 +23,12 @@ def add_parser(commands: Commands) -> None:
     parser = add_command(commands, "adapt", run, text)
     add_task_option(parser)
     parser.add_argument(
-        "--env-steps", type=int, help="environment steps; default: the recipe's; 0: on the data alone"
+        "--env-steps", type=natural_int, help="environment steps; default: the recipe's; 0: on the data alone"
     )
     parser.add_argument(
         "--critic", type=Path, help="directory of the critic to start from; default runs/TASK/seedN/critic"
     )
-    parser.add_argument("--eta", type=float, help="radius of the trust region; default: the recipe's")
+    parser.add_argument("--eta", type=natural_float, help="radius of the trust region; default: the recipe's")
     parser.add_argument("--fixed-critic", action="store_true", help="the critic stays as it is")
     add_training_options(parser, "fmq")
 
@@ -31,8 +39,10 @@ def run(args: argparse.Namespace) -> None:
     from qsteer.data import Episodes
     from qsteer.envs import ogbench
     from qsteer.evaluation.plots import plot_adaptation
+    from qsteer.experiments.tasks import RECIPES, run_directory
     from qsteer.maps import FlowMap
     from qsteer.online.fmq import adapt
+    from qsteer.plotting import load_pyplot
     from qsteer.policies import FlowPolicy
     from qsteer.training.loop import METRICS
 
@@ -41,7 +51,8 @@ def run(args: argparse.Namespace) -> None:
     if args.env_steps and args.steps is None:
         given["steps"] = args.env_steps  # one update per environment step
     training = replace(task.fmq, **given)
-    out = args.out or directory / "fmq"
+    out = start_run(args, args.out or directory / "fmq")
+    load_pyplot()
     train, _ = ogbench.load(task.environment(), args.data or task.data_path)
     adapt(
         FlowMap.from_pretrained(directory / "flow").to(args.device),

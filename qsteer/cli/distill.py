@@ -3,10 +3,14 @@
 import argparse
 from dataclasses import replace
 
-import torch
-
-from qsteer.cli.options import Commands, add_command, add_task_option, add_training_options, select_given
-from qsteer.experiments.tasks import RECIPES, run_directory
+from qsteer.cli.options import (
+    Commands,
+    add_command,
+    add_task_option,
+    add_training_options,
+    select_given,
+    start_run,
+)
 
 
 def add_parser(commands: Commands) -> None:
@@ -25,8 +29,11 @@ def add_parser(commands: Commands) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Run the command."""
+    import torch
+
     from qsteer.data import Chunks, Episodes
     from qsteer.envs.ogbench import load
+    from qsteer.experiments.tasks import RECIPES, run_directory
     from qsteer.maps import FlowMap, MapConfig, MetaFlowMap, MetaMapConfig
     from qsteer.policies import FlowPolicy
     from qsteer.training.loop import processes
@@ -35,13 +42,14 @@ def run(args: argparse.Namespace) -> None:
 
     state = processes(args.device)
     task, directory = RECIPES[args.task], run_directory(args.task, args.seed)
+    out = start_run(args, args.out or directory / args.map)
     policy = FlowPolicy.from_pretrained(directory / "policy").requires_grad_(False).to(args.device)
     shape = policy.config
     teacher, held_out = (
         StateTeacher(policy, Chunks(Episodes.from_ogbench(d).to(args.device), shape.horizon, 1.0, "actions"))
         for d in load(task.environment(), args.data or task.data_path)
     )
-    out, given = args.out or directory / args.map, select_given(args, "seed", "steps")
+    given = select_given(args, "seed", "steps")
     kind = MetaMapConfig if args.map == "meta" else MapConfig
     config = kind(
         shape.horizon,

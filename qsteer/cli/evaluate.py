@@ -5,8 +5,7 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-from qsteer.cli.options import Commands, add_command, add_task_option
-from qsteer.experiments.tasks import RECIPES
+from qsteer.cli.options import Commands, add_command, add_task_option, natural_float, positive_int
 
 
 def add_parser(commands: Commands) -> None:
@@ -27,10 +26,12 @@ def add_parser(commands: Commands) -> None:
         "tweedie=0.2+best-of-8+keep-best; the first is what the others are compared with; default: the "
         "recipe's",
     )
-    parser.add_argument("--episodes", type=int, default=200, help="per arm; the same ones for every arm")
-    parser.add_argument("--rho", type=float, help="another pessimism than the critic was saved with")
+    parser.add_argument(
+        "--episodes", type=positive_int, default=200, help="per arm; the same ones for every arm"
+    )
+    parser.add_argument("--rho", type=natural_float, help="another pessimism than the critic was saved with")
     parser.add_argument("--tuning", action="store_true", help="use the tuning seeds, to choose strengths on")
-    parser.add_argument("--num-envs", type=int, default=8, help="simulators at once")
+    parser.add_argument("--num-envs", type=positive_int, default=8, help="simulators at once")
     parser.add_argument("--out", type=Path, help="JSON to write")
     parser.add_argument(
         "--eval-info",
@@ -46,9 +47,14 @@ def run(args: argparse.Namespace) -> None:
     from qsteer.envs.seeds import EVALUATION_SEED, TUNING_SEED
     from qsteer.evaluation.arms import Maps, parse
     from qsteer.evaluation.compare import compare, format_comparison
-    from qsteer.files import write_json
+    from qsteer.experiments.tasks import RECIPES
+    from qsteer.files import check_directory, check_output, write_json
     from qsteer.policies import FlowPolicy
 
+    if args.out:
+        check_output(args.out)
+    if args.eval_info:
+        check_directory(args.eval_info)
     task = RECIPES[args.task]
     policy, critic = FlowPolicy.from_pretrained(args.policy), Critic.from_pretrained(args.critic)
     maps = Maps.load(args.maps) if args.maps else Maps()

@@ -1,14 +1,24 @@
-"""What several commands share: how a parser is added, and the options they have in common."""
+"""What several commands share: how a parser is added, the options they have in common, what they check."""
 
 import argparse
+import math
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Never
 
-from qsteer.experiments.tasks import RECIPES
+TASKS = ("cube-single", "pointmaze-medium", "scene")
+"""The names in :data:`qsteer.experiments.tasks.RECIPES`, which the help must not import."""
 
 type Commands = argparse._SubParsersAction
 """What ``add_subparsers`` returns."""
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser that answers misuse with one line, and exit status 2."""
+
+    def error(self, message: str) -> Never:
+        """Leave with a line; the usage is in the help that it names."""
+        self.exit(2, f"{self.prog}: {message}; see {self.prog} --help\n")
 
 
 def add_command(
@@ -25,8 +35,13 @@ def add_command(
 def add_task_option(parser: argparse.ArgumentParser) -> None:
     """Add ``--task``."""
     parser.add_argument(
-        "--task", choices=RECIPES, default="cube-single", help="which recipe (qsteer/experiments/tasks.py)"
+        "--task", choices=TASKS, default="cube-single", help="which recipe (qsteer/experiments/tasks.py)"
     )
+
+
+def add_device_option(parser: argparse.ArgumentParser) -> None:
+    """Add ``--device``."""
+    parser.add_argument("--device", type=device, default="cpu", help="cpu or cuda")
 
 
 def add_training_options(parser: argparse.ArgumentParser, kind: str) -> None:
@@ -34,12 +49,84 @@ def add_training_options(parser: argparse.ArgumentParser, kind: str) -> None:
     parser.add_argument(
         "--data", type=Path, help="the .npz to read, generated or official; default runs/data/NAME.npz"
     )
-    parser.add_argument("--steps", type=int, help="gradient steps; default: the recipe's")
-    parser.add_argument("--seed", type=int, default=0, help="training seed")
-    parser.add_argument("--device", default="cpu", help="cpu or cuda")
+    parser.add_argument("--steps", type=positive_int, help="gradient steps; default: the recipe's")
+    parser.add_argument("--seed", type=natural_int, default=0, help="training seed")
+    add_device_option(parser)
     parser.add_argument("--out", type=Path, help=f"run directory; default runs/TASK/seedN/{kind}")
 
 
 def select_given(args: argparse.Namespace, *names: str) -> dict[str, Any]:
     """Return the options that were given; the recipe has the others."""
     return {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+
+
+def start_run(args: argparse.Namespace, out: Path) -> Path:
+    """Check that a run directory can be written to, and keep it for what is said when the run is interrupted.
+
+    Raises:
+        OSError: it cannot.
+    """
+    from qsteer.files import check_directory
+
+    args.run_directory = check_directory(out)
+    return out
+
+
+def positive_int(text: str) -> int:
+    """Read a whole number of at least 1."""
+    return _at_least(1, text)
+
+
+def natural_int(text: str) -> int:
+    """Read a whole number of at least 0."""
+    return _at_least(0, text)
+
+
+def positive_float(text: str) -> float:
+    """Read a finite number above 0."""
+    if not (number := _finite(text)) > 0:
+        raise argparse.ArgumentTypeError(f"expected a number above 0, got {text!r}")
+    return number
+
+
+def natural_float(text: str) -> float:
+    """Read a finite number of at least 0."""
+    if not (number := _finite(text)) >= 0:
+        raise argparse.ArgumentTypeError(f"expected a number of at least 0, got {text!r}")
+    return number
+
+
+def device(text: str) -> str:
+    """Read the name of a device that this machine has."""
+    if text == "cpu":
+        return text
+    import torch
+
+    try:
+        torch.empty(1, device=text)
+    except Exception as error:  # torch has one kind for each way in which a device is not there
+        reason = str(error).partition("\n")[0]
+        raise argparse.ArgumentTypeError(
+            f"expected a device of this machine, got {text!r} ({reason}); cpu always is one"
+        ) from None
+    return text
+
+
+def _at_least(least: int, text: str) -> int:
+    try:
+        number = int(text)
+    except ValueError:
+        number = least - 1
+    if number < least:
+        raise argparse.ArgumentTypeError(f"expected a whole number of at least {least}, got {text!r}")
+    return number
+
+
+def _finite(text: str) -> float:
+    try:
+        number = float(text)
+    except ValueError:
+        number = math.nan
+    if not math.isfinite(number):
+        raise argparse.ArgumentTypeError(f"expected a finite number, got {text!r}")
+    return number

@@ -3,8 +3,16 @@
 import argparse
 from dataclasses import replace
 
-from qsteer.cli.options import Commands, add_command, add_task_option, add_training_options, select_given
-from qsteer.experiments.tasks import RECIPES, run_directory
+from qsteer.cli.options import (
+    Commands,
+    add_command,
+    add_task_option,
+    add_training_options,
+    natural_float,
+    positive_int,
+    select_given,
+    start_run,
+)
 
 
 def add_parser(commands: Commands) -> None:
@@ -15,8 +23,8 @@ def add_parser(commands: Commands) -> None:
     parser.add_argument(
         "--target", default="iql", choices=["sarsa", "monte_carlo", "iql"], help="what it regresses on"
     )
-    parser.add_argument("--members", type=int, help="size of the ensemble; default: the recipe's")
-    parser.add_argument("--rho", type=float, help="pessimism; default: the recipe's")
+    parser.add_argument("--members", type=positive_int, help="size of the ensemble; default: the recipe's")
+    parser.add_argument("--rho", type=natural_float, help="pessimism; default: the recipe's")
     add_training_options(parser, "critic")
 
 
@@ -24,11 +32,12 @@ def run(args: argparse.Namespace) -> None:
     """Run the command."""
     from qsteer.data import Episodes
     from qsteer.envs.ogbench import load
+    from qsteer.experiments.tasks import RECIPES, run_directory
     from qsteer.training import train_critic
 
     task = RECIPES[args.task]
     training = replace(task.critic, **select_given(args, "seed", "steps", "target", "members", "rho"))
-    out = args.out or run_directory(args.task, args.seed) / "critic"
+    out = start_run(args, args.out or run_directory(args.task, args.seed) / "critic")
     train, _ = load(task.environment(), args.data or task.data_path)
     train_critic(Episodes.from_ogbench(train), out, training, device=args.device)
     print(f"critic: {out}")

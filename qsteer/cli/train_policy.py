@@ -3,8 +3,15 @@
 import argparse
 from dataclasses import replace
 
-from qsteer.cli.options import Commands, add_command, add_task_option, add_training_options, select_given
-from qsteer.experiments.tasks import RECIPES, run_directory
+from qsteer.cli.options import (
+    Commands,
+    add_command,
+    add_task_option,
+    add_training_options,
+    natural_int,
+    select_given,
+    start_run,
+)
 
 
 def add_parser(commands: Commands) -> None:
@@ -13,7 +20,9 @@ def add_parser(commands: Commands) -> None:
     parser = add_command(commands, "train-policy", run, text)
     add_task_option(parser)
     parser.add_argument(
-        "--residual-layers", type=int, help="of the recipe's width, in place of its plain hidden layers"
+        "--residual-layers",
+        type=natural_int,
+        help="of the recipe's width, in place of its plain hidden layers",
     )
     add_training_options(parser, "policy")
 
@@ -22,6 +31,7 @@ def run(args: argparse.Namespace) -> None:
     """Run the command."""
     from qsteer.data import Episodes
     from qsteer.envs.ogbench import load
+    from qsteer.experiments.tasks import RECIPES, run_directory
     from qsteer.training import train_policy
 
     task = RECIPES[args.task]
@@ -29,7 +39,7 @@ def run(args: argparse.Namespace) -> None:
     if args.residual_layers is not None:
         hidden = tuple(training.hidden[:1]) * (1 + args.residual_layers)
         training = replace(training, hidden=hidden, residual=True)
-    out = args.out or run_directory(args.task, args.seed) / "policy"
+    out = start_run(args, args.out or run_directory(args.task, args.seed) / "policy")
     train, _ = load(task.environment(), args.data or task.data_path)
     train_policy(Episodes.from_ogbench(train), out, training, device=args.device)
     print(f"policy: {out}")

@@ -32,6 +32,7 @@ from tqdm import tqdm
 
 from qsteer.checks import check_finite
 from qsteer.envs.platform import seed_numpy
+from qsteer.files import check_npz
 
 try:
     import gymnasium
@@ -123,8 +124,8 @@ def load(name: str, path: str | os.PathLike[str], *, sparse: bool = False) -> tu
     Raises:
         FileNotFoundError: one of the two files is missing.
         ModuleNotFoundError: OGBench is not installed.
-        ValueError: ``name`` is not a task of OGBench, ``path`` does not end in ``.npz``, or a column holds
-            NaN or infinity.
+        ValueError: ``name`` is not a task of OGBench, ``path`` does not end in ``.npz``, a file is broken, or a
+            column holds NaN or infinity.
     """
     dataset = dataset_name(name)
     files = _name_files(path)
@@ -135,6 +136,7 @@ def load(name: str, path: str | os.PathLike[str], *, sparse: bool = False) -> tu
                 f"qsteer.envs.ogbench.generate({dataset!r}, {str(files[0])!r}), or put the official "
                 f"{dataset}.npz and {dataset}-val.npz under these names"
             )
+        check_npz(file, ("observations", "actions", "terminals", "qpos"))
     with contextlib.closing(make(name)) as env:
         splits = _import_ogbench().make_env_and_datasets(
             name, dataset_path=str(files[0]), compact_dataset=False, dataset_only=True, cur_env=env

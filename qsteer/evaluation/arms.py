@@ -1,8 +1,10 @@
 """Arms: ways of turning one frozen policy and one critic into actions, and their short names."""
 
+import math
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -70,6 +72,20 @@ class Maps:
         return found
 
 
+def _read_number(text: str) -> float:
+    """Read the finite number in an arm's name."""
+    if not math.isfinite(number := float(text)):
+        raise ValueError(f"expected a finite number, got {text}")
+    return number
+
+
+def _whole(number: float) -> int:
+    """Return how many an arm's name asks for."""
+    if number != int(number):
+        raise ValueError(f"expected a whole number, got {number}")
+    return int(number)
+
+
 RULES: dict[str, Callable[[Any, Maps], Rule]] = {
     "tweedie": lambda s, _: Tweedie(alpha=s),
     "tweedie-raw": lambda s, _: Tweedie(alpha=s, scaling="raw"),
@@ -88,16 +104,16 @@ RULES: dict[str, Callable[[Any, Maps], Rule]] = {
     "negated": lambda s, _: Negated(Tweedie(alpha=s)),
 }
 SAMPLERS: dict[str, Callable[[float, Sampler, Maps], Sampler]] = {
-    "best-of": lambda n, inner, _: BestOfN(int(n), inner),
-    "random-of": lambda n, inner, _: RandomOfN(int(n), inner),
+    "best-of": lambda n, inner, _: BestOfN(_whole(n), inner),
+    "random-of": lambda n, inner, _: RandomOfN(_whole(n), inner),
     "trust-region": lambda eta, inner, _: TrustRegion(eta, inner=inner),
     "trust-region-adaptive": lambda eta, inner, _: TrustRegion(eta, beta=0.3, inner=inner),
     "keep-best": lambda _, inner, __: KeepBest(inner),
     "beam-search": lambda eta, inner, _: BeamSearch(eta=eta, inner=inner),
     "beam-search-map": lambda eta, inner, maps: BeamSearch(eta=eta, flow_map=maps.need("flow"), inner=inner),
     "beam-search-fmq": lambda eta, inner, maps: BeamSearch(eta=eta, flow_map=maps.need("fmq"), inner=inner),
-    "map-best-of": lambda n, inner, maps: best_of_map(int(n), maps.need("flow"), inner),
-    "fmq-best-of": lambda n, inner, maps: best_of_map(int(n), maps.need("fmq"), inner),
+    "map-best-of": lambda n, inner, maps: best_of_map(_whole(n), maps.need("flow"), inner),
+    "fmq-best-of": lambda n, inner, maps: best_of_map(_whole(n), maps.need("fmq"), inner),
 }
 VARIANTS: dict[str, tuple[str, Callable[[str], float]]] = {
     "every": ("every", int),
@@ -188,7 +204,7 @@ def make_rule(name: str, number: str, maps: Maps) -> Rule:
     while name not in RULES and (match := VARIANT.fullmatch(name)):
         name, (attribute, kind) = match[1], VARIANTS[match[2]]
         changes[attribute] = kind(match[3])
-    rule: Any = RULES[name](number if number == "auto" else float(number), maps)
+    rule: Any = RULES[name](number if number == "auto" else _read_number(number), maps)
     return replace(rule, **changes)
 
 
@@ -231,6 +247,14 @@ class Arm:
         return act
 
 
+def _suggest(name: str, error: Exception) -> str:
+    """Say what may have been meant by a part that is no arm."""
+    if isinstance(error, KeyError):
+        near = get_close_matches(name, WORDS, n=1, cutoff=0.5)
+        return f"; the nearest name is {near[0]!r}" if near else ""
+    return f" ({error})"
+
+
 def parse(spec: str, maps: Maps | None = None) -> Arm:
     """Make an arm of a short name.
 
@@ -264,11 +288,12 @@ def parse(spec: str, maps: Maps | None = None) -> Arm:
             if rule is None and name not in SAMPLERS:
                 rule = make_rule(name, number, maps)
             else:
-                sampler = SAMPLERS[name](float(number or "nan"), sampler, maps)
+                sampler = SAMPLERS[name](_read_number(number) if number else math.nan, sampler, maps)
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError(
                 f"arm: expected 'base', or at most one of {', '.join(RULES)} with =STRENGTH (before it "
                 "-everyN, -fromT, -toT if it is guidance, -lastN if it is Tweedie) and any of "
                 f"{', '.join(SAMPLERS)} with =ETA or -N, joined by '+'; got {part!r} in {spec!r}"
+                f"{_suggest(name, error)}"
             ) from error
     return Arm(spec, rule, sampler)

@@ -12,15 +12,16 @@ What differs here: the policy is cloned first and stays frozen, where the papers
 moving average of the policy while the critic learns; networks are as qsteer builds them (GELU).
 """
 
-import json
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from qsteer.experiments.tasks import TASKS, Task
+from qsteer.files import read_json
 from qsteer.online.settings import OnlineTraining
 from qsteer.statistics import interquartile_mean, seed_bootstrap, stratified_bootstrap
 from qsteer.training.critic import CriticTraining
@@ -191,9 +192,10 @@ def format_results(results: Sequence[str | Path]) -> str:
         results: files that :func:`run_protocol` wrote, with equally many seeds.
 
     Raises:
-        ValueError: the numbers of seeds differ.
+        FileNotFoundError: there is no such file.
+        ValueError: it holds something else, or the numbers of seeds differ.
     """
-    runs = [json.loads(Path(path).read_text()) for path in results]
+    runs = [_read_results(Path(path)) for path in results]
     if len(set(counts := [len(run["seeds"]) for run in runs])) != 1:
         raise ValueError(f"results: expected one or more with equally many seeds, got {counts}")
     lines = [f"{'task':<24}{'arm':<10}{'success':>8}   95 %"]
@@ -206,3 +208,26 @@ def format_results(results: Sequence[str | Path]) -> str:
         iqm, interval = interquartile_mean(scores), stratified_bootstrap(scores)
         lines.append(f"{'all, IQM':<24}{arm:<10}{iqm:>8.0%}   {interval.low:.0%} .. {interval.high:.0%}")
     return "\n".join(lines)
+
+
+def _read_results(path: Path) -> dict[str, Any]:
+    """Read what :func:`run_protocol` wrote.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it holds something else.
+    """
+    found = read_json(path)
+    keys = {"domain", "task", "seeds"}
+    seeds = found["seeds"] if isinstance(found, dict) and keys <= found.keys() else None
+    rates = (
+        [row.get(arm) for row in seeds for arm in ("base", "tweedie")]
+        if (isinstance(seeds, list) and all(isinstance(row, dict) for row in seeds))
+        else []
+    )
+    if not rates or not all(isinstance(rate, int | float) and 0 <= rate <= 1 for rate in rates):
+        raise ValueError(
+            f"{path}: expected the results.json of qsteer protocol (domain, task, and the success of base "
+            "and tweedie of each of seeds), got another JSON; name the file in a run directory"
+        )
+    return found

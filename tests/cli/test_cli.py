@@ -14,9 +14,10 @@ def test_help_names_every_command(capsys):
     )
 
 
-def test_a_missing_data_set_ends_with_the_command_that_makes_it(tmp_path):
-    with pytest.raises(SystemExit, match="generate"):
+def test_a_missing_data_set_ends_with_the_command_that_makes_it(tmp_path, capsys):
+    with pytest.raises(SystemExit, match="2"):
         main(["train-policy", "--task", "pointmaze-medium", "--data", str(tmp_path / "none.npz")])
+    assert "generate" in capsys.readouterr().err
 
 
 def test_from_nothing_to_a_comparison(tmp_path, capsys):

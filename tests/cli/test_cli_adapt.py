@@ -12,5 +12,6 @@ def test_the_command_parses(capsys: pytest.CaptureFixture, tmp_path: Path) -> No
         main(["adapt", "--help"])
     assert "--env-steps" in capsys.readouterr().out
     data = ["--data", str(tmp_path / "none.npz"), "--task", "pointmaze-medium"]
-    with pytest.raises(SystemExit, match="generate"):
+    with pytest.raises(SystemExit, match="2"):
         main(["adapt", *data, "--env-steps", "30"])
+    assert "generate" in capsys.readouterr().err
