@@ -12,7 +12,8 @@ ROOT = Path(qsteer.__file__).parent
 ORDER = (
     ("clock",),
     ("types",),
-    ("flow", "plotting", "statistics", "files", "fingerprints", "checks", "hub"),
+    ("flow", "plotting", "statistics", "files", "fingerprints", "checks"),
+    ("hub",),
     ("trace",),
     ("critics",),
     ("maps",),
