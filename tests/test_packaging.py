@@ -1,5 +1,6 @@
 """What a checkout promises about itself; `make package` checks what the built wheel gives a user."""
 
+import ast
 import importlib.metadata
 import subprocess
 import sys
@@ -55,3 +56,16 @@ def test_import_loads_no_extra():
     extras = {"lerobot", "transformers", "ogbench", "gymnasium", "mujoco", "matplotlib", "imageio", "PIL"}
     extras |= {"msgpack", "websockets", "openpi_client", "libero", "robosuite", "h5py", "beartype", "pytest"}
     assert not extras.intersection(loaded)
+
+
+def test_names_imported_late_are_those_that_type_checkers_see():
+    tree = ast.parse((ROOT / "qsteer" / "__init__.py").read_text())
+    seen = {
+        node.module: tuple(alias.name for alias in node.names)
+        for block in tree.body
+        if isinstance(block, ast.If)
+        for node in block.body
+    }
+    assert seen == qsteer._HOMES
+    assert sorted(name for names in seen.values() for name in names) == sorted(qsteer.__all__)
+    assert all(hasattr(qsteer, name) for name in qsteer.__all__) and not hasattr(qsteer, "nothing")

@@ -12,8 +12,8 @@ ROOT = Path(qsteer.__file__).parent
 ORDER = (
     ("clock",),
     ("types",),
-    ("plotting", "statistics", "files", "fingerprints", "checks", "hub"),
-    ("flow",),
+    ("plotting", "statistics", "files", "fingerprints", "checks"),
+    ("hub", "flow"),
     ("trace",),
     ("critics",),
     ("maps",),

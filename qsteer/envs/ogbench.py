@@ -124,8 +124,8 @@ def load(name: str, path: str | os.PathLike[str], *, sparse: bool = False) -> tu
     Raises:
         FileNotFoundError: one of the two files is missing.
         ModuleNotFoundError: OGBench is not installed.
-        ValueError: ``name`` is not a task of OGBench, ``path`` does not end in ``.npz``, a file is broken, or a
-            column holds NaN or infinity.
+        ValueError: ``name`` is not a task of OGBench, ``path`` does not end in ``.npz``, a file is broken, or
+            a column holds NaN or infinity.
     """
     dataset = dataset_name(name)
     files = _name_files(path)
