@@ -55,8 +55,8 @@ class Block(NamedTuple):
 class PiExpert:
     """The action expert of a pi0 or pi0.5, and a table of what it knows of the times it has met.
 
-    They hold as long as the policy's weights do not change. The projections take their memory once more: 0.4
-    GB of a full pi0.5 in bfloat16.
+    They hold as long as the policy's weights do not change; then another is made. The projections take their
+    memory once more: 0.4 GB of a full pi0.5 in bfloat16.
 
     Args:
         policy: lerobot's PI0Policy or PI05Policy.

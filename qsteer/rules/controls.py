@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, replace
 from dataclasses import field as attribute
+from functools import partial
 
 import torch
 from jaxtyping import Float
@@ -62,11 +63,8 @@ class ThroughTime(Guidance):
 
     def begin(self, field: Field, value: Value, steps: int) -> Estimate:
         """Return :meth:`ascent` along the sampler's own chain."""
-        return (
-            super().begin(field, value, steps)
-            if self.steps
-            else replace(self, steps=steps).begin(field, value, steps)
-        )
+        rule = replace(self, steps=steps) if self.steps is None else self
+        return partial(rule.ascent, field, value)
 
     def ascent(self, field: Field, value: Value, x: Float[Tensor, "B H A"], t: Time) -> Ascent:
         """Differentiate the value of the chain's end with respect to x."""

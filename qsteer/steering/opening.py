@@ -134,7 +134,10 @@ class Interception(ABC):
             self._run(stop, batch)
         except _Interruption as opened:
             return opened.content
-        raise AssertionError("unreachable: a batch method without its entry has been refused")
+        raise RuntimeError(
+            f"{self.host.entry}: expected an interruption to pass through the host's code, got it caught there; "
+            "let BaseException pass"
+        )
 
     def _run(self, act: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Any:
         """Run the class's own batch method, with ``act`` in the entry's place."""
