@@ -135,8 +135,8 @@ class Interception(ABC):
         except _Interruption as opened:
             return opened.content
         raise RuntimeError(
-            f"{self.host.entry}: expected an interruption to pass through the host's code, got it caught there; "
-            "let BaseException pass"
+            f"{self.host.entry}: expected an interruption to pass through the host's code, got it caught "
+            "there; let BaseException pass"
         )
 
     def _run(self, act: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Any:
