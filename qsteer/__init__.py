@@ -4,6 +4,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:  # at run time each on its first use: the command's help must not wait for torch
+    from qsteer.auditing import Audit, audit
     from qsteer.clock import Clock
     from qsteer.critics import Critic, CriticConfig, LiveCritic
     from qsteer.flow import field, value
@@ -31,6 +32,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "QGF",
+    "Audit",
     "Auto",
     "BeamSearch",
     "BestOfN",
@@ -58,6 +60,7 @@ __all__ = [
     "TrustRegion",
     "Tweedie",
     "Value",
+    "audit",
     "field",
     "open_action",
     "sample",
@@ -67,6 +70,7 @@ __all__ = [
 ]
 
 _HOMES = {
+    "qsteer.auditing": ("Audit", "audit"),
     "qsteer.clock": ("Clock",),
     "qsteer.critics": ("Critic", "CriticConfig", "LiveCritic"),
     "qsteer.flow": ("field", "value"),

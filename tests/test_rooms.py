@@ -25,6 +25,7 @@ ORDER = (
     ("steering",),
     ("policies",),
     ("data",),
+    ("auditing",),
     ("training",),
     ("envs",),
     ("online",),

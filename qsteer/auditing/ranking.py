@@ -1,0 +1,169 @@
+"""Does the critic rank actions as it should?"""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from qsteer.auditing.page import Check, Verdict
+from qsteer.auditing.probes import Estimate, Probe, draw_noise, estimate, open_batch, over_states
+from qsteer.data import Chunks, Episodes
+from qsteer.flow import ask, clip_actions
+from qsteer.sampling import sample
+from qsteer.types import Bindable, Bounds
+
+NOISE, OTHERS = 0.5, 0.5
+RETURNS = 0.0
+ROWS = 512
+
+
+def check_rank(probes: Sequence[Probe], data: Mapping[str, Any] | None) -> Check:
+    """Compare the policy's actions with those of other states and with noise; with data, values with returns.
+
+    A preference is the share of pairs in which the critic prefers the former, mean over states: 0.5 is
+    chance.
+
+    Args:
+        probes: what the policy does.
+        data: what :func:`rank_data` found; None: there is no data.
+    """
+    figures: dict[str, Any] = {
+        "other_states": estimate(over_states(map(_others, probes, [probes] * len(probes)))),
+        "noise": estimate(over_states(map(_noise, probes))),
+        **(data or {}),
+    }
+    worse = {name: figures[name] for name in ("noise", "data_over_noise") if name in figures}
+    worse |= {name: figures[name] for name in ("other_states", "data_over_other_states") if name in figures}
+    failed = [name for name, value in worse.items() if value[2] < 0.5]
+    unsure = [name for name, value in worse.items() if value[1] < 0.5 and name not in failed]
+    returns = figures.get("returns")
+    if returns is not None:
+        failed += ["returns"] * (returns[2] < RETURNS)
+        unsure += ["returns"] * (returns[1] <= RETURNS <= returns[2])
+    verdict: Verdict = "fail" if failed else "warn" if unsure else "pass"
+    said = "; ".join(f"{name.replace('_', ' ')} {_say(value)}" for name, value in figures.items())
+    return Check(
+        "rank",
+        "Does the critic prefer the policy's actions to others?",
+        verdict,
+        said,
+        "Fails where the critic prefers noise or the actions of other states (95 % interval below 0.5), or where "
+        "values fall with the observed returns: its gradient then leads away from what was ever tried. Warns "
+        "where an interval holds chance.",
+        figures,
+    )
+
+
+def rank_data(
+    policy: Any,
+    critic: Bindable,
+    data: Episodes,
+    batch: Any,
+    critic_inputs: Callable[[Any], Any] | None,
+    bounds: Bounds,
+    gamma: float,
+    generator: torch.Generator,
+    horizon: int,
+) -> dict[str, Any]:
+    """Compare the data's actions with others, and values with the discounted returns that followed.
+
+    Args:
+        policy: whose actions the data's are compared with.
+        critic: that is audited; it must take states.
+        data: held out from its training, better.
+        batch: one of the policy's; says what form the policy takes a state in.
+        critic_inputs: as for ``steer``.
+        bounds: of actions.
+        gamma: discount per step.
+        generator: of rows and noise.
+        horizon: actions per chunk that the critic sees.
+
+    Cost: a chain of the policy and 4 critic forwards on 512 rows.
+    """
+    chunks = Chunks(data, horizon, gamma, "returns")
+    rows = chunks.starts[torch.randint(len(chunks), (ROWS,), generator=generator).to(chunks.starts.device)]
+    drawn = chunks.gather(rows)
+    obs = _in_form(drawn.observations, batch)
+    if obs is None:
+        return {}
+    field, value, like = open_batch(policy, critic, obs, critic_inputs)
+
+    def judge(a: Float[Tensor, "B H A"]) -> Tensor:
+        with torch.no_grad():
+            return ask(value, clip_actions(a, bounds)).double().cpu()
+
+    stored = torch.zeros_like(like)
+    stored[:, :horizon, : drawn.actions.shape[2]] = drawn.actions.to(like)
+    q = judge(stored)
+    noise = draw_noise(like, 1, generator)[0]
+    returns = drawn.returns
+    assert returns is not None  # asked for above
+    returns = returns.double().cpu()
+    pairs = {
+        "data_over_policy": judge(sample(field, None, noise)),
+        "data_over_other_states": judge(stored.roll(1, 0)),
+        "data_over_noise": judge(noise),
+    }
+    found: dict[str, Any] = {name: estimate(_beats(q, other)) for name, other in pairs.items()}
+    found["returns"] = _correlate(q, returns, generator)
+    return found
+
+
+def _others(probe: Probe, probes: Sequence[Probe]) -> Float[Tensor, "B"]:
+    """Return the share of pairs in which a state's own samples beat those of other states."""
+    pool = torch.cat([p.samples for p in probes], 1)
+    start = sum(p.samples.shape[1] for p in probes[: probes.index(probe)]) if len(probes) > 1 else 0
+    n, rows = pool.shape[1], torch.arange(probe.samples.shape[1])
+    shifts = [1 + (k * max(1, (n - 1) // len(pool))) % (n - 1) for k in range(len(pool))]
+    return _share(
+        probe.q, torch.stack([probe.ask(pool[s, (start + rows + k) % n]) for s, k in enumerate(shifts)])
+    )
+
+
+def _noise(probe: Probe) -> Float[Tensor, "B"]:
+    return _share(probe.q, torch.stack([probe.ask(x) for x in probe.noise]))
+
+
+def _share(better: Float[Tensor, "S B"], worse: Float[Tensor, "S B"]) -> Float[Tensor, "B"]:
+    return _beats(better[:, None], worse[None]).mean((0, 1))
+
+
+def _beats(a: Tensor, b: Tensor) -> Tensor:
+    """Return 1 where a is larger, 0.5 where they are equal."""
+    return (a > b).double() + 0.5 * (a == b).double()
+
+
+def _correlate(q: Float[Tensor, "N"], returns: Float[Tensor, "N"], generator: torch.Generator) -> Estimate:
+    """Return Spearman's rank correlation and its bootstrap interval over rows."""
+
+    def spearman(rows: Tensor) -> float:
+        a, b = (_rank(x[rows]) for x in (q, returns))
+        return float(torch.corrcoef(torch.stack([a, b]))[0, 1].nan_to_num())
+
+    everything = torch.arange(len(q))
+    drawn = [spearman(torch.randint(len(q), (len(q),), generator=generator)) for _ in range(500)]
+    low, high = torch.tensor(drawn).quantile(torch.tensor([0.025, 0.975])).tolist()
+    return (spearman(everything), low, high)
+
+
+def _rank(x: Float[Tensor, "N"]) -> Float[Tensor, "N"]:
+    """Return ranks, the mean rank for equal values."""
+    _, inverse, counts = x.unique(return_inverse=True, return_counts=True)
+    last = counts.cumsum(0).double()
+    return (last - (counts - 1) / 2)[inverse]
+
+
+def _in_form(states: Tensor, batch: Any) -> Any:
+    """Return states as the policy takes them; None: it takes more than a state."""
+    if isinstance(batch, Tensor):
+        return states.to(batch) if batch.shape[1:] == states.shape[1:] else None
+    if isinstance(batch, Mapping) and len(batch) == 1:
+        ((key, column),) = batch.items()
+        return {key: states.to(column)} if column.shape[1:] == states.shape[1:] else None
+    return None
+
+
+def _say(value: Sequence[float]) -> str:
+    return f"{value[0]:.2f} ({value[1]:.2f} to {value[2]:.2f})"
