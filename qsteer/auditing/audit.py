@@ -99,7 +99,8 @@ def audit(
         states = sum(probe.noise.shape[1] for probe in probes)
         if states < LEAST_STATES:
             raise ValueError(
-                f"batches: expected at least {LEAST_STATES} states in all, got {states}; intervals are over states"
+                f"batches: expected at least {LEAST_STATES} states in all, got {states}; intervals are over "
+                "states"
             )
         ranked = None
         if episodes is not None:
@@ -143,8 +144,8 @@ def _check(rule: Any, alphas: Sequence[float], samples: int) -> None:
         raise TypeError(f"rule: expected guidance such as qsteer.Tweedie(), got {rule!r}")
     if rule.scaling != "match_norm":
         raise ValueError(
-            f"rule: expected scaling 'match_norm', got {rule.scaling!r}; the strengths of an audit are relative "
-            "to the velocity: QGF(scaling='match_norm')"
+            f"rule: expected scaling 'match_norm', got {rule.scaling!r}; the strengths of an audit are "
+            "relative to the velocity: QGF(scaling='match_norm')"
         )
     if not len(alphas) or not all(a < b for a, b in zip((0.0, *alphas), alphas, strict=False)):
         raise ValueError(f"alphas: expected increasing strengths above 0, got {alphas}")

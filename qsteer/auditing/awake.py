@@ -37,9 +37,9 @@ def check_awake(probes: Sequence[Probe]) -> Check:
         "Does the critic tell the policy's own actions apart?",
         verdict,
         finding,
-        f"Fails where actions make less than {BLIND:.0%} of what states make (warns below {DROWSY:.0%}), or less "
-        f"than {DROWNED} of the members' disagreement on them (warns below {UNSURE:.0f}): a critic of data in "
-        "which all succeed knows states alone.",
+        f"Fails where actions make less than {BLIND:.0%} of what states make (warns below {DROWSY:.0%}), or "
+        f"less than {DROWNED} of the members' disagreement on them (warns below {UNSURE:.0f}): a critic of data "
+        "in which all succeed knows states alone.",
         {
             "over_actions": actions,
             "over_states": states,

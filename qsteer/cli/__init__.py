@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import qsteer
 from qsteer.cli import (
     adapt,
+    audit,
     bench,
     demo,
     distill,
@@ -31,6 +32,7 @@ COMMANDS = (
     adapt,
     train_online,
     protocol,
+    audit,
     evaluate,
     bench,
 )
