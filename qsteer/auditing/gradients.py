@@ -57,9 +57,9 @@ def check_gradients(probes: Sequence[Probe]) -> Check:
         "Do gradients agree between members, and with another critic?",
         verdict,
         finding,
-        f"Fails below a mean cosine of {NONE}, warns below {LITTLE}: what members do not share is their initial "
-        f"weights. Warns where the pessimism's gradient is more than {PESSIMISM:.0%} of the mean's: mostly noise "
-        "where members are few.",
+        f"Fails below a mean cosine of {NONE}, warns below {LITTLE}: what members do not share is their "
+        f"initial weights. Warns where the pessimism's gradient is more than {PESSIMISM:.0%} of the mean's: "
+        "mostly noise where members are few.",
         {"members": found, "other": with_other, "pessimism": pessimism},
     )
 

@@ -131,7 +131,8 @@ def read_batches(batches: Iterable[Any]) -> list[Any]:
     """
     if isinstance(batches, Tensor | Mapping | str):
         raise TypeError(
-            f"batches: expected several of what the policy takes, got one {type(batches).__name__}; pass [batch]"
+            f"batches: expected several of what the policy takes, got one {type(batches).__name__}; "
+            "pass [batch]"
         )
     found = list(batches)
     if not found:

@@ -143,10 +143,10 @@ def check_push(found: Sweep | None) -> Check:
     """Say what a push pays, by strength."""
     question = "Does a push pay, as judged by members that did not choose it?"
     threshold = (
-        "Passes where gain, and gain over a random direction of the same norm, are above 0 (95 % interval over "
-        f"states) at a median displacement of at most {TRUST:g} standard deviations of the policy's own actions: "
-        f"beyond, no judge of the same data is to be believed. Proposed: the least strength with {WORTH:.0%} of "
-        "the largest gain."
+        "Passes where gain, and gain over a random direction of the same norm, are above 0 (95 % interval "
+        f"over states) at a median displacement of at most {TRUST:g} standard deviations of the policy's own "
+        "actions: beyond, no judge of the same data is to be believed. Proposed: the least strength with "
+        f"{WORTH:.0%} of the largest gain."
     )
     if found is None:
         return Check("push", question, "not known", "one member, and no other critic to judge", threshold)
@@ -201,9 +201,9 @@ def check_strength(probes: Sequence[Probe], rule: Guidance) -> Check:
         "How hard is the push, and how far does it take the action?",
         verdict,
         f"at alpha {figures['alpha']:g} strength {said}; displacement {figures['displacement'][0]:.2g} to "
-        f"{figures['displacement'][2]:.2g} a entry, {ratio:.1f} of the spread of the policy's own actions; "
+        f"{figures['displacement'][2]:.2g} an entry, {ratio:.1f} of the spread of the policy's own actions; "
         f"{trace.fallbacks} fallbacks",
-        f"Fails where rows fell back, warns where the median displacement is above {TRUST:g} standard deviations "
-        "of the policy's own actions.",
+        f"Fails where rows fell back, warns where the median displacement is above {TRUST:g} standard "
+        "deviations of the policy's own actions.",
         figures,
     )
