@@ -26,8 +26,8 @@ def check_awake(probes: Sequence[Probe]) -> Check:
     common = float(relative.mean(0).var(0).mean().sqrt())
     share = actions / states if states else float("inf") if actions else 0.0
     clarity = None if disagreement is None else common / disagreement if disagreement else float("inf")
-    finding = f"its values spread by {actions:.3g} over the policy's actions, {share:.1%} of {states:.3g} over "
-        "states"
+    finding = f"its values spread by {actions:.3g} over the policy's actions, {share:.1%} of {states:.3g} "
+    finding += "over states"
     if clarity is not None:
         finding += f"; by {clarity:.1f} of what its members disagree by"
     blind = actions == 0 or share < BLIND or (clarity is not None and clarity < DROWNED)

@@ -62,8 +62,8 @@ def check_clock(probes: Sequence[Probe]) -> Check:
         "fail" if wrong else "pass",
         values + ("; time or sign is turned around, or this is no trained velocity" if wrong else ""),
         f"Fails at {FOLLOWS} at noise (right: 0, turned around: 2), at {OVERSHOOTS} half way (more than 1 "
-        f"only if actions spread wider than noise), and where a slope leaves {SLOPES[0]:.1f} to {SLOPES[1]:.1f} "
-        "(right: 1, at t = 0, 0.5 and 0.9).",
+        f"only if actions spread wider than noise), and where a slope leaves {SLOPES[0]:.1f} to "
+        f"{SLOPES[1]:.1f} (right: 1, at t = 0, 0.5 and 0.9).",
         {"follow": list(follow.values()), "slope": list(slopes.values())},
     )
 
@@ -88,8 +88,8 @@ def check_bounds(probes: Sequence[Probe]) -> Check:
         f"{beyond:.1%} of the policy's entries lie beyond {bounds}; 1 to 99 % of them from {low:.2f} to "
         f"{high:.2f}",
         f"Warns above {BEYOND[0]:.0%}, fails above {BEYOND[1]:.0%}: there the critic judges the clipped "
-        "action, not the policy's; a rule's clip is the policy's own range, None if it is normalised by mean and "
-        "standard deviation.",
+        "action, not the policy's; a rule's clip is the policy's own range, None if it is normalised by mean "
+        "and standard deviation.",
         {"beyond": beyond, "bounds": list(bounds) if bounds else None, "range": [low, high]},
     )
 

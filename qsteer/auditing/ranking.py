@@ -50,8 +50,8 @@ def check_rank(probes: Sequence[Probe], data: Mapping[str, Any] | None) -> Check
         verdict,
         said,
         "Fails where the critic prefers noise or the actions of other states (95 % interval below 0.5), or "
-        "where values fall with the observed returns: its gradient then leads away from what was ever tried. Warns "
-        "where an interval holds chance.",
+        "where values fall with the observed returns: its gradient then leads away from what was ever tried. "
+        "Warns where an interval holds chance.",
         figures,
     )
 
