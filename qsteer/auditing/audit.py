@@ -12,7 +12,7 @@ import torch
 from qsteer.auditing.awake import check_awake
 from qsteer.auditing.contract import check_bounds, check_clock, check_contract, check_numbers
 from qsteer.auditing.gradients import check_gradients
-from qsteer.auditing.page import Audit
+from qsteer.auditing.page import Audit, Check
 from qsteer.auditing.probes import Probe, draw_noise, open_batch, read_batches
 from qsteer.auditing.push import ALPHAS, check_push, check_strength, recommend, sweep, with_strength
 from qsteer.auditing.ranking import check_rank, rank_data
@@ -48,9 +48,9 @@ def audit(
 
     Policy and critic are left as they are, and so is torch's random state.
 
-    Cost: with S ``samples`` and K ``alphas``, for each batch the policy's prefix once, S + 4 K + 5 chains of
-    the policy, of which 4 K + 1 are guided, and about 10 (S + 4 K) + 20 J critic passes on its rows. What the
-    policy has encoded of all batches is held in memory.
+    Cost: with S ``samples`` and K ``alphas``, for each batch the policy's prefix once, and S + 6 K + 3 chains
+    of the policy on its rows, of which 4 K + 1 are guided. What the policy has encoded of all batches is held
+    in memory.
 
     Args:
         policy: as for :func:`qsteer.steer`, or a :class:`~qsteer.policies.FlowPolicy`.
@@ -102,30 +102,13 @@ def audit(
                 f"batches: expected at least {LEAST_STATES} states in all, got {states}; intervals are over "
                 "states"
             )
-        ranked = None
-        if episodes is not None:
-            horizon = getattr(getattr(critic, "config", None), "horizon", None) or probes[0].noise.shape[2]
-            ranked = rank_data(
-                policy, critic, episodes, found[0], critic_inputs, rule.clip, gamma, generator, horizon
-            )
-        swept = sweep(probes, rule, alphas, seed)
-        advice = None if swept is None else recommend(swept)
-        alpha = advice[1] if advice else float(np.clip(_own(rule), min(alphas), max(alphas)))
-        checks = (
-            check_contract(None),
-            check_clock(probes),
-            check_bounds(probes),
-            check_numbers(policy, critic, probes),
-            check_awake(probes),
-            check_rank(probes, ranked),
-            check_gradients(probes),
-            check_push(swept),
-            check_strength(probes, with_strength(rule, alpha)),
+        checks, advice = _ask_all(
+            policy, critic, found[0], probes, episodes, rule, alphas, gamma, critic_inputs, generator, seed
         )
     return Audit(
         checks,
         None if advice is None else advice[0],
-        alpha,
+        _own(rule, alphas) if advice is None else advice[1],
         type(rule).__name__,
         states,
         samples,
@@ -134,9 +117,47 @@ def audit(
     )
 
 
-def _own(rule: Guidance) -> float:
-    """Return the rule's own strength, where it is a number."""
-    return float(rule.strength) if isinstance(rule.strength, float | int) else 0.2
+def _ask_all(
+    policy: Any,
+    critic: Bindable,
+    batch: Any,
+    probes: Sequence[Probe],
+    data: Episodes | None,
+    rule: Guidance,
+    alphas: Sequence[float],
+    gamma: float,
+    critic_inputs: Callable[[Any], Any] | None,
+    generator: torch.Generator,
+    seed: int,
+) -> tuple[tuple[Check, ...], tuple[tuple[float, float], float] | None]:
+    """Return the checks, and what strengths are recommended; with numbers not finite, no more is asked."""
+    contract, numbers = check_contract(None), check_numbers(policy, critic, probes)
+    if numbers.verdict == "fail":
+        return (contract, numbers), None
+    ranked = None
+    if data is not None:
+        horizon = getattr(getattr(critic, "config", None), "horizon", None) or probes[0].noise.shape[2]
+        ranked = rank_data(policy, critic, data, batch, critic_inputs, rule.clip, gamma, generator, horizon)
+    swept = sweep(probes, rule, alphas, seed)
+    advice = None if swept is None else recommend(swept)
+    checks = (
+        contract,
+        numbers,
+        check_clock(probes),
+        check_bounds(probes),
+        check_awake(probes),
+        check_rank(probes, ranked),
+        check_gradients(probes),
+        check_push(swept),
+        check_strength(probes, with_strength(rule, advice[1] if advice else _own(rule, alphas))),
+    )
+    return checks, advice
+
+
+def _own(rule: Guidance, alphas: Sequence[float]) -> float:
+    """Return the rule's own strength, where it is a number, within those that are tried."""
+    own = float(rule.strength) if isinstance(rule.strength, float | int) else 0.2
+    return min(max(own, min(alphas)), max(alphas))
 
 
 def _check(rule: Any, alphas: Sequence[float], samples: int) -> None:

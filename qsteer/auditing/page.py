@@ -105,7 +105,7 @@ class Audit:
         names = ", ".join(check.name for check in self.checks if check.verdict == "fail")
         if names:
             return f"DO NOT STEER: {names}"
-        names = ", ".join(check.name for check in self.checks if check.verdict == "not known")
+        names = ", ".join(c.name for c in self.checks if c.verdict == "not known")
         return f"NOT KNOWN: {names}"
 
     def to_dict(self) -> dict[str, Any]:
@@ -123,7 +123,8 @@ class Audit:
             ModuleNotFoundError: matplotlib is not installed.
         """
         plt = load_pyplot()
-        sweep, ranks = self["push"].figures, self["rank"].figures
+        figures = {check.name: check.figures for check in self.checks}
+        sweep, ranks = figures.get("push", {}), figures.get("rank", {})
         with plt.rc_context(STYLE):
             fig, (left, middle, right) = plt.subplots(1, 3, figsize=(9.6, 2.9), layout="constrained")
             add_title(left, "gain, judged by others")
@@ -143,7 +144,7 @@ class Audit:
                 middle.plot(sweep["alpha"], median, color=STEERED, linewidth=2)
             middle.set(xscale="log", xlabel="alpha", ylabel="rms per entry")
             add_title(right, "the policy's action preferred to")
-            named = {name: value for name, value in ranks.items() if isinstance(value, list)}
+            named = {name: value for name, value in ranks.items() if name != "returns"}
             for i, (mean, low, high) in enumerate(named.values()):
                 right.plot([low, high], [i, i], color=STEERED, linewidth=2)
                 right.plot(mean, i, "o", color=STEERED)

@@ -48,11 +48,16 @@ def sweep(probes: Sequence[Probe], rule: Guidance, alphas: Sequence[float], seed
     Returns:
         What was found; None: there is one member and no other critic.
 
-    Cost: per strength and batch 2 chains of the rule and 2 of the random direction for each of two noises.
+    Cost: per strength and batch 4 chains of the rule and 2 of the random direction.
     """
     if len(probes[0].members) < 2 and probes[0].other is None:
         return None
-    rows = [[_push(probe, with_strength(rule, alpha), seed) for alpha in alphas] for probe in probes]
+    sides = [splits(probe) for probe in probes]
+    units = [_scale(probes, [side[i][1] for side in sides]) for i in range(2)]
+    rows = [
+        [_push(probe, side, units, with_strength(rule, alpha), seed) for alpha in alphas]
+        for probe, side in zip(probes, sides, strict=True)
+    ]
     gain, random, moved = (
         torch.stack([over_states(row[k][i] for row in rows) for k in range(len(alphas))]) for i in range(3)
     )
@@ -60,21 +65,22 @@ def sweep(probes: Sequence[Probe], rule: Guidance, alphas: Sequence[float], seed
     return Sweep(tuple(alphas), gain, random, moved, spread)
 
 
-def _push(probe: Probe, rule: Guidance, seed: int) -> tuple[Tensor, Tensor, Tensor]:
+def _push(
+    probe: Probe, sides: Sequence[tuple[Value, Value]], units: Sequence[float], rule: Guidance, seed: int
+) -> tuple[Tensor, ...]:
     """Return for each state the gain, that of a random direction, and the displacement, at one strength."""
     gains, randoms, moves = [], [], []
     control = as_random(rule, seed)
     for s in range(CHAINS):
         x, twin = probe.noise[s], clip_actions(probe.samples[s], probe.bounds)
         astray = clip_actions(sample(probe.field, probe.value, x, rule=control), probe.bounds)
-        for guide, judge in splits(probe):
+        for (guide, judge), unit in zip(sides, units, strict=True):
             a = clip_actions(sample(probe.field, guide, x, rule=rule), probe.bounds)
             with torch.no_grad():
-                unit = scale_of(probe, judge)
                 gains.append((ask(judge, a) - ask(judge, twin)).double().cpu() / unit)
                 randoms.append((ask(judge, astray) - ask(judge, twin)).double().cpu() / unit)
             moves.append(probe.seen(a - twin).square().mean(-1).sqrt())
-    return tuple(torch.stack(column).mean(0) for column in (gains, randoms, moves))  # type: ignore[return-value]
+    return tuple(torch.stack(column).mean(0) for column in (gains, randoms, moves))
 
 
 def splits(probe: Probe) -> list[tuple[Value, Value]]:
@@ -86,10 +92,12 @@ def splits(probe: Probe) -> list[tuple[Value, Value]]:
     return [(even, odd), (odd, even)]
 
 
-def scale_of(probe: Probe, judge: Value) -> float:
+@torch.no_grad()
+def _scale(probes: Sequence[Probe], judges: Sequence[Value]) -> float:
     """Return the standard deviation of a judge's values over the policy's own actions of a state."""
-    q = torch.stack([ask(judge, clip_actions(a, probe.bounds)) for a in probe.samples]).double()
-    return float(q.var(0).mean().sqrt()) or 1.0
+    pairs = zip(probes, judges, strict=True)
+    q = [torch.stack([ask(judge, clip_actions(a, p.bounds)) for a in p.samples]) for p, judge in pairs]
+    return float(over_states(q).var(0).mean().sqrt()) or 1.0
 
 
 def with_strength(rule: Guidance, alpha: float) -> Guidance:

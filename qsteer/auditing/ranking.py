@@ -30,8 +30,8 @@ def check_rank(probes: Sequence[Probe], data: Mapping[str, Any] | None) -> Check
         data: what :func:`rank_data` found; None: there is no data.
     """
     figures: dict[str, Any] = {
-        "other_states": estimate(over_states(map(_others, probes, [probes] * len(probes)))),
-        "noise": estimate(over_states(map(_noise, probes))),
+        "other_states": estimate(over_states(_others(probes))),
+        "noise": estimate(over_states(_noise(probe) for probe in probes)),
         **(data or {}),
     }
     worse = {name: figures[name] for name in ("noise", "data_over_noise") if name in figures}
@@ -111,15 +111,18 @@ def rank_data(
     return found
 
 
-def _others(probe: Probe, probes: Sequence[Probe]) -> Float[Tensor, "B"]:
-    """Return the share of pairs in which a state's own samples beat those of other states."""
-    pool = torch.cat([p.samples for p in probes], 1)
-    start = sum(p.samples.shape[1] for p in probes[: probes.index(probe)]) if len(probes) > 1 else 0
-    n, rows = pool.shape[1], torch.arange(probe.samples.shape[1])
-    shifts = [1 + (k * max(1, (n - 1) // len(pool))) % (n - 1) for k in range(len(pool))]
-    return _share(
-        probe.q, torch.stack([probe.ask(pool[s, (start + rows + k) % n]) for s, k in enumerate(shifts)])
-    )
+def _others(probes: Sequence[Probe]) -> list[Float[Tensor, "_"]]:
+    """Return, per batch, the share of pairs in which a state's own samples beat those of other states."""
+    pool = torch.cat([probe.samples for probe in probes], 1)
+    samples, n = pool.shape[:2]
+    shifts = [1 + k * max(1, (n - 1) // samples) % (n - 1) for k in range(samples)]
+    found, start = [], 0
+    for probe in probes:
+        rows = torch.arange(start, start + probe.samples.shape[1])
+        theirs = [probe.ask(pool[s, (rows + shift) % n]) for s, shift in enumerate(shifts)]
+        found.append(_share(probe.q, torch.stack(theirs)))
+        start += len(rows)
+    return found
 
 
 def _noise(probe: Probe) -> Float[Tensor, "B"]:
