@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 
 import pytest
 import torch
+from fields import as_installed
 from torch import Tensor, nn
 
 import qsteer
@@ -71,7 +72,7 @@ GOOD = Towards(torch.tensor([[0.3, 0.1], [0.28, 0.12], [0.32, 0.08], [0.3, 0.1]]
 
 
 def test_a_good_critic_steers():
-    found = qsteer.audit(policy(), GOOD, [states(24), states(24, 1)])
+    found = qsteer.audit(policy(), GOOD, [states(24), states(24, 1)], alphas=(0.1, 0.3, 0.5), samples=8)
     assert (found.verdict, found.status) == ("steer", 0)
     assert {c.verdict for c in found.checks} <= {"pass", "not known"}, str(found)
     assert found.recommended[0] <= found.alpha <= found.recommended[1]
@@ -138,9 +139,13 @@ def test_displacement_is_that_from_the_unsteered_twin():
     noise = torch.randn(6, 48, 2, 2, generator=draw)[0]
     field, value, _ = qsteer.open_action(policy(), states(), GOOD)
     twin = qsteer.sample(field, None, noise)
-    moved = (qsteer.sample(field, value, noise, rule=qsteer.Tweedie(0.25)) - twin).square().mean((1, 2)).sqrt()
+    moved = (
+        (qsteer.sample(field, value, noise, rule=qsteer.Tweedie(0.25)) - twin).square().mean((1, 2)).sqrt()
+    )
     figures = found["strength"].figures
-    assert figures["displacement"] == pytest.approx(moved.quantile(torch.tensor([0.1, 0.5, 0.9])).tolist(), abs=1e-5)
+    assert figures["displacement"] == pytest.approx(
+        moved.quantile(torch.tensor([0.1, 0.5, 0.9])).tolist(), abs=1e-5
+    )
     assert figures["strength"] == pytest.approx([0.25] * 3, abs=1e-4)
 
 
@@ -230,7 +235,7 @@ def test_a_flow_policy_and_a_critic_of_ours_with_data(tmp_path):
         ({"critic": 3}, "object with bind"),
     ],
 )
-def test_misuse(as_installed, change, message):
+def test_misuse(change, message):
     given = {"policy": policy(), "critic": GOOD, "batches": [states()]} | change
-    with pytest.raises((TypeError, ValueError), match=message), as_installed():
+    with as_installed(), pytest.raises((TypeError, ValueError), match=message):
         qsteer.audit(**given)
