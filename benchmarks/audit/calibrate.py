@@ -113,6 +113,9 @@ def critics(root: Path, seed: int) -> dict[str, Any]:
     found: dict[str, Any] = {
         name: Critic.from_pretrained(root / name.replace(" ", "-")).unstacked()[seed] for name in names
     }
+    recipe = run_directory(TASK.name, seed) / "critic"
+    if (recipe / "config.json").exists():
+        found["15000 steps"] = Critic.from_pretrained(recipe)
     best = found["4000 steps"]
     torch.manual_seed(seed)
     fresh = Critic(best.config)

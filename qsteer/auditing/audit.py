@@ -13,7 +13,7 @@ from qsteer.auditing.awake import check_awake
 from qsteer.auditing.contract import check_bounds, check_clock, check_contract, check_numbers
 from qsteer.auditing.gradients import check_gradients
 from qsteer.auditing.page import Audit, Check
-from qsteer.auditing.probes import Probe, draw_noise, open_batch, read_batches
+from qsteer.auditing.probes import Probe, bounds_of, draw_noise, open_batch, read_batches
 from qsteer.auditing.push import ALPHAS, check_push, check_strength, recommend, sweep, with_strength
 from qsteer.auditing.ranking import check_rank, rank_data
 from qsteer.data import Episodes
@@ -95,7 +95,9 @@ def audit(
         for batch in found:
             field, value, like = open_batch(policy, critic, batch, critic_inputs)
             second = None if other is None else open_batch(policy, other, batch, critic_inputs)[1]
-            probes.append(Probe.of(field, value, second, rule.clip, draw_noise(like, samples, generator)))
+            probes.append(
+                Probe.of(field, value, second, bounds_of(rule, field), draw_noise(like, samples, generator))
+            )
         states = sum(probe.noise.shape[1] for probe in probes)
         if states < LEAST_STATES:
             raise ValueError(
@@ -137,7 +139,9 @@ def _ask_all(
     ranked = None
     if data is not None:
         horizon = getattr(getattr(critic, "config", None), "horizon", None) or probes[0].noise.shape[2]
-        ranked = rank_data(policy, critic, data, batch, critic_inputs, rule.clip, gamma, generator, horizon)
+        ranked = rank_data(
+            policy, critic, data, batch, critic_inputs, probes[0].bounds, gamma, generator, horizon
+        )
     swept = sweep(probes, rule, alphas, seed)
     advice = None if swept is None else recommend(swept)
     checks = (
