@@ -159,7 +159,7 @@ def check_push(found: Sweep | None) -> Check:
     if found is None:
         return Check("push", question, "not known", "one member, and no other critic to judge", threshold)
     advice = recommend(found)
-    figures = {
+    figures: dict[str, Any] = {
         "alpha": list(found.alphas),
         "gain": [estimate(row) for row in found.gain],
         "random": [estimate(row) for row in found.random],
@@ -192,7 +192,7 @@ def check_strength(probes: Sequence[Probe], rule: Guidance) -> Check:
     strength = torch.from_numpy(trace.arrays()["strength"]).double().flatten()
     strength = strength[strength.isfinite()]
     displacement, own = over_states(moved), over_states(spread)
-    figures = {
+    figures: dict[str, Any] = {
         "alpha": float(rule.strength),  # type: ignore[arg-type]
         "strength": strength.quantile(strength.new_tensor(ends)).tolist() if len(strength) else None,
         "displacement": displacement.quantile(displacement.new_tensor(ends)).tolist(),

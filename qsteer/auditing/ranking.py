@@ -34,8 +34,8 @@ def check_rank(probes: Sequence[Probe], data: Mapping[str, Any] | None) -> Check
         "noise": estimate(over_states(_noise(probe) for probe in probes)),
         **(data or {}),
     }
-    worse = {name: figures[name] for name in ("noise", "data_over_noise") if name in figures}
-    worse |= {name: figures[name] for name in ("other_states", "data_over_other_states") if name in figures}
+    asked = ("noise", "other_states", "data_over_noise", "data_over_other_states")
+    worse: dict[str, Any] = {name: figures[name] for name in asked if name in figures}
     failed = [name for name, value in worse.items() if value[2] < 0.5]
     unsure = [name for name, value in worse.items() if value[1] < 0.5 and name not in failed]
     returns = figures.get("returns")

@@ -92,7 +92,8 @@ def visit(environment: str, policy: "FlowPolicy", states: int, seed: int) -> "Te
     from qsteer.envs import ogbench
     from qsteer.envs.seeds import TUNING_SEED
 
-    env, met = ogbench.make(environment), []
+    env = ogbench.make(environment)
+    met: list[Tensor] = []
     draw = torch.Generator().manual_seed(seed)
     shape = 1, policy.config.horizon, policy.config.action_dim
     over, episode = True, 0
