@@ -270,6 +270,6 @@ def checked_compile(mode: Mode | None, policy: Any, host: Host) -> Compiled | No
             "none"
         )
     make = partial(host.prepare, policy)
-    compiled = Compiled(mode, make, parameters_of(policy), next(iter(devices), None))
+    compiled = Compiled(mode, make, policy, next(iter(devices), None))
     compiled.prepare()  # a policy that cannot be prepared is refused here
     return compiled

@@ -17,8 +17,9 @@ from qsteer.adapters import PlainPolicy
 from qsteer.adapters.pi import PiExpert, PiField
 from qsteer.critics import LiveCritic
 from qsteer.maps import FlowMap, MapConfig, MetaFlowMap, MetaMapConfig
-from qsteer.steering.compiled import KEPT, rebuilt, signature, tensors_in
+from qsteer.steering.compiled import KEPT
 from qsteer.steering.handle import steer
+from qsteer.steering.kinds import rebuilt, signature, tensors_in
 
 
 @pytest.fixture(params=PI)
