@@ -125,7 +125,8 @@ def state_of(module: Any) -> Hashable:
     waiting = [module] if isinstance(module, nn.Module) else []
     while waiting:
         part = waiting.pop()
-        adapters = getattr(part, "_disable_adapters", None), str(getattr(part, "_active_adapter", None))
+        own = vars(part)
+        adapters = own.get("_disable_adapters"), str(own.get("_active_adapter"))  # PEFT's
         hooks = *part._forward_hooks, None, *part._forward_pre_hooks
         state.append((id(part), part.training, hooks, adapters))
         weights = (*part._parameters.values(), *part._buffers.values())
