@@ -171,8 +171,6 @@ class Fresh:
         self.count += 1
         if self.how == "function":
             return qsteer.value(lambda a, obs: towards(obs, a), obs[STATE])
-        if self.how == "partial":
-            return qsteer.value(partial(towards), obs[STATE])
         return qsteer.value(self.score, (obs[STATE], float(self.count)))
 
     def score(self, a: Tensor, context: tuple[Tensor, float]) -> Tensor:
