@@ -71,7 +71,8 @@ class Compiled:
     ) -> None:
         self.mode, self.make_prepare, self.policy, self.device = mode, make_prepare, policy, device
         self._prepare: Callable[[Any], Field] | None = None
-        self._state, self._turn, self._holder = state_of(policy), threading.Lock(), 0
+        self._state: Hashable = None  # a policy that is being copied has none yet
+        self._turn, self._holder = threading.Lock(), 0
         self._runs: OrderedDict[Hashable, Run] = OrderedDict()
         self._warned = False
         self._beside: dict[Any, torch.cuda.Stream] = {}
@@ -127,7 +128,8 @@ class Compiled:
         """Return what prepares a field; made anew if the policy has changed since."""
         with self._alone():
             if self._prepare is None or state_of(self.policy) != self._state:
-                self._prepare, self._state = self.make_prepare(), state_of(self.policy)
+                self._prepare = self.make_prepare()
+                self._state = state_of(self.policy)
                 self._runs.clear()
             return self._prepare
 
