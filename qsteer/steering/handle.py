@@ -206,7 +206,7 @@ def steer(
 
     Raises:
         TypeError: an argument is of the wrong kind, no Host record describes the policy, or its step cannot
-            be prepared for ``compile``; (the first action of a kind) a tensor enters it that is no input of it.
+            be prepared for ``compile``; (the first action of a kind) a tensor that is no input enters it.
         ValueError: the critic is on another device, or sees more than the policy executes; ``compile`` is
             unknown, or "graph" without CUDA.
         MismatchError: (the first action of a kind) the fast path is not what the host does.
