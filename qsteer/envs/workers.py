@@ -3,6 +3,7 @@
 import multiprocessing
 import os
 import signal
+import threading
 import time
 import traceback
 import warnings
@@ -230,6 +231,7 @@ def _work(
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     if hasattr(os, "setsid"):
         os.setsid()  # what the environment starts ends with it
+        threading.Thread(target=_follow_parent, daemon=True).start()
     columns, env = _view(memory, space), None
     try:
         env = make_env()
@@ -253,6 +255,14 @@ def _work(
     finally:
         if env is not None:
             env.close()
+
+
+def _follow_parent() -> None:
+    """End this process and what it started soon after its parent, even if its environment hangs."""
+    if (parent := multiprocessing.parent_process()) is not None:
+        parent.join()
+        time.sleep(CLOSING_S)
+        os.killpg(0, signal.SIGKILL)
 
 
 def _receive(pipe: Connection) -> Any:
