@@ -111,3 +111,44 @@ class Breaking(Bandit):
             case "parts":
                 del parts[2]
         return tuple(parts)
+
+
+class Fails(Bandit):
+    """Three steps; dies or raises at the second of an episode in five."""
+
+    steps = 3
+
+    def reset(
+        self, *, seed: int | None = None, options: dict[str, Any] | None = None
+    ) -> tuple[np.ndarray, dict[str, Any]]:
+        self.seed = seed or 0
+        return super().reset(seed=seed)
+
+    def step(self, action: np.ndarray) -> tuple[np.ndarray, float, bool, bool, dict[str, Any]]:
+        outcome = super().step(action)
+        if self.clock == 2 and self.seed % 10 == 0:
+            os._exit(3)
+        if self.clock == 2 and self.seed % 10 == 1:
+            raise ValueError("the gripper is jammed")
+        return outcome
+
+
+class Once(Fails):
+    """Raises at the second step of the episode with a seed."""
+
+    def __init__(self, bad: int) -> None:
+        self.bad = bad
+
+    def step(self, action: np.ndarray) -> tuple[np.ndarray, float, bool, bool, dict[str, Any]]:
+        outcome = Bandit.step(self, action)
+        if self.clock == 2 and self.seed == self.bad:
+            raise ValueError("the gripper is jammed")
+        return outcome
+
+
+class Lost(Once):
+    """Observes nothing after the first step of the episode with a seed."""
+
+    def step(self, action: np.ndarray) -> tuple[np.ndarray, float, bool, bool, dict[str, Any]]:
+        obs, *rest = Bandit.step(self, action)
+        return (obs * np.nan if self.clock == 1 and self.seed == self.bad else obs), *rest
