@@ -103,7 +103,9 @@ class Rollouts:
     def load(cls, path: str | Path) -> "Rollouts":
         """Read what :meth:`save` wrote."""
         info = json.loads(Path(path).read_text())
-        columns = {key: np.array([row[key] for row in info["per_episode"]]) for key in (*OUTCOMES, "seed")}
+        columns: dict[str, Any] = {
+            key: np.array([row[key] for row in info["per_episode"]]) for key in (*OUTCOMES, "seed")
+        }
         total = info["aggregated"]
         times = {"act_s": total["act_s"], "eval_s": total["eval_s"]}
         return cls(info["name"], **columns, **times, failed=total.get("failed", 0))
@@ -246,7 +248,7 @@ class Simulators:
                 active = np.flatnonzero(episode >= 0)
                 starts = {i: seed + int(episode[i]) for i in np.flatnonzero(fresh).tolist()}
                 obs, failures = self._begin(starts, active.tolist())
-                fresh = np.isin(np.arange(self.num_envs), list(failures))
+                fresh[:] = np.isin(np.arange(self.num_envs), list(failures))
                 if failures:
                     continue
 
@@ -325,7 +327,7 @@ def to_tensors(observations: Any) -> Any:
 
 def find_faults(observations: Any) -> dict[int, str]:
     """Return the rows of observations that are not finite, and which entry of them is not."""
-    faults = {}
+    faults: dict[int, str] = {}
     parts = observations if isinstance(observations, Mapping) else {"": observations}
     for key, column in parts.items():
         if column.is_floating_point():

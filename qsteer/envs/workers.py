@@ -139,7 +139,8 @@ class Workers:
                 if good:
                     answers[lane] = said
                 else:
-                    failures[lane] = Failure(*said, CLOSING_S)
+                    why, trace = said
+                    failures[lane] = Failure(why, trace, CLOSING_S)
         self._pending = {}
         for lane, failure in failures.items():
             self.fail(lane, failure)

@@ -1,7 +1,7 @@
 """Environments that run while a critic learns: rows of their episodes, for a replay."""
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from operator import itemgetter
 from pathlib import Path
 from typing import Any
@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 from jaxtyping import Int
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_map
 
 from qsteer.data.layout import Rows, find_finite
 from qsteer.envs.limits import Limits
@@ -208,10 +208,15 @@ class Collector(Simulators):
     def _sift(self, given: dict[str, Any], lanes: np.ndarray | None = None) -> np.ndarray:
         """Return where all is finite, and say where it is not; of other than ``lanes`` nothing is said."""
         kept = np.ones(self.num_envs, bool)
-        for name, columns in given.items():
-            leaves = [torch.as_tensor(leaf) for leaf in tree_leaves(columns)]
-            finite = [find_finite(leaf) for leaf in leaves if leaf.is_floating_point()]
-            found = np.logical_and.reduce([np.ones(self.num_envs, bool), *finite])
+        columns = {
+            (f"{name}[{key!r}]" if key else name): torch.as_tensor(column)
+            for name, value in given.items()
+            for key, column in (value if isinstance(value, Mapping) else {"": value}).items()
+        }
+        for name, column in columns.items():
+            if not column.is_floating_point():
+                continue
+            found = find_finite(column)
             for i in np.flatnonzero(~found if lanes is None else ~found & lanes):
                 warnings.warn(
                     f"environment {i}: expected a finite {name}, got NaN or infinity: the row is refused and "
