@@ -185,7 +185,9 @@ class Collector(Simulators):
             self._seed = int(torch.randint(2**31, (), generator=generator, device=generator.device))
         over = self._over.copy()
         for _ in range(IN_A_ROW):
-            self._workers.start("reset", {i: self._next_seed(i) for i in np.flatnonzero(over).tolist()})
+            self._workers.start(
+                "reset", {i: self._next_seed(self._seed, i) for i in np.flatnonzero(over).tolist()}
+            )
             answers, _ = self._workers.finish()
             self._raw = self._workers.observations
             answered = np.isin(np.arange(self.num_envs), list(answers))
@@ -199,10 +201,10 @@ class Collector(Simulators):
             f"{IN_A_ROW} times in a row; look at its sensors"
         )
 
-    def _next_seed(self, lane: int) -> int:
+    def _next_seed(self, first: int, lane: int) -> int:
         """Return the seed of an environment's next episode."""
         self._begun[lane] += 1
-        words = np.random.SeedSequence((self._seed, lane, self._begun[lane]))
+        words = np.random.SeedSequence((first, lane, int(self._begun[lane])))
         return int(words.generate_state(1)[0] >> 1)
 
     def _sift(self, given: dict[str, Any], lanes: np.ndarray | None = None) -> np.ndarray:
