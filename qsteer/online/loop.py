@@ -20,6 +20,7 @@ from qsteer.critics.critic import Critic
 from qsteer.critics.live import LiveCritic
 from qsteer.data.episodes import Chunks
 from qsteer.data.replay import Replay
+from qsteer.envs.limits import Limits
 from qsteer.envs.seeds import VALIDATION_SEED
 from qsteer.files import append_json_line, trim_json_lines, write_json
 from qsteer.online.actors import Actor, Decision
@@ -39,6 +40,9 @@ if TYPE_CHECKING:  # needs gymnasium
 CHECK_EVERY = 10
 """Gradient steps between two checks of the critic's health, if so many are due at once."""
 
+LOSSES = "refused", "failed"
+"""What the simulators lost so far: rows that were refused, and simulators that were replaced."""
+
 
 def train_online(
     make_env: "MakeEnv",
@@ -52,6 +56,7 @@ def train_online(
     offline: Chunks | None = None,
     act: SteeredPolicy | None = None,
     tracker: str | None = None,
+    limits: Limits | None = None,
     progress: bool = True,
 ) -> Critic:
     """Let a frozen policy act, learn a critic from what happens, and steer with it; return the critic.
@@ -70,7 +75,8 @@ def train_online(
     running are cut, and a resumed run is not the same to the bit.
 
     Rows with a reward or an observation that is not finite are refused, their episodes cut; the metrics
-    count them as ``refused``.
+    count them as ``refused``. So are the rows in which a simulator raises, gives what its spaces do not hold,
+    hangs or dies; it is replaced, and counted as ``failed``.
 
     A critic that diverges does not act: see :class:`~qsteer.online.health.Health`. Until it has recovered,
     the unsteered policy acts.
@@ -86,9 +92,11 @@ def train_online(
         offline: data to mix in.
         act: for the targets "td" and "fql", see :func:`~qsteer.training.critic.train_critic`.
         tracker: name of a tracker of accelerate that gets the metrics too: tensorboard, wandb, trackio, ...
+        limits: of the simulators' time and failures, which a resumed run may change; None: ``Limits()``.
         progress: show a progress bar.
 
     Raises:
+        RuntimeError: a simulator failed too often in a row.
         ValueError: ``out`` holds a run with other settings, ``act`` is missing or superfluous, or the shapes
             of policy, critic and rows do not fit.
         ModuleNotFoundError: the tracker is not installed.
@@ -114,6 +122,7 @@ def train_online(
             row=training.row,
             gamma=training.critic.gamma,
             closing=LEARNERS[training.critic.target].need == "next_state",
+            limits=limits,
         ) as collector,
         closing(Tracker(tracker, loop.out)) as log,
         tqdm(
@@ -379,15 +388,16 @@ class OnlineLoop:
             episodes = (
                 dict(zip(("success", "return", "length"), map(float, means), strict=True)) if mine else {}
             )
-            counted = {"episodes": float(len(mine)), "refused": float(collector.refused[lanes].sum())}
+            counted = {"episodes": float(len(mine))}
+            counted |= {name: float(getattr(collector, name)[lanes].sum()) for name in LOSSES}
             line = episodes | counted | shared | scores[s]
             append_json_line(directory / METRICS, counts | line)
             append_json_line(directory / SPEED, counts | speed)
             tracker.log({f"{directory.name}/{k}": v for k, v in (line | speed).items()}, self.env_steps)
         collector.finished.clear()
-        return {k: line[k] for k in ("success", "return", "q", "strength") if k in line} | {
-            "updates/s": speed["updates/s"]
-        }
+        shown = [name for name in ("success", "return", "q", "strength") if name in line]
+        lost = [name for name in LOSSES if line[name]]
+        return {name: line[name] for name in (*shown, *lost)} | {"updates/s": speed["updates/s"]}
 
     def save(self) -> None:
         """Write the learner's checkpoint and each seed's last critic."""
