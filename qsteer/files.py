@@ -140,7 +140,7 @@ def locked_run(path: Path) -> Iterator[None]:
     """
     path.mkdir(parents=True, exist_ok=True)
     with lock_directory(path, "run", needed=False):
-        for left in path.glob(f".*{TEMPORARY}"):
+        for left in path.glob(f"*{TEMPORARY}"):
             left.unlink(missing_ok=True)
         yield
 
@@ -157,18 +157,19 @@ def append_json_line(path: Path, line: Mapping[str, float | int]) -> None:
         file.write(json.dumps(line) + "\n")
 
 
-def trim_json_lines(path: Path, last_step: int | None = None) -> None:
-    """Drop a last line that was cut in the middle, and lines whose ``"step"`` is beyond ``last_step``.
+def trim_json_lines(path: Path, last_step: int | None = None, key: str = "step") -> None:
+    """Drop a last line that was cut in the middle, and lines whose ``key`` is beyond ``last_step``.
 
     Args:
         path: the file; nothing happens where there is none.
         last_step: ``None``: every whole line is kept.
+        key: of a line's number.
     """
     if not path.exists():
         return
     kept = [line for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
     if last_step is not None:
-        kept = [line for line in kept if json.loads(line)["step"] <= last_step]
+        kept = [line for line in kept if json.loads(line)[key] <= last_step]
     write_text(path, "".join(kept))
 
 

@@ -83,6 +83,10 @@ class ReplayFiles:
         block[:-1], block[-1] = used, added
         self._commits[0] = commits
 
+    def close(self) -> None:
+        """Let others open the directory."""
+        self._lock.close()
+
     def flush(self) -> None:
         """Write everything to the disk, the counters last."""
         for column in self._maps.values():

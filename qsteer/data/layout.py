@@ -15,6 +15,10 @@ from qsteer.types import Observation
 
 DTYPES = ("uint8", "int32", "int64", "float16", "float32", "float64")
 
+# What a slot holds. A row's slot is 0 while its episode goes on after it.
+TERMINAL, TRUNCATED, CUT, CLOSED, CLOSING, DROPPED = 1, 2, 4, 8, 16, 32
+END = TERMINAL | TRUNCATED | CUT
+
 
 @dataclass(frozen=True, kw_only=True)
 class Layout:
@@ -275,3 +279,15 @@ def _cast(name: str, value: Tensor, dtype: torch.dtype) -> Tensor:
 def to_numpy(value: Tensor | np.ndarray) -> np.ndarray:
     """Return a tensor as an array on the CPU; an array is returned as it is."""
     return value.detach().cpu().numpy() if isinstance(value, Tensor) else value
+
+
+def take(column: Tensor, rows: Tensor) -> Tensor:
+    """Return ``column[rows]``, in a fraction of the time that indexing takes on a CPU."""
+    return column.index_select(0, rows.flatten()).unflatten(0, rows.shape)
+
+
+def to_slice(lanes: slice | range | None) -> slice:
+    """Return consecutive lanes as a slice; ``None`` means all."""
+    if lanes is None:
+        return slice(None)
+    return slice(lanes.start, lanes.stop) if isinstance(lanes, range) else lanes

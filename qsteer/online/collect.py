@@ -4,7 +4,7 @@ import warnings
 from collections.abc import Callable
 from operator import itemgetter
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -12,12 +12,32 @@ from jaxtyping import Int
 from torch.utils._pytree import tree_leaves, tree_map
 
 from qsteer.data.layout import Rows, find_finite
+from qsteer.data.outliers import RewardScale
 from qsteer.envs.rollouts import MakeEnv, Simulators, to_tensors
 from qsteer.online.actors import Decision
 from qsteer.types import Observation
 
 IN_A_ROW = 5
 """Failures in a row, without a success between them, after which a run stops."""
+
+
+class Outlier(NamedTuple):
+    """A reward that was refused.
+
+    Attributes:
+        lane: environment.
+        episode: of the environment, counted from 0 in this process.
+        length: steps of the episode so far.
+        reward: of the row.
+        limit: the absolute value from which on rewards are outliers.
+    """
+
+    lane: int
+    episode: int
+    length: int
+    reward: float
+    limit: float
+
 
 type LaneActor = Callable[[Any, Int[np.ndarray, "N"]], Decision]
 
@@ -36,11 +56,14 @@ class Collector(Simulators):
             environment with ``cameras`` renders nothing else.
         gamma: discount of the rewards within a row.
         closing: observe what follows an episode's last chunk (n = H), which costs one more action.
+        scale: refuses rows whose reward is an outlier, unless it is positive and the episode a success; None:
+            none is refused for that.
 
     Attributes:
         finished: ``(environment, success, sum of rewards, length)`` of the episodes that ended since it was
             emptied.
         refused: rows of each environment that were refused: (N,).
+        outliers: those refused for their reward, since it was emptied.
 
     Raises:
         ValueError: as for ``Simulators``, or rows do not divide a chunk.
@@ -55,12 +78,15 @@ class Collector(Simulators):
         row: int = 1,
         gamma: float = 1.0,
         closing: bool = True,
+        scale: RewardScale | None = None,
     ) -> None:
         if row < 1 or horizon % row:
             raise ValueError(f"row: expected a divisor of the horizon {horizon}, got {row}")
         super().__init__(make_env, horizon=horizon, num_envs=num_envs, gamma=gamma)
         self.finished: list[tuple[int, bool, float, int]] = []
         self.refused: np.ndarray = np.zeros(num_envs, int)
+        self.outliers: list[Outlier] = []
+        self._scale, self._episode = scale, np.full(num_envs, -1)
         self._barren = 0  # rounds in a row in which no row was kept
         self._horizon, self._row, self._closes = horizon, row, closing
         self._next: np.ndarray = np.zeros(num_envs, int)  # first action of the next row in the pending chunk
@@ -119,6 +145,8 @@ class Collector(Simulators):
         self._raw, rewards, terminated, truncated, info = self._envs.step_wait()
         ended = terminated | truncated
         kept = self._sift({"reward": rewards, "observation": self._raw})
+        if self._scale is not None:
+            kept &= self._weigh(self._scale, rewards, info, kept)
         following = to_tensors(self._raw)
         if self._row == self._horizon:
             kept &= self._sift({"prepared observation": self._seen}, kept)
@@ -163,6 +191,7 @@ class Collector(Simulators):
     def _reset(self, generator: torch.Generator) -> None:
         """Start episodes where one is over, again where the first observation is not finite."""
         over = self._over.copy()
+        self._episode += over
         for _ in range(IN_A_ROW):
             draws = torch.randint(2**31, (self.num_envs,), generator=generator, device=generator.device)
             seeds: list[int | None] = [*draws.tolist()]
@@ -192,6 +221,24 @@ class Collector(Simulators):
                 )
             kept &= found
         return kept
+
+    def _weigh(self, scale: RewardScale, rewards: np.ndarray, info: Any, lanes: np.ndarray) -> np.ndarray:
+        """Return where rewards are no outliers, and note and say where they are."""
+        praised = (rewards > 0) & info["success"]  # rare and large as it may be
+        judged = np.where(lanes & ~praised, rewards, 0.0).astype(np.float32)
+        found = scale.sift(torch.from_numpy(judged)).numpy()
+        for i in np.flatnonzero(found):
+            length, reward = int(info["length"][i]), float(rewards[i])
+            self.outliers.append(Outlier(int(i), int(self._episode[i]), length, reward, scale.limit))
+            warnings.warn(
+                f"environment {i}: expected a reward of the usual size, below {scale.limit:.4g}, got "
+                f"{reward:.6g} in step {length} of episode {self._episode[i]}: the row is refused and its episode "
+                "given up (counted in the metrics, listed in outliers.jsonl); if the task gives such rewards, set "
+                "refuse_outliers=False",
+                RuntimeWarning,
+                skip_file_prefixes=(str(Path(__file__).parents[1]),),
+            )
+        return ~found
 
     def _closing(self, raw: Any, over: np.ndarray) -> Observation:
         """Return what the critic would see after the row; only entries of episodes that ended are read."""

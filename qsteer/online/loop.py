@@ -1,6 +1,7 @@
 """The online loop: a frozen policy acts, a critic learns from what happens, and steers the policy."""
 
 import json
+import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import closing, nullcontext
 from copy import deepcopy
@@ -19,9 +20,18 @@ from tqdm import tqdm
 from qsteer.critics.critic import Critic
 from qsteer.critics.live import LiveCritic
 from qsteer.data.episodes import Chunks
+from qsteer.data.outliers import RewardScale
 from qsteer.data.replay import Replay
 from qsteer.envs.seeds import VALIDATION_SEED
-from qsteer.files import append_json_line, trim_json_lines, write_json
+from qsteer.files import (
+    append_json_line,
+    locked_run,
+    mend_directory,
+    replacing_directory,
+    trim_json_lines,
+    write_json,
+)
+from qsteer.fingerprints import OPAQUE, describe
 from qsteer.online.actors import Actor, Decision
 from qsteer.online.health import Health
 from qsteer.online.logs import LogWindow, Tracker
@@ -29,12 +39,23 @@ from qsteer.online.settings import OnlineTraining
 from qsteer.online.sources import StackedSource, make_layout
 from qsteer.trace import Trace
 from qsteer.training.critic import ACTING, LEARNERS, SteeredPolicy
-from qsteer.training.loop import METRICS, SPEED, descend, processes, resume, save
+from qsteer.training.loop import (
+    METRICS,
+    SPEED,
+    descend,
+    list_generators,
+    processes,
+    resume,
+    save,
+    seeded,
+)
 from qsteer.types import Observation, Rule, Sampler
 
 if TYPE_CHECKING:  # needs gymnasium
     from qsteer.envs.rollouts import MakeEnv
     from qsteer.online.collect import Collector
+
+OUTLIERS = "outliers.jsonl"
 
 CHECK_EVERY = 10
 """Gradient steps between two checks of the critic's health, if so many are due at once."""
@@ -67,10 +88,14 @@ def train_online(
     ``last`` and ``best``, which ``Critic.from_pretrained`` reads; ``out`` itself the learner's checkpoint and
     the replay. The same call goes on after a kill at any moment: every row that was stored is there, the
     learner starts from its last checkpoint and catches up. Simulators cannot be stored, so episodes that were
-    running are cut, and a resumed run is not the same to the bit.
+    running are cut, and a resumed run is not the same to the bit; what the learner, rule and sampler draw goes
+    on where the checkpoint was written. ``last`` and ``best`` are replaced as a whole. Whether a rule or sampler
+    is the one that the run began with is told by its class, its fields and its networks' weights; a warning
+    names what cannot be compared, such as a lambda.
 
     Rows with a reward or an observation that is not finite are refused, their episodes cut; the metrics
-    count them as ``refused``.
+    count them as ``refused``. So are rows with a reward that only a sensor's mistake explains, see
+    :class:`~qsteer.data.outliers.RewardScale`; ``outliers.jsonl`` lists them.
 
     A critic that diverges does not act: see :class:`~qsteer.online.health.Health`. Until it has recovered,
     the unsteered policy acts.
@@ -89,12 +114,12 @@ def train_online(
         progress: show a progress bar.
 
     Raises:
-        ValueError: ``out`` holds a run with other settings, ``act`` is missing or superfluous, or the shapes
-            of policy, critic and rows do not fit.
+        ValueError: ``out`` holds a run with other settings, ``act`` is missing or superfluous, the shapes of
+            policy, critic and rows do not fit, or rewards of ``offline`` are outliers.
+        RuntimeError: another run has ``out`` open.
+        OSError: the disk has no room for the rows.
         ModuleNotFoundError: the tracker is not installed.
     """
-    from qsteer.online.collect import Collector
-
     training = training or OnlineTraining()
     if (act is None) == (training.critic.target in ACTING):
         raise ValueError(
@@ -102,18 +127,30 @@ def train_online(
             f"target {training.critic.target!r}"
         )
     processes(critic.device)
-    loop = OnlineLoop(actor, critic, Path(out), training, rule, sampler, offline, act)
-    seeds = critic.config.stack
+    with locked_run(Path(out)), seeded(training.critic.seed, critic.device):
+        loop = OnlineLoop(actor, critic, Path(out), training, rule, sampler, offline, act)
+        with closing(loop.replay):
+            _train(loop, make_env, tracker, progress)
+    return loop.learner.target
+
+
+def _train(loop: "OnlineLoop", make_env: "MakeEnv", tracker: str | None, progress: bool) -> None:
+    """Do what is left to do of a run."""
+    from qsteer.online.collect import Collector
+
     if loop.finished:
-        return loop.learner.target
+        loop.save_critics()  # which a kill may have prevented
+        return
+    training, config = loop.training, loop.live.config
     with (
         Collector(
             make_env,
-            horizon=critic.config.horizon,
-            num_envs=seeds * training.num_envs,
+            horizon=config.horizon,
+            num_envs=config.stack * training.num_envs,
             row=training.row,
             gamma=training.critic.gamma,
             closing=LEARNERS[training.critic.target].need == "next_state",
+            scale=loop.health.scale if training.refuse_outliers else None,
         ) as collector,
         closing(Tracker(tracker, loop.out)) as log,
         tqdm(
@@ -121,7 +158,6 @@ def train_online(
         ) as bar,
     ):
         loop.run(collector, log, bar)
-    return loop.learner.target
 
 
 class OnlineLoop:
@@ -152,26 +188,73 @@ class OnlineLoop:
             torch.manual_seed(settings.seed)
             self.learner = kind(learning, self.source, settings, act).to(critic.device)
         self.optimizer = settings.optimizer([p for p in self.learner.parameters() if p.requires_grad])
-        self.generator = torch.Generator(critic.device).manual_seed(settings.seed)
+        device = critic.device
+        drawing = [part for part in (rule, sampler) if part is not None]
+        others = [g for part in drawing for g in part.generators(device)] + self.learner.generators(device)
+        self.generators = list_generators(settings.seed, device, others)
+        self.generator = self.generators[0]
         self.health = Health(gamma=settings.gamma**training.row)
         self.health.observe_rewards(self.replay.rewards())
         if offline is not None:
-            steps = (
-                offline.episodes.rewards.cpu()
-            )  # a row's are between one step's and those of all its steps
-            self.health.observe_rewards(steps)
-            if training.row > 1:
-                self.health.observe_rewards(steps * sum(settings.gamma**k for k in range(training.row)))
-        self.identity = {"training": asdict(training), "rule": repr(rule), "sampler": repr(sampler)}
-        self.update = resume(out, self.learner, self.optimizer, self.generator, self.identity)
+            self.observe_offline(offline)
+        self.identity = {
+            "training": asdict(training),
+            "critic": describe(config),
+            "rule": describe(rule),
+            "sampler": describe(sampler),
+        }
+        self.update = resume(out, self.learner, self.optimizer, self.generators, self.identity)
+        if self.update:
+            self.warn_of_unknown()
+            self.drop_outliers()
         for directory in self.seed_directories:
+            for name in ("last", "best"):
+                mend_directory(directory / name)
             trim_json_lines(directory / METRICS)
             trim_json_lines(directory / SPEED)
+            if not self.finished:  # killed between its last line of metrics and its last checkpoint
+                for name in (METRICS, SPEED):
+                    trim_json_lines(directory / name, training.env_steps - 1, key="env_steps")
         if self.update:
             critic.publish(self.learner.target)
             self.health.keep(self.learner, self.optimizer)
         actor.trace = Trace(steps=False, keep=1)
         self.stream = torch.cuda.Stream(critic.device) if critic.device.type == "cuda" else None
+
+    def observe_offline(self, offline: Chunks) -> None:
+        """Tell the health of offline rewards, after a check for outliers.
+
+        Raises:
+            ValueError: there are.
+        """
+        training, data = self.training, offline.episodes
+        rewards, scale = data.rewards.cpu(), RewardScale()
+        scale.observe(rewards)
+        found = scale.find(rewards) & ~(data.terminals.cpu() & (rewards > 0))
+        if training.refuse_outliers and found.any():
+            rows = found.nonzero()[:, 0].tolist()
+            raise ValueError(
+                f"offline: expected rewards of the usual size, below {scale.limit:.4g}, got "
+                f"{rewards[rows[0]].item():.6g} in row {rows[0]} (first of {len(rows)} such rows of {len(rewards)}"
+                "); drop the trajectories that hold them, or set OnlineTraining.refuse_outliers=False"
+            )
+        self.health.observe_rewards(rewards)
+        if training.row > 1:  # a row's are between one step's and those of all its steps
+            gamma = training.critic.gamma
+            self.health.observe_rewards(rewards * sum(gamma**k for k in range(training.row)))
+
+    def warn_of_unknown(self) -> None:
+        """Say what of rule and sampler cannot be compared with those that the run began with."""
+        parts = {name: self.identity[name] for name in ("rule", "sampler")}
+        for name, part in parts.items():
+            if OPAQUE in (shown := json.dumps(part)):
+                warnings.warn(
+                    f"{self.out}: resumed with {name} {shown}, parts of which cannot be compared with those that "
+                    "the run began with; see to it that they are the same (fields of a dataclass, networks and "
+                    "named functions are compared)",
+                    RuntimeWarning,
+                    stacklevel=2,
+                )
 
     @property
     def finished(self) -> bool:
@@ -238,7 +321,27 @@ class OnlineLoop:
             rows = collector.receive()
         with window.share("store"):
             self.replay.add(rows)
+            self.list_outliers(collector)
         self.health.observe_rewards(rows.rewards[rows.kept])
+
+    def list_outliers(self, collector: "Collector") -> None:
+        """Write down what was refused for its reward."""
+        for outlier in collector.outliers:
+            append_json_line(self.out / OUTLIERS, {"env_steps": self.env_steps} | outlier._asdict())
+        collector.outliers.clear()
+
+    def drop_outliers(self) -> None:
+        """Take rows out that were stored before so much was known of rewards."""
+        if not self.training.refuse_outliers:
+            return
+        limit = self.health.scale.limit
+        for lane, row, reward in self.replay.drop(self.health.scale.find):
+            tqdm.write(
+                f"{self.out.name}: row {row} of environment {lane}: reward {reward:.6g} is beyond {limit:.4g}; "
+                "it is taken out (listed in outliers.jsonl; refuse_outliers=False keeps such rows)"
+            )
+            line = {"env_steps": self.env_steps, "lane": lane, "row": row, "reward": reward, "limit": limit}
+            append_json_line(self.out / OUTLIERS, line)
 
     def steer(self) -> None:
         """Steer once the critic has learnt something and while it is healthy; else leave the policy alone."""
@@ -277,6 +380,7 @@ class OnlineLoop:
         if self.stream is not None:
             self.stream.wait_stream(torch.cuda.default_stream(self.live.device))
         if not self.update:
+            self.drop_outliers()
             self.fit_normalisation()
             self.health.keep(self.learner, self.optimizer)
         while self.update < due:
@@ -294,6 +398,7 @@ class OnlineLoop:
                 f"{self.out.name}: {reason}; back to the last good critic, unsteered until it recovers"
             )
             self.health.restore(self.learner, self.optimizer)
+            self.drop_outliers()
         else:
             self.health.keep(self.learner, self.optimizer)
             window.info = info
@@ -340,8 +445,9 @@ class OnlineLoop:
         former = json.loads(path.read_text()) if path.exists() else None
         order = "evaluation/success", "evaluation/return"
         if former is None or [score[name] for name in order] > [former[name] for name in order]:
-            critic.save_pretrained(directory)
-            write_json({"env_steps": self.env_steps, **score}, path)
+            with replacing_directory(directory) as fresh:
+                critic.save_pretrained(fresh)
+                write_json({"env_steps": self.env_steps, **score}, fresh / path.name)
 
     def actors(self) -> Sequence[Actor]:
         """Return each seed's actor by itself."""
@@ -363,7 +469,7 @@ class OnlineLoop:
         self.settle()
         shared = {name: float(value) for name, value in window.info.items()}
         shared |= {"steered": float(self.health.steers), "trips": float(self.health.trips)}
-        shared["outliers"] = float(self.health.outliers)
+        shared["outliers"] = float(self.health.scale.outliers)
         trace = self.actor.trace
         shared |= {"fallbacks": float(trace.fallbacks), "gated": float(trace.gated)}
         if (strengths := trace.arrays()["strength"]).size:
@@ -392,9 +498,14 @@ class OnlineLoop:
     def save(self) -> None:
         """Write the learner's checkpoint and each seed's last critic."""
         self.settle()
-        save(self.out, self.learner, self.optimizer, self.generator, self.update, self.identity)
+        save(self.out, self.learner, self.optimizer, self.generators, self.update, self.identity)
+        self.save_critics()
+
+    def save_critics(self) -> None:
+        """Write each seed's last critic."""
         for directory, critic in zip(self.seed_directories, self.critics(), strict=True):
-            critic.save_pretrained(directory / "last")
+            with replacing_directory(directory / "last") as fresh:
+                critic.save_pretrained(fresh)
 
 
 def _executed(actor: Actor, obs: Observation, noise: Tensor) -> Tensor:
