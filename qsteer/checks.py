@@ -147,7 +147,7 @@ def check_finite(name: str, values: Tensor, remedy: str) -> None:
 
 
 def list_differences(expected: Mapping[str, Any], found: Mapping[str, Any]) -> tuple[str, str] | None:
-    """Return what differs between two descriptions, as ``"a=1, b.c=2"`` for each of them; ``None``: nothing."""
+    """Return what differs between two descriptions, as ``"a=1, b.c=2"`` for each; ``None``: nothing."""
     expected, found = _flatten(expected), _flatten(found)
     names = sorted(name for name in {**found, **expected} if found.get(name) != expected.get(name))
     if not names:

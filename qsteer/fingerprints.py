@@ -1,5 +1,7 @@
 """Hashes of networks and data: a resumed run must see what it started with."""
 
+import json
+import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import fields, is_dataclass
 from functools import partial
@@ -33,10 +35,10 @@ def fingerprint(tensors: Iterable[Tensor], prefix: str = "") -> str:
 
 
 def describe(given: Any) -> Any:
-    """Return what JSON can hold of a rule or sampler, the same in every process.
+    """Return what JSON can hold of a rule or sampler, alike in every process.
 
-    Dataclasses give their class and the fields that they compare by, networks and tensors a fingerprint, named
-    functions their name. Of anything else there is its class or name, marked :data:`OPAQUE`.
+    Dataclasses give their class and the fields that they compare by, networks and tensors a fingerprint,
+    named functions their name. Of anything else there is its class or name, marked :data:`OPAQUE`.
 
     Cost: a copy of the tensors on the CPU.
     """
@@ -65,6 +67,20 @@ def describe(given: Any) -> Any:
         unknown = given.__closure__ is not None or given.__name__ == "<lambda>"
         return _name(given) + OPAQUE * unknown
     return _name(type(given)) + OPAQUE
+
+
+def warn_unknown(place: str, parts: Mapping[str, Any]) -> None:
+    """Say which of some descriptions cannot be compared with those that a run began with."""
+    for name, part in parts.items():
+        if OPAQUE in (shown := json.dumps(part)):
+            warnings.warn(
+                f"{place}: expected a {name} that can be compared with the one that the run began with, got "
+                f"{shown}; see to it that it is the same (fields of dataclasses, networks and named "
+                f"functions "
+                "are compared)",
+                RuntimeWarning,
+                stacklevel=3,
+            )
 
 
 def _name(given: Any) -> str:

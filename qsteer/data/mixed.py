@@ -39,8 +39,8 @@ class Mixed:
             )
         if offline.need != layout.need:
             raise ValueError(
-                f"Mixed: expected transitions for need={layout.need!r} of both, got need={offline.need!r} offline; "
-                f"build Chunks(..., need={layout.need!r})"
+                f"Mixed: expected transitions for need={layout.need!r} of both, got need={offline.need!r} "
+                f"offline; build Chunks(..., need={layout.need!r})"
             )
         self.offline, self.online, self.ratio, self.lanes = offline, online, ratio, lanes
 

@@ -1,4 +1,4 @@
-"""Rewards that no task gives: a sensor's mistakes, told from rare successes by their size and their number."""
+"""Rewards that no task gives: a sensor's mistakes, told from rare successes by their size and number."""
 
 from dataclasses import dataclass, field
 
@@ -15,9 +15,9 @@ are outliers."""
 class RewardScale:
     """The usual size of rewards, by statistics that a few outliers do not move.
 
-    The usual size is that which no more than a share ``RARE`` of the rewards other than zero exceeds, in powers
-    of two; an outlier is ``FAR`` times as large. So among fewer than ``1 / RARE`` rewards other than zero there
-    is none, a first success among zeros is none, and what keeps coming is none.
+    The usual size is that which no more than a share ``RARE`` of the rewards other than zero exceeds, in
+    powers of two; an outlier is ``FAR`` times as large. So among fewer than ``1 / RARE`` rewards other than
+    zero there is none, a first success among zeros is none, and what keeps coming is none.
 
     Attributes:
         zeros: whether a reward of zero was seen.

@@ -17,7 +17,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from qsteer.critics.targets import chunk_return, monte_carlo_target
+from qsteer.critics.targets import chunk_return
 from qsteer.data.episodes import Transitions
 from qsteer.data.files import ReplayFiles
 from qsteer.data.layout import (
@@ -26,6 +26,7 @@ from qsteer.data.layout import (
     CUT,
     DROPPED,
     END,
+    SPARE,
     TERMINAL,
     TRUNCATED,
     Layout,
@@ -33,14 +34,12 @@ from qsteer.data.layout import (
     Trajectory,
     check_finite,
     column_name,
+    split_episodes,
     take,
     to_numpy,
     to_slice,
 )
 from qsteer.types import Observation
-
-SPARE = 2
-"""Slots that one row may take: those which are written next are never part of what is stored."""
 
 
 class Replay:
@@ -152,13 +151,11 @@ class Replay:
                 codes = self._host["codes"][lane]
                 success = (codes[slots % self._slots] & TERMINAL > 0) & (rewards > 0).numpy()
                 for i in np.flatnonzero(find(rewards).numpy() & ~success):
-                    slot, before = slots[i : i + 1], slots[max(i - 1, 0) : i]
-                    before = before[codes[before % self._slots] == 0]
-                    at = np.full(1, lane)
-                    self._write({"codes": np.full(len(before), CUT)}, at[: len(before)], before)
-                    code = codes[slot % self._slots] & CLOSED | CUT | DROPPED
-                    self._write({"codes": code}, at, slot)
-                    dropped.append((lane, int(slot[0]), float(rewards[i])))
+                    for slot in slots[max(i - 1, 0) : i + 1]:  # the row before, which may be an end, and it
+                        old = int(codes[slot % self._slots])
+                        new = old & CLOSED | CUT | DROPPED if slot == slots[i] else old or CUT
+                        self._write({"codes": np.array([new])}, self._lane[[lane]], np.array([slot]))
+                    dropped.append((lane, int(slots[i]), float(rewards[i])))
             if dropped:
                 self._rebuild()
         return dropped
@@ -403,13 +400,8 @@ class Replay:
         layout, column = self.layout, self._columns["returns"]
         slots = np.arange(max(self._begin[lane], stop - layout.capacity), stop) % self._slots
         at = lane, torch.from_numpy(slots).to(column.device)
-        rewards = self._columns["rewards"][at].cpu()
-        ends = torch.arange(len(slots)) == len(slots) - 1
-        gamma, bootstrap = layout.gamma**layout.steps, rewards
-        if not over:  # the last row's mean reward goes on for ever
-            executed = int(self._columns["executed"][lane, slots[-1]])
-            bootstrap = rewards * layout.gamma ** (executed - layout.steps) / (1 - layout.gamma**executed)
-        returns = monte_carlo_target(rewards, ends & over, ends, gamma, bootstrap=bootstrap)
+        rewards, executed = self._columns["rewards"][at].cpu(), self._columns["executed"][lane, slots[-1]]
+        returns = layout.sum_returns(rewards, int(executed), over)
         column[at] = returns.to(column.device)
 
     def _expire(self, before: np.ndarray) -> None:
@@ -446,13 +438,7 @@ class Replay:
             if not len(stop):
                 continue
             executed = self._columns["executed"][lane, torch.from_numpy((stop - 1) % self._slots)]
-            end = layout.usable(
-                stop,
-                code & TERMINAL > 0,
-                code & TRUNCATED > 0,
-                code & (CLOSED | DROPPED) == CLOSED,
-                executed.cpu().numpy() == layout.steps,
-            )
+            end = layout.usable_by_code(stop, code, executed.cpu().numpy())
             end = np.maximum(begin, end)
             starts = np.concatenate([np.arange(a, b) for a, b in zip(begin, end, strict=True)])
             self._tail[lane] = len(starts)
@@ -468,9 +454,4 @@ class Replay:
         """Return first slot, slot after the last row, and code of the last row of a lane's episodes."""
         slots = self._window(lane)
         codes = self._host["codes"][lane, slots % self._slots]
-        (last,) = (codes & END > 0).nonzero()
-        if len(codes) and not codes[-1] & (END | CLOSING):  # an episode goes on
-            last = np.append(last, len(codes) - 1)
-        code, stop = codes[last], slots[last] + 1
-        first = slots[:1] + (codes[:1] == CLOSING)
-        return np.append(first, (stop + (code & CLOSED > 0))[:-1])[: len(stop)], stop, code
+        return split_episodes(slots, codes)

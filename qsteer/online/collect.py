@@ -232,8 +232,10 @@ class Collector(Simulators):
             self.outliers.append(Outlier(int(i), int(self._episode[i]), length, reward, scale.limit))
             warnings.warn(
                 f"environment {i}: expected a reward of the usual size, below {scale.limit:.4g}, got "
-                f"{reward:.6g} in step {length} of episode {self._episode[i]}: the row is refused and its episode "
-                "given up (counted in the metrics, listed in outliers.jsonl); if the task gives such rewards, set "
+                f"{reward:.6g} in step {length} of episode {self._episode[i]}: the row is refused and its "
+                f"episode "
+                "given up (counted in the metrics, listed in outliers.jsonl); if the task gives such "
+                "rewards, set "
                 "refuse_outliers=False",
                 RuntimeWarning,
                 skip_file_prefixes=(str(Path(__file__).parents[1]),),

@@ -34,8 +34,8 @@ class Health:
       error may be as large as the returns, however small it was while none had been seen).
 
     The last two wait for a first reward other than zero, without which the size of values is not known.
-    Outliers (:class:`~qsteer.data.outliers.RewardScale`) are no part of ``[low, high]``: a sensor's mistake must
-    not make everything look healthy.
+    Outliers (:class:`~qsteer.data.outliers.RewardScale`) are no part of ``[low, high]``: a sensor's mistake
+    must not make everything look healthy.
 
     Example, every n-th update of an online loop:
         >>> reason = health.check({"loss": loss} | info, learner.parameters())  # doctest: +SKIP

@@ -1,7 +1,6 @@
 """The online loop: a frozen policy acts, a critic learns from what happens, and steers the policy."""
 
 import json
-import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import closing, nullcontext
 from copy import deepcopy
@@ -20,7 +19,6 @@ from tqdm import tqdm
 from qsteer.critics.critic import Critic
 from qsteer.critics.live import LiveCritic
 from qsteer.data.episodes import Chunks
-from qsteer.data.outliers import RewardScale
 from qsteer.data.replay import Replay
 from qsteer.envs.seeds import VALIDATION_SEED
 from qsteer.files import (
@@ -31,10 +29,11 @@ from qsteer.files import (
     trim_json_lines,
     write_json,
 )
-from qsteer.fingerprints import OPAQUE, describe
+from qsteer.fingerprints import describe, warn_unknown
 from qsteer.online.actors import Actor, Decision
 from qsteer.online.health import Health
 from qsteer.online.logs import LogWindow, Tracker
+from qsteer.online.rewards import RewardGuard
 from qsteer.online.settings import OnlineTraining
 from qsteer.online.sources import StackedSource, make_layout
 from qsteer.trace import Trace
@@ -54,8 +53,6 @@ from qsteer.types import Observation, Rule, Sampler
 if TYPE_CHECKING:  # needs gymnasium
     from qsteer.envs.rollouts import MakeEnv
     from qsteer.online.collect import Collector
-
-OUTLIERS = "outliers.jsonl"
 
 CHECK_EVERY = 10
 """Gradient steps between two checks of the critic's health, if so many are due at once."""
@@ -88,10 +85,10 @@ def train_online(
     ``last`` and ``best``, which ``Critic.from_pretrained`` reads; ``out`` itself the learner's checkpoint and
     the replay. The same call goes on after a kill at any moment: every row that was stored is there, the
     learner starts from its last checkpoint and catches up. Simulators cannot be stored, so episodes that were
-    running are cut, and a resumed run is not the same to the bit; what the learner, rule and sampler draw goes
-    on where the checkpoint was written. ``last`` and ``best`` are replaced as a whole. Whether a rule or sampler
-    is the one that the run began with is told by its class, its fields and its networks' weights; a warning
-    names what cannot be compared, such as a lambda.
+    running are cut, and a resumed run is not the same to the bit; what the learner, rule and sampler draw
+    goes on where the checkpoint was written. ``last`` and ``best`` are replaced as a whole. Whether a rule or
+    sampler is the one that the run began with is told by its class, its fields and its networks' weights; a
+    warning names what cannot be compared, such as a lambda.
 
     Rows with a reward or an observation that is not finite are refused, their episodes cut; the metrics
     count them as ``refused``. So are rows with a reward that only a sensor's mistake explains, see
@@ -194,9 +191,9 @@ class OnlineLoop:
         self.generators = list_generators(settings.seed, device, others)
         self.generator = self.generators[0]
         self.health = Health(gamma=settings.gamma**training.row)
-        self.health.observe_rewards(self.replay.rewards())
+        self.rewards = RewardGuard(self.health, self.replay, out, training)
         if offline is not None:
-            self.observe_offline(offline)
+            self.rewards.read_offline(offline)
         self.identity = {
             "training": asdict(training),
             "critic": describe(config),
@@ -205,8 +202,8 @@ class OnlineLoop:
         }
         self.update = resume(out, self.learner, self.optimizer, self.generators, self.identity)
         if self.update:
-            self.warn_of_unknown()
-            self.drop_outliers()
+            warn_unknown(str(out), {"rule": self.identity["rule"], "sampler": self.identity["sampler"]})
+            self.rewards.drop_outliers()
         for directory in self.seed_directories:
             for name in ("last", "best"):
                 mend_directory(directory / name)
@@ -220,41 +217,6 @@ class OnlineLoop:
             self.health.keep(self.learner, self.optimizer)
         actor.trace = Trace(steps=False, keep=1)
         self.stream = torch.cuda.Stream(critic.device) if critic.device.type == "cuda" else None
-
-    def observe_offline(self, offline: Chunks) -> None:
-        """Tell the health of offline rewards, after a check for outliers.
-
-        Raises:
-            ValueError: there are.
-        """
-        training, data = self.training, offline.episodes
-        rewards, scale = data.rewards.cpu(), RewardScale()
-        scale.observe(rewards)
-        found = scale.find(rewards) & ~(data.terminals.cpu() & (rewards > 0))
-        if training.refuse_outliers and found.any():
-            rows = found.nonzero()[:, 0].tolist()
-            raise ValueError(
-                f"offline: expected rewards of the usual size, below {scale.limit:.4g}, got "
-                f"{rewards[rows[0]].item():.6g} in row {rows[0]} (first of {len(rows)} such rows of {len(rewards)}"
-                "); drop the trajectories that hold them, or set OnlineTraining.refuse_outliers=False"
-            )
-        self.health.observe_rewards(rewards)
-        if training.row > 1:  # a row's are between one step's and those of all its steps
-            gamma = training.critic.gamma
-            self.health.observe_rewards(rewards * sum(gamma**k for k in range(training.row)))
-
-    def warn_of_unknown(self) -> None:
-        """Say what of rule and sampler cannot be compared with those that the run began with."""
-        parts = {name: self.identity[name] for name in ("rule", "sampler")}
-        for name, part in parts.items():
-            if OPAQUE in (shown := json.dumps(part)):
-                warnings.warn(
-                    f"{self.out}: resumed with {name} {shown}, parts of which cannot be compared with those that "
-                    "the run began with; see to it that they are the same (fields of a dataclass, networks and "
-                    "named functions are compared)",
-                    RuntimeWarning,
-                    stacklevel=2,
-                )
 
     @property
     def finished(self) -> bool:
@@ -321,27 +283,8 @@ class OnlineLoop:
             rows = collector.receive()
         with window.share("store"):
             self.replay.add(rows)
-            self.list_outliers(collector)
+            self.rewards.list_outliers(collector.outliers, self.env_steps)
         self.health.observe_rewards(rows.rewards[rows.kept])
-
-    def list_outliers(self, collector: "Collector") -> None:
-        """Write down what was refused for its reward."""
-        for outlier in collector.outliers:
-            append_json_line(self.out / OUTLIERS, {"env_steps": self.env_steps} | outlier._asdict())
-        collector.outliers.clear()
-
-    def drop_outliers(self) -> None:
-        """Take rows out that were stored before so much was known of rewards."""
-        if not self.training.refuse_outliers:
-            return
-        limit = self.health.scale.limit
-        for lane, row, reward in self.replay.drop(self.health.scale.find):
-            tqdm.write(
-                f"{self.out.name}: row {row} of environment {lane}: reward {reward:.6g} is beyond {limit:.4g}; "
-                "it is taken out (listed in outliers.jsonl; refuse_outliers=False keeps such rows)"
-            )
-            line = {"env_steps": self.env_steps, "lane": lane, "row": row, "reward": reward, "limit": limit}
-            append_json_line(self.out / OUTLIERS, line)
 
     def steer(self) -> None:
         """Steer once the critic has learnt something and while it is healthy; else leave the policy alone."""
@@ -380,7 +323,7 @@ class OnlineLoop:
         if self.stream is not None:
             self.stream.wait_stream(torch.cuda.default_stream(self.live.device))
         if not self.update:
-            self.drop_outliers()
+            self.rewards.drop_outliers()
             self.fit_normalisation()
             self.health.keep(self.learner, self.optimizer)
         while self.update < due:
@@ -398,7 +341,7 @@ class OnlineLoop:
                 f"{self.out.name}: {reason}; back to the last good critic, unsteered until it recovers"
             )
             self.health.restore(self.learner, self.optimizer)
-            self.drop_outliers()
+            self.rewards.drop_outliers()
         else:
             self.health.keep(self.learner, self.optimizer)
             window.info = info

@@ -1,9 +1,9 @@
 """One training loop: seeded, resumable to the bit, with atomic checkpoints and a metrics stream.
 
-A run directory holds ``checkpoint.safetensors`` (weights, optimiser state, generator states; step and identity
-of the run as JSON in its header), ``metrics.jsonl`` and, apart from them because no two runs agree on it, the
-wall time in ``speed.jsonl``. A run that was killed and started again gives the weights and the metrics of a
-run that was not.
+A run directory holds ``checkpoint.safetensors`` (weights, optimiser state, generator states; step and
+identity of the run as JSON in its header), ``metrics.jsonl`` and, apart from them because no two runs agree
+on it, the wall time in ``speed.jsonl``. A run that was killed and started again gives the weights and the
+metrics of a run that was not.
 
 Under ``accelerate launch`` (on CPUs: ``torchrun``) each of P processes draws the same whole batch and
 computes 1/P of its rows (:class:`Share`); gradients are averaged. So P changes neither the random stream nor,
