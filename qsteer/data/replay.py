@@ -58,8 +58,7 @@ class Replay:
         device: of batches.
 
     Attributes:
-        layout: as given.
-        device: as given.
+        layout, device: as given.
         added: rows that were ever added, in all lanes together; those that were not kept count.
 
     Raises:
@@ -71,8 +70,7 @@ class Replay:
         self, layout: Layout, *, directory: str | Path | None = None, device: torch.device | str = "cpu"
     ) -> None:
         self.layout, self.device = layout, torch.device(device)
-        self._slots = layout.capacity + SPARE
-        self._lane = np.arange(layout.lanes)
+        self._slots, self._lane = layout.capacity + SPARE, np.arange(layout.lanes)
         self._lock = threading.Lock()
         self._files = None if directory is None else ReplayFiles(Path(directory), layout, self._slots)
         if self._files is not None:
@@ -92,8 +90,7 @@ class Replay:
 
         # Slot i of a lane, counted since the beginning, lies at i modulo the number of slots.
         zeros: np.ndarray = np.zeros(layout.lanes, np.int64)
-        self._used, self.added = zeros.copy(), 0
-        self._rows = zeros.copy()
+        self._used, self._rows, self.added = zeros.copy(), zeros.copy(), 0
         self._front, self._tail = zeros.copy(), zeros.copy()  # of the queue
         self._begin, self._next = zeros.copy(), zeros.copy()  # running episode, and what to queue of it next
         if self._files is not None:
@@ -139,10 +136,7 @@ class Replay:
         Args:
             find: says of rewards which are wrong. A positive one at a terminal stays: a success.
 
-        Returns:
-            Lane, row counted since the lane's beginning (ends of episodes count), and reward of each.
-
-        Cost: a pass over what is stored.
+        Returns lane, slot since the lane's beginning, and reward of each. Cost: a pass over what is stored.
         """
         dropped: list[tuple[int, int, float]] = []
         with self._exclusive():
@@ -156,8 +150,7 @@ class Replay:
                         new = old & CLOSED | CUT | DROPPED if slot == slots[i] else old or CUT
                         self._write({"codes": np.array([new])}, self._lane[[lane]], np.array([slot]))
                     dropped.append((lane, int(slots[i]), float(rewards[i])))
-            if dropped:
-                self._rebuild()
+            self._rebuild()
         return dropped
 
     def add(self, rows: Rows) -> None:
@@ -279,7 +272,7 @@ class Replay:
                 self._files.flush()
 
     def close(self) -> None:
-        """Let others open the directory; nothing may be added after that."""
+        """Let others open the directory."""
         if self._files is not None:
             self._files.close()
 

@@ -233,8 +233,7 @@ class Collector(Simulators):
             warnings.warn(
                 f"environment {i}: expected a reward of the usual size, below {scale.limit:.4g}, got "
                 f"{reward:.6g} in step {length} of episode {self._episode[i]}: the row is refused and its "
-                f"episode "
-                "given up (counted in the metrics, listed in outliers.jsonl); if the task gives such "
+                "episode given up (counted in the metrics, listed in outliers.jsonl); if the task gives such "
                 "rewards, set "
                 "refuse_outliers=False",
                 RuntimeWarning,

@@ -38,16 +38,7 @@ from qsteer.online.settings import OnlineTraining
 from qsteer.online.sources import StackedSource, make_layout
 from qsteer.trace import Trace
 from qsteer.training.critic import ACTING, LEARNERS, SteeredPolicy
-from qsteer.training.loop import (
-    METRICS,
-    SPEED,
-    descend,
-    list_generators,
-    processes,
-    resume,
-    save,
-    seeded,
-)
+from qsteer.training.loop import METRICS, SPEED, descend, list_generators, processes, resume, save, seeded
 from qsteer.types import Observation, Rule, Sampler
 
 if TYPE_CHECKING:  # needs gymnasium
@@ -194,15 +185,11 @@ class OnlineLoop:
         self.rewards = RewardGuard(self.health, self.replay, out, training)
         if offline is not None:
             self.rewards.read_offline(offline)
-        self.identity = {
-            "training": asdict(training),
-            "critic": describe(config),
-            "rule": describe(rule),
-            "sampler": describe(sampler),
-        }
+        compared = {"critic": config, "rule": rule, "sampler": sampler}
+        self.identity = {"training": asdict(training)} | {k: describe(v) for k, v in compared.items()}
         self.update = resume(out, self.learner, self.optimizer, self.generators, self.identity)
         if self.update:
-            warn_unknown(str(out), {"rule": self.identity["rule"], "sampler": self.identity["sampler"]})
+            warn_unknown(str(out), self.identity)
             self.rewards.drop_outliers()
         for directory in self.seed_directories:
             for name in ("last", "best"):
