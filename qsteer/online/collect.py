@@ -4,7 +4,7 @@ import warnings
 from collections.abc import Callable, Mapping
 from operator import itemgetter
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -12,6 +12,7 @@ from jaxtyping import Int
 from torch.utils._pytree import tree_map
 
 from qsteer.data.layout import Rows, find_finite
+from qsteer.data.outliers import RewardScale
 from qsteer.envs.limits import Limits
 from qsteer.envs.rollouts import MakeEnv, Simulators, to_tensors
 from qsteer.online.actors import Decision
@@ -19,6 +20,25 @@ from qsteer.types import Observation
 
 IN_A_ROW = 5
 """Failures in a row, without a success between them, after which a run stops."""
+
+
+class Outlier(NamedTuple):
+    """A reward that was refused.
+
+    Attributes:
+        lane: environment.
+        episode: of the environment, counted from 0 in this process.
+        length: steps of the episode so far.
+        reward: of the row.
+        limit: the absolute value from which on rewards are outliers.
+    """
+
+    lane: int
+    episode: int
+    length: int
+    reward: float
+    limit: float
+
 
 type LaneActor = Callable[[Any, Int[np.ndarray, "N"]], Decision]
 
@@ -43,11 +63,14 @@ class Collector(Simulators):
         gamma: discount of the rewards within a row.
         closing: observe what follows an episode's last chunk (n = H), which costs one more action.
         limits: of time, and of failures of one environment in a row; None: ``Limits()``.
+        scale: refuses rows whose reward is an outlier, unless it is positive and the episode a success; None:
+            none is refused for that.
 
     Attributes:
         finished: ``(environment, success, sum of rewards, length)`` of the episodes that ended since it was
             emptied.
         refused: rows of each environment that were refused: (N,).
+        outliers: those refused for their reward, since it was emptied.
 
     Raises:
         ValueError: as for ``Simulators``, or rows do not divide a chunk.
@@ -63,12 +86,15 @@ class Collector(Simulators):
         gamma: float = 1.0,
         closing: bool = True,
         limits: Limits | None = None,
+        scale: RewardScale | None = None,
     ) -> None:
         if row < 1 or horizon % row:
             raise ValueError(f"row: expected a divisor of the horizon {horizon}, got {row}")
         super().__init__(make_env, horizon=horizon, num_envs=num_envs, gamma=gamma, limits=limits)
         self.finished: list[tuple[int, bool, float, int]] = []
         self.refused: np.ndarray = np.zeros(num_envs, int)
+        self.outliers: list[Outlier] = []
+        self._scale, self._episode = scale, np.full(num_envs, -1)
         self._barren = 0  # rounds in a row in which no row was kept
         self._horizon, self._row, self._closes = horizon, row, closing
         self._seed: int | None = None  # of all episodes
@@ -138,6 +164,9 @@ class Collector(Simulators):
             executed[i] = info["executed"]
         ended = terminated | truncated
         kept = answered & self._sift({"reward": rewards, "observation": self._raw}, answered)
+        if self._scale is not None:
+            infos = {i: info for i, (*_, info) in answers.items()}
+            kept &= self._weigh(self._scale, rewards, infos, kept)
         following = to_tensors(self._raw)
         if self._row == self._horizon:
             kept &= self._sift({"prepared observation": self._seen}, kept)
@@ -184,6 +213,7 @@ class Collector(Simulators):
         if self._seed is None:
             self._seed = int(torch.randint(2**31, (), generator=generator, device=generator.device))
         over = self._over.copy()
+        self._episode += over
         for _ in range(IN_A_ROW):
             self._workers.start(
                 "reset", {i: self._next_seed(self._seed, i) for i in np.flatnonzero(over).tolist()}
@@ -228,6 +258,28 @@ class Collector(Simulators):
                 )
             kept &= found
         return kept
+
+    def _weigh(
+        self, scale: RewardScale, rewards: np.ndarray, infos: dict[int, Any], lanes: np.ndarray
+    ) -> np.ndarray:
+        """Return where rewards are no outliers, and note and say where they are."""
+        success = np.array([i in infos and infos[i]["success"] for i in range(self.num_envs)], bool)
+        praised = (rewards > 0) & success  # rare and large as it may be
+        judged = np.where(lanes & ~praised, rewards, 0.0).astype(np.float32)
+        found = scale.sift(torch.from_numpy(judged)).numpy()
+        for i in np.flatnonzero(found):
+            length, reward = int(infos[i]["length"]), float(rewards[i])
+            self.outliers.append(Outlier(int(i), int(self._episode[i]), length, reward, scale.limit))
+            warnings.warn(
+                f"environment {i}: expected a reward of the usual size, below {scale.limit:.4g}, got "
+                f"{reward:.6g} in step {length} of episode {self._episode[i]}: the row is refused and its "
+                "episode given up (counted in the metrics, listed in outliers.jsonl); if the task gives such "
+                "rewards, set "
+                "refuse_outliers=False",
+                RuntimeWarning,
+                skip_file_prefixes=(str(Path(__file__).parents[1]),),
+            )
+        return ~found
 
     def _closing(self, raw: Any, over: np.ndarray) -> Observation:
         """Return what the critic would see after the row; only entries of episodes that ended are read."""

@@ -105,9 +105,7 @@ class RandomStream:
 
     def normal(self, like: Tensor) -> Tensor:
         """Return the stream's next numbers, as many as ``like`` has."""
-        if like.device not in self._generators:
-            self._generators[like.device] = torch.Generator(like.device).manual_seed(self.SALT + self.seed)
-        generator = self._generators[like.device]
+        (generator,) = self.generators(like.device)
         return torch.randn(like.shape, generator=generator, device=like.device, dtype=like.dtype)
 
     def chain(self, redraw: bool) -> Callable[[Tensor], Tensor]:
@@ -122,8 +120,10 @@ class RandomStream:
         return direction
 
     def generators(self, device: torch.device) -> list[torch.Generator]:
-        """Return the generator of a device, if it has been asked for numbers."""
-        return [self._generators[device]] if device in self._generators else []
+        """Return the generator of a device."""
+        if device not in self._generators:
+            self._generators[device] = torch.Generator(device).manual_seed(self.SALT + self.seed)
+        return [self._generators[device]]
 
 
 @dataclass(frozen=True)
@@ -166,7 +166,7 @@ class RandomDirection(Guidance):
         return self.alpha
 
     def generators(self, device: torch.device) -> list[torch.Generator]:
-        """Return the generator of the directions, if any was drawn on this device."""
+        """Return the generator of the directions."""
         return self._directions.generators(device)
 
     def begin(self, field: Field, value: Value, steps: int) -> Estimate:
