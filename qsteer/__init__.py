@@ -18,6 +18,7 @@ if TYPE_CHECKING:  # at run time each on its first use: the command's help must 
         NoisyGradient,
         Posterior,
         RandomDirection,
+        Randomized,
         ThroughTime,
         Tweedie,
     )
@@ -53,6 +54,7 @@ __all__ = [
     "Posterior",
     "RandomDirection",
     "RandomOfN",
+    "Randomized",
     "Rule",
     "Sampler",
     "ThroughTime",
@@ -84,6 +86,7 @@ _HOMES = {
         "NoisyGradient",
         "Posterior",
         "RandomDirection",
+        "Randomized",
         "ThroughTime",
         "Tweedie",
     ),
