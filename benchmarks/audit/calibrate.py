@@ -134,7 +134,7 @@ def make_env(limit: int) -> Env:
     return TimeLimit(ogbench.make(TASK.environment()), limit)
 
 
-def measure(root: Path, out: Path, seeds: tuple[int, ...], episodes: int, only: list[str]) -> None:
+def measure(root: Path, out: Path, seeds: tuple[int, ...], episodes: int, only: list[str], afresh: bool) -> None:
     """Audit each critic, and roll out the arms; what is in ``out`` already is kept."""
     torch.set_num_threads(1)
     policy = FlowPolicy.from_pretrained(run_directory(TASK.name, 0) / "policy")
@@ -167,6 +167,8 @@ def measure(root: Path, out: Path, seeds: tuple[int, ...], episodes: int, only: 
         if only and name not in only:
             continue
         key = f"{name}, seed {seed}"
+        if key in result["rows"] and not afresh:
+            continue
         for kind, data in (("without data", None), ("with data", held_out)):
             found = qsteer.audit(policy, critic, [states], data, seed=AUDIT_SEED)
             result["rows"].setdefault(key, {"critic": name, "seed": seed})[kind] = found.to_dict()
@@ -226,10 +228,11 @@ if __name__ == "__main__":
     parser.add_argument("--seeds", type=int, nargs="+", default=list(SEEDS))
     parser.add_argument("--episodes", type=int, default=100, help="0: audits only")
     parser.add_argument("--only", nargs="*", default=[], help="critics")
+    parser.add_argument("--afresh", action="store_true", help="audit again; rollouts are kept")
     args = parser.parse_args()
     if args.what == "train":
         train(args.root)
     elif args.what == "measure":
-        measure(args.root, args.out, tuple(args.seeds), args.episodes, args.only)
+        measure(args.root, args.out, tuple(args.seeds), args.episodes, args.only, args.afresh)
     else:
         table(args.out)
