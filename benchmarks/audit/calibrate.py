@@ -116,7 +116,7 @@ def critics(root: Path, seed: int) -> dict[str, Any]:
     recipe = run_directory(TASK.name, seed) / "critic"
     if (recipe / "config.json").exists():
         found["15000 steps"] = Critic.from_pretrained(recipe)
-    best = found["4000 steps"]
+    best = found.get("15000 steps", found["4000 steps"])
     torch.manual_seed(seed)
     fresh = Critic(best.config)
     fresh.normalizer.load_state_dict(best.normalizer.state_dict())
@@ -169,9 +169,8 @@ def measure(root: Path, out: Path, seeds: tuple[int, ...], episodes: int, only: 
         key = f"{name}, seed {seed}"
         if key in result["rows"] and not afresh:
             continue
-        for kind, data in (("without data", None), ("with data", held_out)):
-            found = qsteer.audit(policy, critic, [states], data, seed=AUDIT_SEED)
-            result["rows"].setdefault(key, {"critic": name, "seed": seed})[kind] = found.to_dict()
+        found = qsteer.audit(policy, critic, [states], held_out, seed=AUDIT_SEED)
+        result["rows"].setdefault(key, {"critic": name, "seed": seed})["with data"] = found.to_dict()
         write_json(result, out)
         print(f"{key}: {found.summary}", flush=True)
     if not episodes:

@@ -6,7 +6,7 @@ from qsteer.auditing.page import Check, Verdict
 from qsteer.auditing.probes import Probe, over_states
 
 BLIND, DROWSY = 0.02, 0.05
-DROWNED, UNSURE = 0.5, 1.0
+DROWNED, UNSURE = 1.5, 2.5
 
 
 def check_awake(probes: Sequence[Probe]) -> Check:
@@ -39,7 +39,7 @@ def check_awake(probes: Sequence[Probe]) -> Check:
         verdict,
         finding,
         f"Fails where actions make less than {BLIND:.0%} of what states make (warns below {DROWSY:.0%}), or "
-        f"less than {DROWNED} of the members' disagreement on them (warns below {UNSURE:.0f}): a critic of "
+        f"less than {DROWNED} of the members' disagreement on them (warns below {UNSURE}): a critic of "
         "data in which all succeed knows states alone.",
         {
             "over_actions": actions,

@@ -11,7 +11,7 @@ from qsteer.auditing.probes import Probe, estimate
 from qsteer.flow import ask, ask_members, clip_actions, denoise
 from qsteer.types import Value
 
-NONE, LITTLE = 0.1, 0.3
+NONE, LITTLE = 0.2, 0.4
 PESSIMISM = 0.5
 
 
