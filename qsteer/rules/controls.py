@@ -37,7 +37,7 @@ class NoisyGradient(Guidance):
         with torch.no_grad():
             v = field(x, t)
         x = x.requires_grad_()
-        a = clip_through(x, self.clip)
+        a = clip_through(x, self.bounds(field))
         q = ask(value, a)
         return Ascent(v, gradient(q, x), q, a)
 
@@ -85,7 +85,7 @@ class ThroughTime(Guidance):
         a = x + rest[0][1] * v
         for s, dt in rest[1:]:
             a = a + dt * field(a, s)
-        a = clip_through(a, self.clip)
+        a = clip_through(a, self.bounds(field))
         q = ask(value, a)
         return Ascent(v, gradient(q, x), q, a)
 
@@ -150,4 +150,4 @@ class RandomDirection(Guidance):
         """Draw a direction."""
         with torch.no_grad():
             v, g = field(x, t), self._directions.normal(x)
-        return Ascent(v, g, torch.zeros_like(x[:, 0, 0]), clip_through(denoise(x, v, t), self.clip))
+        return Ascent(v, g, torch.zeros_like(x[:, 0, 0]), clip_through(denoise(x, v, t), self.bounds(field)))

@@ -251,7 +251,8 @@ def test_strengths_out_of_range_are_refused_and_point_to_negated(rule, strength)
         ({"start": float("nan")}, "expected 0 <= start <= stop <= 1"),
         (
             {"clip": (1.0, -1.0)},
-            r"expected \(low, high\) with low < high, or None for no clipping, got \(1.0, -1.0\)",
+            r"clip: expected \(low, high\) with low < high, \"policy\" for the policy's own, or None for none, "
+            r"got \(1.0, -1.0\)",
         ),
         ({"clip": (0.0, 0.0)}, "low < high"),
         ({"clip": (-1.0, 0.0, 1.0)}, "low < high"),
