@@ -9,7 +9,7 @@ a thousand small kernels a step on a GPU, so it has as few as it can: projection
 product, queries and keys are turned together, and queries of one key lie in one matrix without being copied.
 """
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -21,7 +21,7 @@ from torch.nn import functional as F
 
 from qsteer.clock import Clock, Time
 from qsteer.flow import expand_time
-from qsteer.hosts import HostField
+from qsteer.hosts import HostField, numerics
 from qsteer.sampling import outside_inference_mode
 from qsteer.types import Bounds, Field
 
@@ -67,7 +67,7 @@ class PiExpert:
         self.gemma = self.model.paligemma_with_expert.gemma_expert.model
         self.dtype = self.gemma.layers[0].self_attn.q_proj.weight.dtype
         self.blocks = [joined(layer) for layer in self.gemma.layers]
-        self._moments: dict[float, Moment] = {}
+        self._moments: dict[Hashable, Moment] = {}
 
     def __call__(self, field: HostField) -> "PiField":
         """Return the prepared field of the one which the host has encoded."""
@@ -88,9 +88,10 @@ class PiExpert:
         """Return what the expert knows of host time u; one that all rows of x share is looked up."""
         if isinstance(u, Tensor):
             return self._evaluate(u)
-        if u not in self._moments:
-            self._moments[u] = self._evaluate(expand_time(u, x[:1], torch.float32))
-        return self._moments[u]
+        key = u, numerics(x.device)
+        if key not in self._moments:
+            self._moments[key] = self._evaluate(expand_time(u, x[:1], torch.float32))
+        return self._moments[key]
 
     @torch.no_grad()
     def _evaluate(self, u: Float[Tensor, "B"]) -> Moment:

@@ -17,6 +17,7 @@ if TYPE_CHECKING:  # at run time each on its first use: the command's help must 
         NoisyGradient,
         Posterior,
         RandomDirection,
+        Randomized,
         ThroughTime,
         Tweedie,
     )
@@ -51,6 +52,7 @@ __all__ = [
     "Posterior",
     "RandomDirection",
     "RandomOfN",
+    "Randomized",
     "Rule",
     "Sampler",
     "ThroughTime",
@@ -80,6 +82,7 @@ _HOMES = {
         "NoisyGradient",
         "Posterior",
         "RandomDirection",
+        "Randomized",
         "ThroughTime",
         "Tweedie",
     ),

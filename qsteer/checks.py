@@ -157,12 +157,22 @@ def check_finite(name: str, values: Tensor, remedy: str) -> None:
 
 
 def list_differences(expected: Mapping[str, Any], found: Mapping[str, Any]) -> tuple[str, str] | None:
-    """Return what differs between two descriptions, as ``"a=1, b=2"`` for each of them; ``None``: nothing."""
+    """Return what differs between two descriptions, as ``"a=1, b.c=2"`` for each; ``None``: nothing."""
+    expected, found = _flatten(expected), _flatten(found)
     names = sorted(name for name in {**found, **expected} if found.get(name) != expected.get(name))
     if not names:
         return None
     listed, other = (", ".join(f"{n}={side.get(n)!r}" for n in names) for side in (expected, found))
     return listed, other
+
+
+def _flatten(description: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Return a description without mappings inside: ``{"a": {"b": 1}}`` as ``{"a.b": 1}``."""
+    flat: dict[str, Any] = {}
+    for name, value in description.items():
+        inside = isinstance(value, Mapping) and value
+        flat |= _flatten(value, f"{prefix}{name}.") if inside else {f"{prefix}{name}": value}
+    return flat
 
 
 def _place(owner: object, name: str) -> str:

@@ -1,27 +1,148 @@
-"""Small files that are never found half-written, and checks of files before they are read or written."""
+"""Files and directories that are never found half-written, and checks before they are read or written."""
 
+import errno
+import fcntl
 import json
 import os
+import secrets
+import shutil
+import warnings
 import zipfile
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import numpy as np
 
 LFS = b"version https://git-lfs"
 """How the text begins that git leaves in the place of a large file."""
 
+LOCK, TEMPORARY = "lock", ".tmp"
+
+LOCKLESS = errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOSYS
+"""What a file system that does not lock says."""
+
 
 def write_text(path: str | Path, text: str) -> Path:
-    """Write a text file, atomically: a temporary file beside it, then a rename. Return its path."""
+    """Write a text file, atomically. Return its path."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(text)
-    os.replace(temporary, path)
+    with replacing_file(path) as temporary:
+        temporary.write_text(text)
     return path
+
+
+@contextmanager
+def replacing_file(path: Path) -> Iterator[Path]:
+    """Give the path of a file to write, nobody else's, which takes the place of ``path`` after the block."""
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}{TEMPORARY}")
+    try:
+        yield temporary
+        sync(temporary)
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+@contextmanager
+def replacing_directory(path: Path) -> Iterator[Path]:
+    """Give an empty directory to fill, which as a whole takes the place of ``path`` after the block.
+
+    What was there stays until the new content is on the disk. A kill between the two renames that follow
+    leaves nothing at ``path``, but both beside it: see :func:`mend_directory`.
+    """
+    mend_directory(path)
+    fresh, former = _beside(path)
+    fresh.mkdir(parents=True)
+    try:
+        yield fresh
+        for file in [*fresh.rglob("*"), fresh]:
+            sync(file)
+        if path.exists():
+            os.replace(path, former)
+        os.replace(fresh, path)
+        sync(path.parent)
+    except BaseException:
+        mend_directory(path)
+        raise
+    shutil.rmtree(former, ignore_errors=True)
+
+
+def mend_directory(path: Path) -> None:
+    """Finish, or undo, what a kill has interrupted in :func:`replacing_directory`."""
+    fresh, former = _beside(path)
+    if former.exists() and not path.exists():
+        os.replace(fresh if fresh.exists() else former, path)  # moved away only when the new one is whole
+    for left in (fresh, former):
+        shutil.rmtree(left, ignore_errors=True)
+
+
+def _beside(path: Path) -> tuple[Path, Path]:
+    return path.with_name(f".{path.name}.new"), path.with_name(f".{path.name}.former")
+
+
+def sync(path: Path) -> None:
+    """Wait until a file, or the names in a directory, are on the disk."""
+    file = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(file)
+    finally:
+        os.close(file)
+
+
+def lock_directory(path: Path, kind: str, *, needed: bool = True) -> TextIO:
+    """Take a directory for oneself, as long as the returned file is open; other files do not matter.
+
+    Args:
+        path: of the directory.
+        kind: what it holds, for messages.
+        needed: refuse a file system that does not lock; else a warning says so.
+
+    Raises:
+        RuntimeError: it is taken, by this or by another process, or its file system does not lock.
+    """
+    file = (path / LOCK).open("w")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.close()
+        raise RuntimeError(
+            f"{path}: expected a {kind} that nothing else has open, got one that another {kind}, of this or "
+            "of another process, has open; end that, or use another directory"
+        ) from None
+    except OSError as error:
+        if error.errno not in LOCKLESS or needed:
+            file.close()
+        if error.errno not in LOCKLESS:
+            raise
+        if needed:
+            raise RuntimeError(
+                f"{path}: expected a file system that locks files, got {error}; use a local directory"
+            ) from None
+        warnings.warn(
+            f"{path}: expected a file system that locks files, got {error}; see to it that no other {kind} "
+            "uses the directory",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+    return file
+
+
+@contextmanager
+def locked_run(path: Path) -> Iterator[None]:
+    """Keep a second run out of a run directory, which is made, and remove what a killed one left unfinished.
+
+    Raises:
+        RuntimeError: another run, of this or of another process, has it open.
+    """
+    path.mkdir(parents=True, exist_ok=True)
+    with lock_directory(path, "run", needed=False):
+        for left in path.glob(f"*{TEMPORARY}"):
+            left.unlink(missing_ok=True)
+        yield
 
 
 def write_json(report: Mapping[str, Any], path: str | Path) -> Path:
@@ -36,18 +157,19 @@ def append_json_line(path: Path, line: Mapping[str, float | int]) -> None:
         file.write(json.dumps(line) + "\n")
 
 
-def trim_json_lines(path: Path, last_step: int | None = None) -> None:
-    """Drop a last line that was cut in the middle, and lines whose ``"step"`` is beyond ``last_step``.
+def trim_json_lines(path: Path, last_step: int | None = None, key: str = "step") -> None:
+    """Drop a last line that was cut in the middle, and lines whose ``key`` is beyond ``last_step``.
 
     Args:
         path: the file; nothing happens where there is none.
         last_step: ``None``: every whole line is kept.
+        key: of a line's number.
     """
     if not path.exists():
         return
     kept = [line for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
     if last_step is not None:
-        kept = [line for line in kept if json.loads(line)["step"] <= last_step]
+        kept = [line for line in kept if json.loads(line)[key] <= last_step]
     write_text(path, "".join(kept))
 
 

@@ -4,7 +4,7 @@ A :class:`Host` is data: dotted names read from a policy, a clock, and how the a
 are repeated. A :class:`HostField` is the policy's own step, closed over one encoded observation.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from dataclasses import field as attribute
@@ -205,3 +205,15 @@ def parameters_of(module: Any) -> list[nn.Parameter]:
     """Return the parameters of a module, or of what has them like one; anything else has none."""
     parameters = getattr(module, "parameters", None)
     return list(parameters()) if callable(parameters) else []
+
+
+def autocast(device: torch.device) -> tuple[bool, torch.dtype]:
+    """Return whether autocast is on for a device, and to which dtype."""
+    return torch.is_autocast_enabled(device.type), torch.get_autocast_dtype(device.type)
+
+
+def numerics(device: torch.device) -> Hashable:
+    """Return torch's switches by which the same code computes other numbers on a device."""
+    products = (getattr(torch.backends, name).matmul.fp32_precision for name in ("cuda", "mkldnn"))
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    return autocast(device), torch.get_default_dtype(), deterministic, *products

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import KW_ONLY, dataclass, replace
 from functools import partial
 from itertools import pairwise
+from typing import cast
 
 import torch
 from jaxtyping import Float
@@ -37,7 +38,7 @@ class FlowPolicyConfig:
     hidden: Sequence[int] = (256, 256, 256)
     harmonics: int = 8
     residual: bool = False
-    bounds: Bounds = (-1.0, 1.0)
+    bounds: Sequence[float] | None = (-1.0, 1.0)
 
     def __post_init__(self) -> None:
         """Check the values; widths and bounds read from JSON become tuples."""
@@ -145,5 +146,5 @@ class FlowPolicy(HubModule, tags=["qsteer", "robotics", "flow-matching"]):
         """Return the :class:`~qsteer.types.Field` for ``obs``, encoded once and without a graph."""
         with torch.no_grad():
             return PolicyField(
-                self.velocity, normal(self.encode(obs)), bounds=self.config.bounds, policy=self
+                self.velocity, normal(self.encode(obs)), bounds=cast(Bounds, self.config.bounds), policy=self
             )

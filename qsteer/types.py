@@ -189,6 +189,11 @@ class Sampler(ABC):
     ) -> Float[Tensor, "B H A"]:
         """Return one action chunk per row of ``noise``."""
 
+    def generators(self, device: torch.device, /) -> list[torch.Generator]:
+        """Return the random generators on a device which the sampler, or one inside it, keeps for itself."""
+        inside = [part for part in vars(self).values() if isinstance(part, Rule | Sampler)]
+        return [generator for part in inside for generator in part.generators(device)]
+
 
 @runtime_checkable
 class Bindable(Protocol):

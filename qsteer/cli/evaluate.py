@@ -22,9 +22,9 @@ def add_parser(commands: Commands) -> None:
         "--arms",
         nargs="+",
         metavar="ARM",
-        help="such as base tweedie=0.2 qgf=0.2 best-of-8 random-of-8 random-direction=0.2 negated=0.2 "
-        "tweedie=0.2+best-of-8+keep-best; the first is what the others are compared with; default: the "
-        "recipe's",
+        help="such as base tweedie=0.2 qgf=0.06 best-of-8 random-of-8 random-direction=0.2 random-qgf=0.06 "
+        "negated=0.2 tweedie=0.2+best-of-8+keep-best; the first is what the others are compared with; "
+        "default: the recipe's",
     )
     parser.add_argument(
         "--episodes", type=positive_int, default=200, help="per arm; the same ones for every arm"

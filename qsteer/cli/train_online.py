@@ -57,7 +57,7 @@ def run(args: argparse.Namespace) -> None:
     from qsteer.evaluation.arms import parse
     from qsteer.experiments.tasks import RECIPES, run_directory
     from qsteer.online.actors import StateActor
-    from qsteer.online.loop import train_online
+    from qsteer.online.run import train_online
     from qsteer.policies import FlowPolicy
     from qsteer.training.critic import ACTING, LEARNERS, fresh_critic
 

@@ -170,6 +170,7 @@ class Chunks:
             ValueError: no trajectory is long enough.
         """
         self.episodes, self.horizon, self.discount = episodes, horizon, gamma**horizon
+        self.need = need
         self.paired = need == "next_actions"
         row = torch.arange(len(episodes), device=episodes.ends.device)
         ends = row[episodes.ends]

@@ -10,10 +10,18 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from qsteer.checks import check_at_least, check_choice, check_fraction
+from qsteer.critics.targets import monte_carlo_target
 from qsteer.data.episodes import Need
 from qsteer.types import Observation
 
 DTYPES = ("uint8", "int32", "int64", "float16", "float32", "float64")
+
+# What a slot holds. A row's slot is 0 while its episode goes on after it.
+TERMINAL, TRUNCATED, CUT, CLOSED, CLOSING, DROPPED = 1, 2, 4, 8, 16, 32
+END = TERMINAL | TRUNCATED | CUT
+
+SPARE = 2
+"""Slots that one row may take: those which are written next are never part of what is stored."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,6 +104,22 @@ class Layout:
         else:
             end = np.where(timed_out, stop - self.span + whole, 0)
         return np.where(over, stop, end)
+
+    def usable_by_code(self, stop: np.ndarray, code: np.ndarray, executed: np.ndarray) -> np.ndarray:
+        """Return :meth:`usable` for stored episodes, by code and executed steps of their last rows."""
+        closed = code & (CLOSED | DROPPED) == CLOSED
+        return self.usable(stop, code & TERMINAL > 0, code & TRUNCATED > 0, closed, executed == self.steps)
+
+    def sum_returns(self, rewards: Float[Tensor, "L"], executed: int, over: bool) -> Float[Tensor, "L"]:
+        """Return the return from each row of an episode on, ``executed`` being the steps of its last row.
+
+        Unless it is over, the last row's mean reward goes on for ever.
+        """
+        ends = torch.arange(len(rewards)) == len(rewards) - 1
+        bootstrap = rewards
+        if not over:
+            bootstrap = rewards * self.gamma ** (executed - self.steps) / (1 - self.gamma**executed)
+        return monte_carlo_target(rewards, ends & over, ends, self.gamma**self.steps, bootstrap=bootstrap)
 
     def read(
         self, observations: Observation, others: Mapping[str, Tensor] | None = None
@@ -275,3 +299,25 @@ def _cast(name: str, value: Tensor, dtype: torch.dtype) -> Tensor:
 def to_numpy(value: Tensor | np.ndarray) -> np.ndarray:
     """Return a tensor as an array on the CPU; an array is returned as it is."""
     return value.detach().cpu().numpy() if isinstance(value, Tensor) else value
+
+
+def take(column: Tensor, rows: Tensor) -> Tensor:
+    """Return ``column[rows]``, in a fraction of the time that indexing takes on a CPU."""
+    return column.index_select(0, rows.flatten()).unflatten(0, rows.shape)
+
+
+def to_slice(lanes: slice | range | None) -> slice:
+    """Return consecutive lanes as a slice; ``None`` means all."""
+    if lanes is None:
+        return slice(None)
+    return slice(lanes.start, lanes.stop) if isinstance(lanes, range) else lanes
+
+
+def split_episodes(slots: np.ndarray, codes: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return first slot, slot after the last row, and code of the last row of the episodes in slots."""
+    (last,) = (codes & END > 0).nonzero()
+    if len(codes) and not codes[-1] & (END | CLOSING):  # an episode goes on
+        last = np.append(last, len(codes) - 1)
+    code, stop = codes[last], slots[last] + 1
+    first = slots[:1] + (codes[:1] == CLOSING)
+    return np.append(first, (stop + (code & CLOSED > 0))[:-1])[: len(stop)], stop, code

@@ -18,7 +18,7 @@ class Mixed:
         lanes: of the replay (``None``: all).
 
     Raises:
-        ValueError: ``ratio`` is no share, or chunks or discounts differ.
+        ValueError: ``ratio`` is no share, or chunks, discounts or what is needed of them differ.
     """
 
     def __init__(
@@ -36,6 +36,11 @@ class Mixed:
             raise ValueError(
                 f"Mixed: expected chunks (H, gamma^H) of both alike, got {there} online and "
                 f"{(offline.horizon, offline.discount)} offline; build both with the same horizon and gamma"
+            )
+        if offline.need != layout.need:
+            raise ValueError(
+                f"Mixed: expected transitions for need={layout.need!r} of both, got need={offline.need!r} "
+                f"offline; build Chunks(..., need={layout.need!r})"
             )
         self.offline, self.online, self.ratio, self.lanes = offline, online, ratio, lanes
 

@@ -9,7 +9,7 @@ stored.
 
 import contextlib
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -17,18 +17,29 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from qsteer.critics.targets import chunk_return, monte_carlo_target
+from qsteer.critics.targets import chunk_return
 from qsteer.data.episodes import Transitions
 from qsteer.data.files import ReplayFiles
-from qsteer.data.layout import Layout, Rows, Trajectory, check_finite, column_name, to_numpy
+from qsteer.data.layout import (
+    CLOSED,
+    CLOSING,
+    CUT,
+    DROPPED,
+    END,
+    SPARE,
+    TERMINAL,
+    TRUNCATED,
+    Layout,
+    Rows,
+    Trajectory,
+    check_finite,
+    column_name,
+    split_episodes,
+    take,
+    to_numpy,
+    to_slice,
+)
 from qsteer.types import Observation
-
-SPARE = 2
-"""Slots that one row may take: those which are written next are never part of what is stored."""
-
-# What a slot holds. A row's slot is 0 while its episode goes on after it.
-TERMINAL, TRUNCATED, CUT, CLOSED, CLOSING = 1, 2, 4, 8, 16
-END = TERMINAL | TRUNCATED | CUT
 
 
 class Replay:
@@ -47,8 +58,7 @@ class Replay:
         device: of batches.
 
     Attributes:
-        layout: as given.
-        device: as given.
+        layout, device: as given.
         added: rows that were ever added, in all lanes together; those that were not kept count.
 
     Raises:
@@ -60,8 +70,7 @@ class Replay:
         self, layout: Layout, *, directory: str | Path | None = None, device: torch.device | str = "cpu"
     ) -> None:
         self.layout, self.device = layout, torch.device(device)
-        self._slots = layout.capacity + SPARE
-        self._lane = np.arange(layout.lanes)
+        self._slots, self._lane = layout.capacity + SPARE, np.arange(layout.lanes)
         self._lock = threading.Lock()
         self._files = None if directory is None else ReplayFiles(Path(directory), layout, self._slots)
         if self._files is not None:
@@ -81,8 +90,7 @@ class Replay:
 
         # Slot i of a lane, counted since the beginning, lies at i modulo the number of slots.
         zeros: np.ndarray = np.zeros(layout.lanes, np.int64)
-        self._used, self.added = zeros.copy(), 0
-        self._rows = zeros.copy()
+        self._used, self._rows, self.added = zeros.copy(), zeros.copy(), 0
         self._front, self._tail = zeros.copy(), zeros.copy()  # of the queue
         self._begin, self._next = zeros.copy(), zeros.copy()  # running episode, and what to queue of it next
         if self._files is not None:
@@ -96,7 +104,7 @@ class Replay:
 
     def size(self, lanes: slice | range | None = None) -> int:
         """Return the number of transitions that can be drawn now from consecutive lanes (``None``: all)."""
-        return int((self._tail - self._front)[_to_slice(lanes)].sum())
+        return int((self._tail - self._front)[to_slice(lanes)].sum())
 
     def ready(self, lanes: slice | range | None = None) -> bool:
         """Return whether :meth:`sample` has something to draw from."""
@@ -113,14 +121,37 @@ class Replay:
         return torch.from_numpy(np.concatenate(parts)).to(self.device)
 
     def rewards(self) -> Float[Tensor, "R"]:
-        """Return the rewards of all rows that are stored, on the CPU."""
-        parts = []
-        for lane in self._lane.tolist():
-            slots = self._window(lane) % self._slots
-            slots = slots[self._host["codes"][lane, slots] != CLOSING]
-            column = self._columns["rewards"][lane]
-            parts.append(column[torch.from_numpy(slots).to(column.device)].cpu())
-        return torch.cat(parts)
+        """Return the rewards of all rows that are stored and not dropped, on the CPU."""
+        return torch.cat([self._rewards(lane)[1] for lane in self._lane.tolist()])
+
+    def _rewards(self, lane: int) -> tuple[np.ndarray, Tensor]:
+        slots = self._window(lane)
+        slots = slots[self._host["codes"][lane, slots % self._slots] & (CLOSING | DROPPED) == 0]
+        column = self._columns["rewards"][lane]
+        return slots, column[torch.from_numpy(slots % self._slots).to(column.device)].cpu()
+
+    def drop(self, find: Callable[[Tensor], Tensor]) -> list[tuple[int, int, float]]:
+        """Take out rows that should not have been added, as if their episodes had been cut before and after.
+
+        Args:
+            find: says of rewards which are wrong. A positive one at a terminal stays: a success.
+
+        Returns lane, slot since the lane's beginning, and reward of each. Cost: a pass over what is stored.
+        """
+        dropped: list[tuple[int, int, float]] = []
+        with self._exclusive():
+            for lane in self._lane.tolist():
+                slots, rewards = self._rewards(lane)
+                codes = self._host["codes"][lane]
+                success = (codes[slots % self._slots] & TERMINAL > 0) & (rewards > 0).numpy()
+                for i in np.flatnonzero(find(rewards).numpy() & ~success):
+                    for slot in slots[max(i - 1, 0) : i + 1]:  # the row before, which may be an end, and it
+                        old = int(codes[slot % self._slots])
+                        new = old & CLOSED | CUT | DROPPED if slot == slots[i] else old or CUT
+                        self._write({"codes": np.array([new])}, self._lane[[lane]], np.array([slot]))
+                    dropped.append((lane, int(slots[i]), float(rewards[i])))
+            self._rebuild()
+        return dropped
 
     def add(self, rows: Rows) -> None:
         """Append one row to every lane, or to those of ``rows.kept``. When this returns, they are stored.
@@ -200,7 +231,7 @@ class Replay:
         """
         groups = [lanes] if lanes is None or isinstance(lanes, slice | range) else lanes
         with self._exclusive():
-            drawn = [self._draw(batch_size, generator, _to_slice(group)) for group in groups]
+            drawn = [self._draw(batch_size, generator, to_slice(group)) for group in groups]
             lane, start = drawn[0] if len(drawn) == 1 else map(torch.cat, zip(*drawn, strict=True))
             return self._gather(lane, start)
 
@@ -221,6 +252,8 @@ class Replay:
 
         for lane in self._lane.tolist():
             for first, stop, code in zip(*(x.tolist() for x in self._episodes(lane)), strict=True):
+                if code & DROPPED:
+                    continue
                 rows = at(first, stop)
                 yield Trajectory(
                     observations=self._observations(columns, rows),
@@ -237,6 +270,11 @@ class Replay:
         if self._files is not None:
             with self._exclusive():
                 self._files.flush()
+
+    def close(self) -> None:
+        """Let others open the directory."""
+        if self._files is not None:
+            self._files.close()
 
     def state_dict(self) -> dict[str, Tensor]:
         """Return what a checkpoint needs to resume to the bit; nothing if a directory keeps the rows."""
@@ -293,20 +331,20 @@ class Replay:
         k = torch.arange(layout.span + 1, device=lane.device)
         slots = lane[:, None] * self._slots + (start[:, None] + k) % self._slots
         rows = slots[:, :-1]
-        codes = _take(columns["codes"], rows)
+        codes = take(columns["codes"], rows)
 
         # Everything after the last row that the episode has is clamped to it.
         ends = codes & END > 0
         ended = ends.any(1)
         count = torch.where(ended, ends.byte().argmax(1) + 1, layout.span)
         last = count[:, None] - 1
-        steps = last * n + _take(columns["executed"], rows.gather(1, last))
+        steps = last * n + take(columns["executed"], rows.gather(1, last))
         unclosed = ended & (codes.gather(1, last)[:, 0] & CLOSED == 0)
         following = slots.gather(1, (count - unclosed.long()).clamp(max=layout.horizon)[:, None])[:, 0]
 
         head = rows[:, : layout.horizon]
         rewards, masks = chunk_return(
-            _take(columns["rewards"], head),
+            take(columns["rewards"], head),
             codes[:, : layout.horizon] & TERMINAL > 0,
             k[: layout.horizon] < count[:, None],
             layout.gamma**n,
@@ -314,7 +352,7 @@ class Replay:
         step = torch.arange(layout.span * n, device=lane.device)
         at = torch.minimum(step, steps - 1)
         place = rows.gather(1, at // n) * n + at % n
-        actions = self._out(_take(columns["actions"].flatten(0, 1), place))
+        actions = self._out(take(columns["actions"].flatten(0, 1), place))
         chunk = layout.horizon * n
         return Transitions(
             rows=self._out(rows[:, 0]),
@@ -326,13 +364,13 @@ class Replay:
             next_observations=self._observations(columns, following),
             next_actions=actions[:, chunk:] if layout.need == "next_actions" else None,
             valid=self._out(step[:chunk] < steps),
-            returns=self._out(_take(columns["returns"], rows[:, 0])) if layout.need == "returns" else None,
+            returns=self._out(take(columns["returns"], rows[:, 0])) if layout.need == "returns" else None,
         )
 
     def _observations(self, columns: Mapping[str, Tensor], rows: Tensor) -> Observation:
         if isinstance(self.layout.observations, int):
-            return self._out(_take(columns[column_name("")], rows))
-        return {key: self._out(_take(columns[column_name(key)], rows)) for key in self.layout.observations}
+            return self._out(take(columns[column_name("")], rows))
+        return {key: self._out(take(columns[column_name(key)], rows)) for key in self.layout.observations}
 
     def _out(self, tensor: Tensor) -> Tensor:
         if self.device.type == "cuda" and not tensor.is_cuda:
@@ -355,13 +393,8 @@ class Replay:
         layout, column = self.layout, self._columns["returns"]
         slots = np.arange(max(self._begin[lane], stop - layout.capacity), stop) % self._slots
         at = lane, torch.from_numpy(slots).to(column.device)
-        rewards = self._columns["rewards"][at].cpu()
-        ends = torch.arange(len(slots)) == len(slots) - 1
-        gamma, bootstrap = layout.gamma**layout.steps, rewards
-        if not over:  # the last row's mean reward goes on for ever
-            executed = int(self._columns["executed"][lane, slots[-1]])
-            bootstrap = rewards * layout.gamma ** (executed - layout.steps) / (1 - layout.gamma**executed)
-        returns = monte_carlo_target(rewards, ends & over, ends, gamma, bootstrap=bootstrap)
+        rewards, executed = self._columns["rewards"][at].cpu(), self._columns["executed"][lane, slots[-1]]
+        returns = layout.sum_returns(rewards, int(executed), over)
         column[at] = returns.to(column.device)
 
     def _expire(self, before: np.ndarray) -> None:
@@ -398,13 +431,7 @@ class Replay:
             if not len(stop):
                 continue
             executed = self._columns["executed"][lane, torch.from_numpy((stop - 1) % self._slots)]
-            end = layout.usable(
-                stop,
-                code & TERMINAL > 0,
-                code & TRUNCATED > 0,
-                code & CLOSED > 0,
-                executed.cpu().numpy() == layout.steps,
-            )
+            end = layout.usable_by_code(stop, code, executed.cpu().numpy())
             end = np.maximum(begin, end)
             starts = np.concatenate([np.arange(a, b) for a, b in zip(begin, end, strict=True)])
             self._tail[lane] = len(starts)
@@ -420,20 +447,4 @@ class Replay:
         """Return first slot, slot after the last row, and code of the last row of a lane's episodes."""
         slots = self._window(lane)
         codes = self._host["codes"][lane, slots % self._slots]
-        (last,) = (codes & END > 0).nonzero()
-        if len(codes) and not codes[-1] & (END | CLOSING):  # an episode goes on
-            last = np.append(last, len(codes) - 1)
-        code, stop = codes[last], slots[last] + 1
-        first = slots[:1] + (codes[:1] == CLOSING)
-        return np.append(first, (stop + (code & CLOSED > 0))[:-1])[: len(stop)], stop, code
-
-
-def _take(column: Tensor, rows: Tensor) -> Tensor:
-    """Return ``column[rows]``, in a fraction of the time that indexing takes on a CPU."""
-    return column.index_select(0, rows.flatten()).unflatten(0, rows.shape)
-
-
-def _to_slice(lanes: slice | range | None) -> slice:
-    if lanes is None:
-        return slice(None)
-    return slice(lanes.start, lanes.stop) if isinstance(lanes, range) else lanes
+        return split_episodes(slots, codes)

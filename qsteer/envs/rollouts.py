@@ -8,11 +8,8 @@ agent's own batched arithmetic and for what an agent draws from torch's global g
 """
 
 import json
-import multiprocessing
-import os
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from operator import itemgetter
@@ -27,18 +24,19 @@ from torch import Tensor
 from torch.utils._pytree import tree_map
 from tqdm import tqdm
 
+from qsteer.data.layout import find_finite
+from qsteer.envs.limits import Limits
 from qsteer.envs.seeds import EVALUATION_SEED
 from qsteer.files import write_json
 from qsteer.statistics import wilson_interval
 
 try:
     import gymnasium
-    from gymnasium.vector import AsyncVectorEnv, AutoresetMode
-    from gymnasium.vector.utils import create_empty_array
+
+    from qsteer.envs.chunked import OUTCOMES, make_chunked
+    from qsteer.envs.workers import Failure, Workers
 except ModuleNotFoundError as error:
     raise ModuleNotFoundError('rollouts need gymnasium: pip install "qsteer[ogbench]"') from error
-
-OUTCOMES = ("success", "sum_reward", "max_reward", "length")
 
 type MakeEnv = Callable[[], gymnasium.Env]
 type Agent = Callable[[Tensor, Tensor], Tensor]
@@ -60,6 +58,7 @@ class Rollouts:
         act_s: seconds spent in the agent, all episodes together.
         eval_s: seconds of the whole run.
         actions: the executed actions of each episode, when recorded; not saved.
+        failed: times that a simulator failed and its episode was begun again.
     """
 
     name: str
@@ -71,6 +70,7 @@ class Rollouts:
     act_s: float
     eval_s: float
     actions: tuple[Float[np.ndarray, "_ A"], ...] | None = None
+    failed: int = 0
 
     def to_dict(self) -> dict[str, Any]:
         """Return the keys of lerobot's ``eval_info``, ``per_episode`` and ``aggregated``, and a few more."""
@@ -91,6 +91,7 @@ class Rollouts:
                 "eval_s": self.eval_s,
                 "eval_ep_s": self.eval_s / n,
                 "act_s": self.act_s,
+                "failed": self.failed,
             },
         }
 
@@ -102,9 +103,12 @@ class Rollouts:
     def load(cls, path: str | Path) -> "Rollouts":
         """Read what :meth:`save` wrote."""
         info = json.loads(Path(path).read_text())
-        columns = {key: np.array([row[key] for row in info["per_episode"]]) for key in (*OUTCOMES, "seed")}
+        columns: dict[str, Any] = {
+            key: np.array([row[key] for row in info["per_episode"]]) for key in (*OUTCOMES, "seed")
+        }
         total = info["aggregated"]
-        return cls(info["name"], **columns, act_s=total["act_s"], eval_s=total["eval_s"], actions=None)
+        times = {"act_s": total["act_s"], "eval_s": total["eval_s"]}
+        return cls(info["name"], **columns, **times, failed=total.get("failed", 0))
 
 
 def rollout(
@@ -118,9 +122,10 @@ def rollout(
     name: str = "policy",
     record: bool = False,
     progress: bool = True,
+    limits: Limits | None = None,
 ) -> Rollouts:
     """Roll out one agent. Several arms should share one :class:`Simulators`, which see for the arguments."""
-    with Simulators(make_env, horizon=horizon, num_envs=min(num_envs, episodes)) as simulators:
+    with Simulators(make_env, horizon=horizon, num_envs=min(num_envs, episodes), limits=limits) as simulators:
         return simulators.rollout(
             act, episodes=episodes, seed=seed, name=name, record=record, progress=progress
         )
@@ -129,20 +134,26 @@ def rollout(
 class Simulators:
     """Environments in processes of their own, one vector step of which is a whole action chunk.
 
-    Workers are forked from a clean server process, never from this one, whose thread pools a fork would
-    break; each uses one thread. A script that calls this needs ``if __name__ == "__main__":``.
+    An environment that raises, gives what its spaces do not hold, hangs, or whose process dies is replaced,
+    and its episode begun again from the same seed; the other episodes do not notice. A script that calls this
+    needs ``if __name__ == "__main__":``.
 
     Args:
         make_env: makes one environment, whose ``reset(seed=...)`` must fix the episode. Observations and
-            actions are boxes, actions of one axis.
+            actions are boxes, actions of one axis. The first is built in this process, for its spaces, where
+            nothing that hangs can be interrupted.
         horizon: H, actions per chunk; all are executed, unless the episode ends within the chunk.
         num_envs: environments, and rows of the agent's batch. About four a core keep the cores busy.
         gamma: discount of the rewards within a chunk.
+        limits: of time, and of failures; None: ``Limits()``.
+
+    Attributes:
+        failed: failures of each environment so far: (N,).
 
     Raises:
         ValueError: an argument is out of range, or the environment has other spaces.
 
-    Cost: to start, a few seconds of imports, and building ``num_envs + 2`` environments.
+    Cost: to start, a few seconds of imports, and building ``num_envs + 1`` environments.
 
     Example:
         >>> with Simulators(partial(ogbench.make, name), horizon=5) as simulators:  # doctest: +SKIP
@@ -150,20 +161,28 @@ class Simulators:
         ...     steered = simulators.rollout(steered_act, name="steered")
     """
 
-    def __init__(self, make_env: MakeEnv, *, horizon: int, num_envs: int = 8, gamma: float = 1.0) -> None:
+    def __init__(
+        self,
+        make_env: MakeEnv,
+        *,
+        horizon: int,
+        num_envs: int = 8,
+        gamma: float = 1.0,
+        limits: Limits | None = None,
+    ) -> None:
         if horizon < 1 or num_envs < 1:
             raise ValueError(f"horizon, num_envs: expected at least 1, got {horizon} and {num_envs}")
-        make_chunked = partial(_make_chunked, make_env, horizon, gamma)
-        probe = make_chunked()
+        make = partial(make_chunked, make_env, horizon, gamma)
+        probe = make()
         self.num_envs, self._chunk = num_envs, probe.chunk
-        modules = [__name__, type(probe.unwrapped).__module__]
+        space, modules = probe.observation_space, [type(probe.unwrapped).__module__]
         probe.close()
-        method = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
-        multiprocessing.get_context(method).set_forkserver_preload(modules)
-        with _limit_threads():
-            self._envs = AsyncVectorEnv(
-                [make_chunked] * num_envs, context=method, autoreset_mode=AutoresetMode.DISABLED
-            )
+        self._workers = Workers(make, num_envs, space, modules, limits or Limits())
+
+    @property
+    def failed(self) -> Int[np.ndarray, "N"]:
+        """Failures of each environment so far."""
+        return self._workers.failed
 
     def rollout(
         self,
@@ -190,9 +209,14 @@ class Simulators:
             noise_shape: of one chunk's noise; None: that of the chunk, (H, A).
             progress: show a bar with the success rate so far.
 
+        An episode in which a simulator fails, or gives an observation or a reward that is not finite, is
+        neither a success nor a failure: it is begun again, with the same seed and noise. A simulator that
+        diverges and means that as a failure of the policy should end the episode itself.
+
         Raises:
             TypeError: ``act`` returns no tensor.
             ValueError: an argument is out of range, or ``act`` returns another shape or something not finite.
+            RuntimeError: an episode failed as often as ``Limits.failures`` allows.
 
         Cost: that of the simulation and the agent in turns; one round trip to the environments per chunk.
         """
@@ -204,8 +228,10 @@ class Simulators:
         actions: list[list[np.ndarray]] = [[] for _ in range(episodes)]
         waiting = iter(range(episodes))
         episode = np.full(self.num_envs, -1)  # of each environment; -1: none
+        fresh = np.zeros(self.num_envs, bool)  # environments whose episode is to begin
         chunks = np.zeros((self.num_envs, *self._chunk.shape), np.float32)
-        observations: Any = np.zeros(0)
+        workers, failed = self._workers, int(self.failed.sum())
+        workers.in_a_row[:] = 0
         with (
             torch.random.fork_rng(range(torch.cuda.device_count())),
             torch.no_grad(),
@@ -215,13 +241,18 @@ class Simulators:
             while finished < episodes:
                 idle = episode < 0
                 episode[idle] = [next(waiting, -1) for _ in range(idle.sum())]
-                if (fresh := idle & (episode >= 0)).any():
-                    seeds: list[int | None] = [seed + max(e, 0) for e in episode.tolist()]
-                    observations, _ = self._envs.reset(seed=seeds, options={"reset_mask": fresh})
+                fresh |= idle & (episode >= 0)
+                for e in episode[fresh].tolist():
+                    generators[e] = make_noise_generator(seed, e)
+                    actions[e].clear()
                 active = np.flatnonzero(episode >= 0)
+                starts = {i: seed + int(episode[i]) for i in np.flatnonzero(fresh).tolist()}
+                obs, failures = self._begin(starts, active.tolist())
+                fresh[:] = np.isin(np.arange(self.num_envs), list(failures))
+                if failures:
+                    continue
 
                 asked = time.perf_counter()
-                obs = to_tensors(tree_map(itemgetter(active), observations))
                 shape = noise_shape or self._chunk.shape
                 draws = [torch.randn(shape, generator=generators[e]) for e in episode[active]]
                 expected = len(active), *self._chunk.shape
@@ -229,15 +260,23 @@ class Simulators:
                 chunks[active] = answer.clip(self._chunk.low, self._chunk.high)
                 act_s += time.perf_counter() - asked
 
-                observations, _, terminated, truncated, info = self._envs.step(chunks)
-                for i, e in zip(active, episode[active], strict=True):
+                workers.start("step", {i: chunks[i] for i in active.tolist()})
+                answers, failures = workers.finish()
+                for i, (_, terminated, truncated, info) in answers.items():
+                    e = episode[i]
+                    if not np.isfinite(info["sum_reward"]):
+                        failures[i] = Failure("expected finite rewards, got NaN or infinity")
+                        workers.fail(i, failures[i])
+                        continue
                     if record:
-                        actions[e].append(chunks[i, : info["executed"][i]].copy())
-                    if terminated[i] or truncated[i]:
-                        outcomes[e] = {key: info[key][i] for key in OUTCOMES}
-                        episode[i], finished, successes = -1, finished + 1, successes + info["success"][i]
+                        actions[e].append(chunks[i, : info["executed"]].copy())
+                    if terminated or truncated:
+                        outcomes[e] = {key: info[key] for key in OUTCOMES}
+                        episode[i], finished, successes = -1, finished + 1, successes + info["success"]
+                        workers.in_a_row[i] = 0
                         bar.set_postfix_str(f"success {successes / finished:.0%}", refresh=False)
                         bar.update()
+                fresh[list(failures)] = True
         return Rollouts(
             name,
             **{key: np.array([outcome[key] for outcome in outcomes]) for key in OUTCOMES},
@@ -245,11 +284,23 @@ class Simulators:
             act_s=act_s,
             eval_s=time.perf_counter() - started,
             actions=tuple(map(np.concatenate, actions)) if record else None,
+            failed=int(self.failed.sum()) - failed,
         )
+
+    def _begin(self, seeds: Mapping[int, int], active: list[int]) -> tuple[Any, dict[int, Failure]]:
+        """Begin episodes; return the observations of the active environments, and those that failed."""
+        self._workers.start("reset", seeds)
+        _, failures = self._workers.finish()
+        obs = to_tensors(tree_map(itemgetter(active), self._workers.observations))
+        for row, why in find_faults(obs).items():
+            if (i := active[row]) not in failures:
+                failures[i] = Failure(why)
+                self._workers.fail(i, failures[i])
+        return obs, failures
 
     def close(self) -> None:
         """End the processes."""
-        self._envs.close()
+        self._workers.close()
 
     def __enter__(self) -> "Simulators":
         return self
@@ -257,64 +308,7 @@ class Simulators:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._envs.close(terminate=kind is not None)
-
-
-class ChunkedAction(gymnasium.Wrapper):
-    """One step executes a chunk (H, A) of actions, or what of it the episode has room for.
-
-    After the end of an episode and before the first reset a step does nothing. ``info`` sums up the episode
-    in ``success``, ``sum_reward``, ``max_reward`` and ``length``; ``executed`` is the number of actions of
-    this step. An environment with a method ``cameras(on)`` renders the last frame of a chunk only.
-    """
-
-    def __init__(self, env: gymnasium.Env, horizon: int, gamma: float = 1.0) -> None:
-        super().__init__(env)
-        action, observation = env.action_space, env.observation_space
-        if not (isinstance(action, gymnasium.spaces.Box) and len(action.shape) == 1):
-            raise ValueError(f"action space: expected a Box of one axis, got {action}; wrap it")
-        boxes = observation.values() if isinstance(observation, gymnasium.spaces.Dict) else [observation]
-        if not all(isinstance(box, gymnasium.spaces.Box) for box in boxes):
-            raise ValueError(
-                f"observation space: expected a Box or a Dict of them, got {observation}; wrap the "
-                "environment, for example in gymnasium.wrappers.FlattenObservation"
-            )
-        low, high = (np.tile(bound, (horizon, 1)) for bound in (action.low, action.high))
-        self.action_space = self.chunk = gymnasium.spaces.Box(low, high, dtype=np.float32)
-        self.gamma = gamma
-        self._cameras: Callable[[bool], None] = getattr(env.unwrapped, "cameras", lambda on: None)
-        self._observation: Any = tree_map(itemgetter(0), create_empty_array(observation))
-        self._over = [True, False]  # terminated, truncated
-        self._sums, self._reported = _start_sums(), False
-
-    def reset(
-        self, *, seed: int | None = None, options: dict[str, Any] | None = None
-    ) -> tuple[Any, dict[str, Any]]:
-        """Start an episode."""
-        self._cameras(True)
-        self._over, self._sums, self._reported = [False, False], _start_sums(), False
-        self._observation, _ = self.env.reset(seed=seed, options=options)
-        return self._observation, {}
-
-    def step(self, action: np.ndarray) -> tuple[Any, float, bool, bool, dict[str, Any]]:
-        """Execute the chunk; the reward is the discounted sum of its rewards."""
-        sums, executed, discounted = self._sums, 0, 0.0
-        for k, single in enumerate(action):
-            if any(self._over):
-                break
-            self._cameras(k == len(action) - 1)
-            self._observation, reward, *self._over, info = self.env.step(single)
-            success = _read_success(info)
-            self._reported |= success is not None
-            if success is None:  # an environment that reports successes has reported none in this step
-                success = self._over[0] and not self._reported
-            sums["success"] = sums["success"] or bool(success)
-            sums["sum_reward"] += float(reward)
-            sums["max_reward"] = max(sums["max_reward"], float(reward))
-            sums["length"] += 1
-            discounted += self.gamma**k * float(reward)
-            executed += 1
-        return self._observation, discounted, self._over[0], self._over[1], sums | {"executed": executed}
+        self._workers.close(kill=kind is not None)
 
 
 def make_noise_generator(seed: int, episode: int) -> torch.Generator:
@@ -331,35 +325,16 @@ def to_tensors(observations: Any) -> Any:
     return tree_map(tensor, observations)
 
 
-def _make_chunked(make_env: MakeEnv, horizon: int, gamma: float) -> ChunkedAction:
-    return ChunkedAction(make_env(), horizon, gamma)
-
-
-def _read_success(info: Mapping[str, Any]) -> bool | None:
-    """Return what a step's info says of success; None: nothing.
-
-    Raises:
-        TypeError: it is neither a flag nor robomimic's ``{"task": flag}``.
-    """
-    name = next((name for name in ("success", "is_success") if name in info), None)
-    if name is None:
-        return None
-    said = info[name]
-    flag = said["task"] if isinstance(said, Mapping) and "task" in said else said
-    try:
-        value = np.asarray(flag)
-    except ValueError:  # rows of different length
-        value = np.asarray(None)
-    if value.size != 1 or value.dtype.kind not in "biuf" or value.item() not in (0, 1):
-        raise TypeError(
-            f'info["{name}"]: expected a flag, or {{"task": flag}}, got {said!r}; return True or False, '
-            "for example from a wrapper"
-        )
-    return bool(value.item())
-
-
-def _start_sums() -> dict[str, Any]:
-    return {"success": False, "sum_reward": 0.0, "max_reward": -np.inf, "length": 0}
+def find_faults(observations: Any) -> dict[int, str]:
+    """Return the rows of observations that are not finite, and which entry of them is not."""
+    faults: dict[int, str] = {}
+    parts = observations if isinstance(observations, Mapping) else {"": observations}
+    for key, column in parts.items():
+        if column.is_floating_point():
+            name = f"observation[{key!r}]" if key else "observation"
+            said = f"expected a finite {name}, got NaN or infinity"
+            faults |= {int(row): said for row in np.flatnonzero(~find_finite(column))}
+    return faults
 
 
 def _check_chunks(actions: object, shape: tuple[int, ...]) -> np.ndarray:
@@ -373,17 +348,3 @@ def _check_chunks(actions: object, shape: tuple[int, ...]) -> np.ndarray:
     if not torch.isfinite(actions).all():
         raise ValueError("act: expected finite actions, got NaN or infinity; look at the policy's inputs")
     return actions.float().cpu().numpy()
-
-
-@contextmanager
-def _limit_threads() -> Iterator[None]:
-    """Let processes started here use one thread each."""
-    names = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
-    before = {name: os.environ[name] for name in names if name in os.environ}
-    os.environ.update(dict.fromkeys(names, "1"))
-    try:
-        yield
-    finally:
-        for name in names:
-            del os.environ[name]
-        os.environ.update(before)

@@ -23,6 +23,7 @@ from qsteer.rules import (
     NoisyGradient,
     Posterior,
     RandomDirection,
+    Randomized,
     ThroughTime,
     Tweedie,
 )
@@ -159,7 +160,9 @@ VARIANT_WORDS = {
 }
 VARIANT = re.compile(rf"(.+)-({'|'.join(VARIANTS)})([\d.]+)")
 COUNTED = ("best-of-", "random-of-", "map-best-of-", "fmq-best-of-")
-CONTROLS = ("base", "random-direction", "random-of", "negated")
+CONTROLS = ("base", "random-", "negated")
+RANDOM = "random-"
+"""Before a rule's name: its control, :class:`qsteer.Randomized`."""
 
 
 def describe_arm(spec: str) -> str:
@@ -174,6 +177,9 @@ def describe_arm(spec: str) -> str:
         while name not in WORDS and (match := VARIANT.fullmatch(name)):
             name = match[1]
             variants.insert(0, VARIANT_WORDS[match[2]].format(match[3]))
+        if name not in WORDS and name.startswith(RANDOM):
+            name = name.removeprefix(RANDOM)
+            variants.append("in random directions")
         if name not in WORDS:
             return spec
         text = WORDS[name].format("automatic" if number == "auto" else number)
@@ -204,8 +210,11 @@ def make_rule(name: str, number: str, maps: Maps) -> Rule:
     while name not in RULES and (match := VARIANT.fullmatch(name)):
         name, (attribute, kind) = match[1], VARIANTS[match[2]]
         changes[attribute] = kind(match[3])
+    control = name not in RULES and name.startswith(RANDOM)
+    name = name.removeprefix(RANDOM) if control else name
     rule: Any = RULES[name](number if number == "auto" else _read_number(number), maps)
-    return replace(rule, **changes)
+    rule = replace(rule, **changes)
+    return Randomized(rule) if control else rule
 
 
 @dataclass(frozen=True)
@@ -262,7 +271,8 @@ def parse(spec: str, maps: Maps | None = None) -> Arm:
     (:class:`qsteer.Auto`): ``tweedie=0.2`` and ``qgf=0.06`` in their papers' scalings (matched norm, raw),
     ``tweedie-raw=0.06`` and ``qgf-matched=0.2`` in the other's, ``posterior=0.2`` and ``gradient-free=0.2``
     with a meta flow map (``-glass``: without training), ``noisy-gradient=0.2``, ``through-time=0.2``,
-    ``random-direction=0.2``, ``negated=0.2`` (Tweedie downhill). Cheaper than Tweedie:
+    ``random-direction=0.2``, ``negated=0.2`` (Tweedie downhill). ``random-`` before any guidance rule is its
+    control, which pushes as far in random directions: ``random-qgf=0.06``. Cheaper than Tweedie:
     ``forward-tweedie=0.2`` (``-stale``: the last step's direction), and any guidance rule guided less:
     ``tweedie-every2=0.2``, ``tweedie-from0.3-to0.6=0.2``; ``tweedie-last4=0.2`` goes back through the last 4
     layers of a policy that has layers. A sampler follows it or stands alone: ``best-of-8``, ``random-of-8``,
@@ -292,8 +302,8 @@ def parse(spec: str, maps: Maps | None = None) -> Arm:
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError(
                 f"arm: expected 'base', or at most one of {', '.join(RULES)} with =STRENGTH (before it "
-                "-everyN, -fromT, -toT if it is guidance, -lastN if it is Tweedie) and any of "
-                f"{', '.join(SAMPLERS)} with =ETA or -N, joined by '+'; got {part!r} in {spec!r}"
+                "-everyN, -fromT, -toT if it is guidance, -lastN if it is Tweedie, random- for its control) "
+                f"and any of {', '.join(SAMPLERS)} with =ETA or -N, joined by '+'; got {part!r} in {spec!r}"
                 f"{_suggest(name, error)}"
             ) from error
     return Arm(spec, rule, sampler)

@@ -21,7 +21,8 @@ import numpy as np
 from gymnasium.vector.utils import CloudpickleWrapper
 from jaxtyping import UInt8
 
-from qsteer.envs.rollouts import ChunkedAction, Rollouts
+from qsteer.envs.chunked import ChunkedAction
+from qsteer.envs.rollouts import Rollouts
 
 try:
     from PIL import Image, ImageDraw, ImageFont

@@ -106,7 +106,7 @@ def run_protocol(
     """Run the protocol on one task, all seeds at once, and write ``out/results.json``; resumable.
 
     ``out/seedN/policy`` are the cloned policies, ``out/offline`` the stack of critics after the offline
-    phase, ``out/online`` what :func:`~qsteer.online.loop.train_online` leaves. In the end every seed's
+    phase, ``out/online`` what :func:`~qsteer.online.train_online` leaves. In the end every seed's
     base and steered policy meet the evaluation episodes.
 
     Args:
@@ -129,7 +129,7 @@ def run_protocol(
     from qsteer.evaluation.compare import compare
     from qsteer.files import write_json
     from qsteer.online.actors import StateActor
-    from qsteer.online.loop import train_online
+    from qsteer.online.run import train_online
     from qsteer.samplers import Euler
     from qsteer.training import train_critic, train_policy
     from qsteer.training.critic import LEARNERS, fresh_critic

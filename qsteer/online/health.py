@@ -13,12 +13,10 @@ from torch import Tensor, nn
 from torch.nn.utils import get_total_norm
 
 from qsteer.checks import check_at_least
+from qsteer.data.outliers import RewardScale
 
 VALUES = ("q", "q_min", "q_max", "v", "y")
 """Entries of a learner's metrics that are values of actions or states."""
-
-FAR, RARE = 2.0**14, 0.01
-"""Size over the median size, and share, from which on and up to which rewards are outliers."""
 
 
 @dataclass
@@ -36,8 +34,8 @@ class Health:
       error may be as large as the returns, however small it was while none had been seen).
 
     The last two wait for a first reward other than zero, without which the size of values is not known.
-    Rewards that are ``FAR`` times the usual size and rarer than ``RARE`` among those other than zero are
-    no part of ``[low, high]``: a sensor's mistake must not make everything look healthy.
+    Outliers (:class:`~qsteer.data.outliers.RewardScale`) are no part of ``[low, high]``: a sensor's mistake
+    must not make everything look healthy.
 
     Example, every n-th update of an online loop:
         >>> reason = health.check({"loss": loss} | info, learner.parameters())  # doctest: +SKIP
@@ -55,6 +53,7 @@ class Health:
     Attributes:
         trips: checks that found the critic ill.
         restores: states brought back.
+        scale: of the rewards.
 
     Raises:
         ValueError: an argument is out of its range.
@@ -69,8 +68,7 @@ class Health:
     recovery: int = 20
     trips: int = field(default=0, init=False)
     restores: int = field(default=0, init=False)
-    _sizes: dict[int, tuple[int, float, float]] = field(default_factory=dict, init=False, repr=False)
-    _zeros: bool = field(default=False, init=False, repr=False)
+    scale: RewardScale = field(default_factory=RewardScale, init=False, repr=False)
     _inside: frozenset[str] = field(default=frozenset(), init=False, repr=False)
     _losses: deque[float] = field(default_factory=deque, init=False, repr=False)
     _kept: deque[tuple[dict[str, Any], dict[str, Any], frozenset[str]]] = field(
@@ -112,32 +110,7 @@ class Health:
 
         Cost: a sort by size; waits for a device the rewards are on.
         """
-        finite = rewards[torch.isfinite(rewards)].cpu()
-        given = finite[finite != 0]
-        self._zeros |= len(given) < len(finite)
-        sizes = torch.frexp(given).exponent  # in powers of two: 0.5 <= |r| / 2^size < 1
-        for size in sizes.unique().tolist():
-            of = given[sizes == size]
-            count, low, high = self._sizes.get(size, (0, float("inf"), -float("inf")))
-            self._sizes[size] = count + len(of), min(low, float(of.min())), max(high, float(of.max()))
-
-    @property
-    def outliers(self) -> int:
-        """Rewards that are left out of the bounds."""
-        return sum(count for count, *_ in self._sizes.values()) - sum(n for n, *_ in self._usual())
-
-    def _usual(self) -> list[tuple[int, float, float]]:
-        """Return number, least and greatest of the rewards of each usual size."""
-        total, seen = sum(count for count, *_ in self._sizes.values()), 0
-        usual = dict(sorted(self._sizes.items()))
-        for middle, (count, *_) in usual.items():
-            seen += count
-            if 2 * seen >= total:
-                far = [size for size in usual if 2.0 ** (size - middle) > FAR]
-                if sum(usual[size][0] for size in far) < RARE * total:
-                    usual = {size: found for size, found in usual.items() if size not in far}
-                break
-        return list(usual.values())
+        self.scale.observe(rewards)
 
     def check(self, info: Mapping[str, float | int | Tensor], parameters: Iterable[Tensor]) -> str | None:
         """Check the critic after an update; return why it is ill, or None.
@@ -213,11 +186,9 @@ class Health:
         return f"loss = {loss:.4g}, {usual:.4g} is usual" if loss > self.explosion * usual else None
 
     def _returns(self) -> tuple[float, float] | None:
-        if not (usual := self._usual()):
+        if (usual := self.scale.usual) is None:
             return None
-        zero = [0.0] if self._zeros else []
-        low = min([low for _, low, _ in usual] + zero)
-        high = max([high for *_, high in usual] + zero)
+        low, high = usual
         return min(low, low / (1 - self.gamma)), max(high, high / (1 - self.gamma))
 
 

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Mapping, Sequence
-from contextlib import closing, nullcontext
+from contextlib import nullcontext
 from copy import deepcopy
 from dataclasses import asdict
 from functools import partial
@@ -21,107 +21,33 @@ from qsteer.critics.live import LiveCritic
 from qsteer.data.episodes import Chunks
 from qsteer.data.replay import Replay
 from qsteer.envs.seeds import VALIDATION_SEED
-from qsteer.files import append_json_line, trim_json_lines, write_json
+from qsteer.files import (
+    append_json_line,
+    mend_directory,
+    replacing_directory,
+    trim_json_lines,
+    write_json,
+)
+from qsteer.fingerprints import describe, warn_unknown
 from qsteer.online.actors import Actor, Decision
 from qsteer.online.health import Health
 from qsteer.online.logs import LogWindow, Tracker
+from qsteer.online.rewards import RewardGuard
 from qsteer.online.settings import OnlineTraining
 from qsteer.online.sources import StackedSource, make_layout
 from qsteer.trace import Trace
-from qsteer.training.critic import ACTING, LEARNERS, SteeredPolicy
-from qsteer.training.loop import METRICS, SPEED, descend, processes, resume, save
+from qsteer.training.critic import LEARNERS, SteeredPolicy
+from qsteer.training.loop import METRICS, SPEED, descend, list_generators, resume, save
 from qsteer.types import Observation, Rule, Sampler
 
 if TYPE_CHECKING:  # needs gymnasium
-    from qsteer.envs.rollouts import MakeEnv
     from qsteer.online.collect import Collector
 
 CHECK_EVERY = 10
 """Gradient steps between two checks of the critic's health, if so many are due at once."""
 
-
-def train_online(
-    make_env: "MakeEnv",
-    actor: Actor,
-    critic: LiveCritic,
-    out: str | Path,
-    training: OnlineTraining | None = None,
-    *,
-    rule: Rule | None = None,
-    sampler: Sampler | None = None,
-    offline: Chunks | None = None,
-    act: SteeredPolicy | None = None,
-    tracker: str | None = None,
-    progress: bool = True,
-) -> Critic:
-    """Let a frozen policy act, learn a critic from what happens, and steer with it; return the critic.
-
-    Simulators run in processes of their own, and the learner learns while they step: one round sends one row
-    of actions to every environment, makes the gradient steps that are due, and only then waits. The learner's
-    moving average is published to ``critic`` between actions.
-
-    If ``critic`` is a stack of S critics, S seeds are trained at once, each with its own environments, rows,
-    gradient clipping and metrics. They are well or ill together: one that diverges takes all of them back.
-
-    ``out`` (of a stack, ``out/seedS`` for each) gets ``metrics.jsonl``, ``speed.jsonl`` and the critics
-    ``last`` and ``best``, which ``Critic.from_pretrained`` reads; ``out`` itself the learner's checkpoint and
-    the replay. The same call goes on after a kill at any moment: every row that was stored is there, the
-    learner starts from its last checkpoint and catches up. Simulators cannot be stored, so episodes that were
-    running are cut, and a resumed run is not the same to the bit.
-
-    Rows with a reward or an observation that is not finite are refused, their episodes cut; the metrics
-    count them as ``refused``.
-
-    A critic that diverges does not act: see :class:`~qsteer.online.health.Health`. Until it has recovered,
-    the unsteered policy acts.
-
-    Args:
-        make_env: makes one environment, see :class:`~qsteer.envs.rollouts.Simulators`.
-        actor: the frozen policy with ``critic``.
-        critic: on the policy's device; the learner starts from a copy.
-        out: run directory.
-        training: how; defaults to ``OnlineTraining()``.
-        rule: how the critic bends the policy's field; None: not at all.
-        sampler: how the field becomes an action; None: the policy's own.
-        offline: data to mix in.
-        act: for the targets "td" and "fql", see :func:`~qsteer.training.critic.train_critic`.
-        tracker: name of a tracker of accelerate that gets the metrics too: tensorboard, wandb, trackio, ...
-        progress: show a progress bar.
-
-    Raises:
-        ValueError: ``out`` holds a run with other settings, ``act`` is missing or superfluous, or the shapes
-            of policy, critic and rows do not fit.
-        ModuleNotFoundError: the tracker is not installed.
-    """
-    from qsteer.online.collect import Collector
-
-    training = training or OnlineTraining()
-    if (act is None) == (training.critic.target in ACTING):
-        raise ValueError(
-            f"train_online: expected act= when target is one of {ACTING} and only then, got act={act} with "
-            f"target {training.critic.target!r}"
-        )
-    processes(critic.device)
-    loop = OnlineLoop(actor, critic, Path(out), training, rule, sampler, offline, act)
-    seeds = critic.config.stack
-    if loop.finished:
-        return loop.learner.target
-    with (
-        Collector(
-            make_env,
-            horizon=critic.config.horizon,
-            num_envs=seeds * training.num_envs,
-            row=training.row,
-            gamma=training.critic.gamma,
-            closing=LEARNERS[training.critic.target].need == "next_state",
-        ) as collector,
-        closing(Tracker(tracker, loop.out)) as log,
-        tqdm(
-            total=training.env_steps, initial=loop.env_steps, desc=loop.out.name, disable=not progress
-        ) as bar,
-    ):
-        loop.run(collector, log, bar)
-    return loop.learner.target
+LOSSES = "refused", "failed"
+"""What the simulators lost so far: rows that were refused, and simulators that were replaced."""
 
 
 class OnlineLoop:
@@ -152,21 +78,29 @@ class OnlineLoop:
             torch.manual_seed(settings.seed)
             self.learner = kind(learning, self.source, settings, act).to(critic.device)
         self.optimizer = settings.optimizer([p for p in self.learner.parameters() if p.requires_grad])
-        self.generator = torch.Generator(critic.device).manual_seed(settings.seed)
+        device = critic.device
+        drawing = [part for part in (rule, sampler) if part is not None]
+        others = [g for part in drawing for g in part.generators(device)] + self.learner.generators(device)
+        self.generators = list_generators(settings.seed, device, others)
+        self.generator = self.generators[0]
         self.health = Health(gamma=settings.gamma**training.row)
-        self.health.observe_rewards(self.replay.rewards())
+        self.rewards = RewardGuard(self.health, self.replay, out, training)
         if offline is not None:
-            steps = (
-                offline.episodes.rewards.cpu()
-            )  # a row's are between one step's and those of all its steps
-            self.health.observe_rewards(steps)
-            if training.row > 1:
-                self.health.observe_rewards(steps * sum(settings.gamma**k for k in range(training.row)))
-        self.identity = {"training": asdict(training), "rule": repr(rule), "sampler": repr(sampler)}
-        self.update = resume(out, self.learner, self.optimizer, self.generator, self.identity)
+            self.rewards.read_offline(offline)
+        compared = {"critic": config, "rule": rule, "sampler": sampler}
+        self.identity = {"training": asdict(training)} | {k: describe(v) for k, v in compared.items()}
+        self.update = resume(out, self.learner, self.optimizer, self.generators, self.identity)
+        if self.update:
+            warn_unknown(str(out), self.identity)
+            self.rewards.drop_outliers()
         for directory in self.seed_directories:
+            for name in ("last", "best"):
+                mend_directory(directory / name)
             trim_json_lines(directory / METRICS)
             trim_json_lines(directory / SPEED)
+            if not self.finished:  # killed between its last line of metrics and its last checkpoint
+                for name in (METRICS, SPEED):
+                    trim_json_lines(directory / name, training.env_steps - 1, key="env_steps")
         if self.update:
             critic.publish(self.learner.target)
             self.health.keep(self.learner, self.optimizer)
@@ -238,6 +172,7 @@ class OnlineLoop:
             rows = collector.receive()
         with window.share("store"):
             self.replay.add(rows)
+            self.rewards.list_outliers(collector.outliers, self.env_steps)
         self.health.observe_rewards(rows.rewards[rows.kept])
 
     def steer(self) -> None:
@@ -277,6 +212,7 @@ class OnlineLoop:
         if self.stream is not None:
             self.stream.wait_stream(torch.cuda.default_stream(self.live.device))
         if not self.update:
+            self.rewards.drop_outliers()
             self.fit_normalisation()
             self.health.keep(self.learner, self.optimizer)
         while self.update < due:
@@ -294,6 +230,7 @@ class OnlineLoop:
                 f"{self.out.name}: {reason}; back to the last good critic, unsteered until it recovers"
             )
             self.health.restore(self.learner, self.optimizer)
+            self.rewards.drop_outliers()
         else:
             self.health.keep(self.learner, self.optimizer)
             window.info = info
@@ -340,8 +277,9 @@ class OnlineLoop:
         former = json.loads(path.read_text()) if path.exists() else None
         order = "evaluation/success", "evaluation/return"
         if former is None or [score[name] for name in order] > [former[name] for name in order]:
-            critic.save_pretrained(directory)
-            write_json({"env_steps": self.env_steps, **score}, path)
+            with replacing_directory(directory) as fresh:
+                critic.save_pretrained(fresh)
+                write_json({"env_steps": self.env_steps, **score}, fresh / path.name)
 
     def actors(self) -> Sequence[Actor]:
         """Return each seed's actor by itself."""
@@ -363,7 +301,7 @@ class OnlineLoop:
         self.settle()
         shared = {name: float(value) for name, value in window.info.items()}
         shared |= {"steered": float(self.health.steers), "trips": float(self.health.trips)}
-        shared["outliers"] = float(self.health.outliers)
+        shared["outliers"] = float(self.health.scale.outliers)
         trace = self.actor.trace
         shared |= {"fallbacks": float(trace.fallbacks), "gated": float(trace.gated)}
         if (strengths := trace.arrays()["strength"]).size:
@@ -379,22 +317,28 @@ class OnlineLoop:
             episodes = (
                 dict(zip(("success", "return", "length"), map(float, means), strict=True)) if mine else {}
             )
-            counted = {"episodes": float(len(mine)), "refused": float(collector.refused[lanes].sum())}
+            counted = {"episodes": float(len(mine))}
+            counted |= {name: float(getattr(collector, name)[lanes].sum()) for name in LOSSES}
             line = episodes | counted | shared | scores[s]
             append_json_line(directory / METRICS, counts | line)
             append_json_line(directory / SPEED, counts | speed)
             tracker.log({f"{directory.name}/{k}": v for k, v in (line | speed).items()}, self.env_steps)
         collector.finished.clear()
-        return {k: line[k] for k in ("success", "return", "q", "strength") if k in line} | {
-            "updates/s": speed["updates/s"]
-        }
+        shown = [name for name in ("success", "return", "q", "strength") if name in line]
+        lost = [name for name in LOSSES if line[name]]
+        return {name: line[name] for name in (*shown, *lost)} | {"updates/s": speed["updates/s"]}
 
     def save(self) -> None:
         """Write the learner's checkpoint and each seed's last critic."""
         self.settle()
-        save(self.out, self.learner, self.optimizer, self.generator, self.update, self.identity)
+        save(self.out, self.learner, self.optimizer, self.generators, self.update, self.identity)
+        self.save_critics()
+
+    def save_critics(self) -> None:
+        """Write each seed's last critic."""
         for directory, critic in zip(self.seed_directories, self.critics(), strict=True):
-            critic.save_pretrained(directory / "last")
+            with replacing_directory(directory / "last") as fresh:
+                critic.save_pretrained(fresh)
 
 
 def _executed(actor: Actor, obs: Observation, noise: Tensor) -> Tensor:

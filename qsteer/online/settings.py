@@ -24,6 +24,9 @@ class OnlineTraining:
         episodes: of an evaluation, on fixed seeds.
         log_every: steps between lines of metrics.
         checkpoint_every: steps between checkpoints of the learner. Rows are kept as soon as they are acted.
+        refuse_outliers: refuse rows whose reward only a sensor's mistake explains, and cut their episodes,
+            see :class:`~qsteer.data.outliers.RewardScale`. Turn it off where rewards other than successes may
+            be rare and more than 16384 times the usual size.
     """
 
     critic: CriticTraining = field(default_factory=lambda: CriticTraining(target="sarsa", ema=0.005))
@@ -38,6 +41,7 @@ class OnlineTraining:
     episodes: int = 20
     log_every: int = 500
     checkpoint_every: int = 5_000
+    refuse_outliers: bool = True
 
     def __post_init__(self) -> None:
         """Check the values."""

@@ -7,7 +7,7 @@ the three are independent, and the sampler knows nothing of them.
 Notation: ``D(x, t) = x + (1 - t) v(x, t)`` is the denoised action. Costs are per guided step and row.
 """
 
-from qsteer.rules.controls import NoisyGradient, RandomDirection, ThroughTime
+from qsteer.rules.controls import NoisyGradient, RandomDirection, Randomized, ThroughTime
 from qsteer.rules.guidance import Ascent, Guidance, Steered
 from qsteer.rules.posterior import GradientFreePosterior, Posterior, PosteriorGuidance
 from qsteer.rules.qgf import QGF
@@ -28,6 +28,7 @@ __all__ = [
     "Posterior",
     "PosteriorGuidance",
     "RandomDirection",
+    "Randomized",
     "Scaling",
     "Steered",
     "Strength",

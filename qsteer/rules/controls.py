@@ -1,5 +1,6 @@
-"""Baselines, which are known to be worse, and the control arm: what guidance gains without its estimate."""
+"""Baselines, which are known to be worse, and control arms: what guidance gains without its estimate."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from dataclasses import field as attribute
 from functools import partial
@@ -10,9 +11,9 @@ from torch import Tensor
 
 from qsteer.clock import Time
 from qsteer.flow import ask, clip_through, denoise
-from qsteer.rules.guidance import EDGE, Ascent, Estimate, Guidance, gradient
+from qsteer.rules.guidance import EDGE, Ascent, Estimate, Guidance, Steered, gradient
 from qsteer.rules.strength import Strength
-from qsteer.types import Field, Value
+from qsteer.types import Field, Rule, Value
 
 
 @dataclass(frozen=True)
@@ -91,7 +92,12 @@ class ThroughTime(Guidance):
 
 
 class RandomStream:
-    """Normal numbers from generators of its own, one per device, all of one seed."""
+    """Normal numbers from generators of its own, one per device, all of one seed.
+
+    A caller's noise of the same seed is other noise.
+    """
+
+    SALT = 0x5EED5EED
 
     def __init__(self, seed: int) -> None:
         self.seed = seed
@@ -99,32 +105,49 @@ class RandomStream:
 
     def normal(self, like: Tensor) -> Tensor:
         """Return the stream's next numbers, as many as ``like`` has."""
-        if like.device not in self._generators:
-            self._generators[like.device] = torch.Generator(like.device).manual_seed(self.seed)
-        generator = self._generators[like.device]
+        (generator,) = self.generators(like.device)
         return torch.randn(like.shape, generator=generator, device=like.device, dtype=like.dtype)
 
+    def chain(self, redraw: bool) -> Callable[[Tensor], Tensor]:
+        """Return the directions of one chain: the same at each step, or drawn anew."""
+        drawn: list[Tensor] = []
+
+        def direction(like: Tensor) -> Tensor:
+            if redraw or not drawn or drawn[-1].shape != like.shape:
+                drawn[:] = [self.normal(like)]
+            return drawn[-1]
+
+        return direction
+
     def generators(self, device: torch.device) -> list[torch.Generator]:
-        """Return the generator of a device, if it has been asked for numbers."""
-        return [self._generators[device]] if device in self._generators else []
+        """Return the generator of a device."""
+        if device not in self._generators:
+            self._generators[device] = torch.Generator(device).manual_seed(self.SALT + self.seed)
+        return [self._generators[device]]
 
 
 @dataclass(frozen=True)
 class RandomDirection(Guidance):
     """Control arm: a random direction of the same norm. A gain it shares is no gain of the critic's.
 
-    Guides the steps Tweedie guides. Directions come from a generator of the rule's own, so the caller's noise
-    is the same as in every other arm.
+    Each row keeps one direction for its whole chain: as a critic that is systematically wrong would push.
+    Pushes redrawn at each step cancel in part, and end nearer to the policy's own action.
+
+    It controls rules in the matched norm, and guides the steps that Tweedie guides; :class:`Randomized`
+    controls any. Directions come from a generator of the rule's own, so the caller's noise is the same as in
+    every other arm.
 
     Cost: 1 velocity forward.
 
     Args:
         alpha: norm of the guidance relative to the velocity's.
         seed: seed of the directions.
+        redraw: draw a new direction at each step.
     """
 
     alpha: float = 0.2
     seed: int = 0
+    redraw: bool = False
     _directions: RandomStream = attribute(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -133,8 +156,8 @@ class RandomDirection(Guidance):
         object.__setattr__(self, "_directions", RandomStream(self.seed))
         if self.auto is not None:
             raise ValueError(
-                f"RandomDirection: expected a number as strength, got {self.alpha!r}: a control that asks "
-                "the critic how far to go controls for nothing"
+                f"RandomDirection: expected a number as strength, got {self.alpha!r}: it asks no critic; for "
+                "the control of an automatic strength use qsteer.Randomized(rule)"
             )
 
     @property
@@ -143,11 +166,65 @@ class RandomDirection(Guidance):
         return self.alpha
 
     def generators(self, device: torch.device) -> list[torch.Generator]:
-        """Return the generator of the directions, if any was drawn on this device."""
+        """Return the generator of the directions."""
         return self._directions.generators(device)
 
-    def ascent(self, field: Field, value: Value, x: Float[Tensor, "B H A"], t: Time) -> Ascent:
-        """Draw a direction."""
+    def begin(self, field: Field, value: Value, steps: int) -> Estimate:
+        """Return :meth:`ascent` along one chain's directions."""
+        return partial(self.ascent, field, value, direction=self._directions.chain(self.redraw))
+
+    def ascent(
+        self,
+        field: Field,
+        value: Value,
+        x: Float[Tensor, "B H A"],
+        t: Time,
+        direction: Callable[[Tensor], Tensor] | None = None,
+    ) -> Ascent:
+        """Take the chain's direction; without a chain, draw one."""
         with torch.no_grad():
-            v, g = field(x, t), self._directions.normal(x)
+            v, g = field(x, t), (direction or self._directions.normal)(x)
         return Ascent(v, g, torch.zeros_like(x[:, 0, 0]), clip_through(denoise(x, v, t), self.bounds(field)))
+
+
+@dataclass(frozen=True)
+class Randomized(Rule):
+    """Control arm of any guidance: it pushes as far, at the same steps, in a random direction.
+
+    Each push has the norm that ``rule`` would have given it there, whatever its scaling: raw weights and
+    automatic strengths too. Directions are as for :class:`RandomDirection`.
+
+    Cost: that of ``rule``.
+
+    Args:
+        rule: the guidance to control for.
+        seed: seed of the directions.
+        redraw: draw a new direction at each step.
+
+    Raises:
+        TypeError: ``rule`` is no guidance.
+    """
+
+    rule: Guidance
+    seed: int = 0
+    redraw: bool = False
+    _directions: RandomStream = attribute(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        """Check the arguments."""
+        object.__setattr__(self, "_directions", RandomStream(self.seed))
+        if not isinstance(self.rule, Guidance):
+            raise TypeError(
+                f"Randomized: expected a guidance rule such as Tweedie(), got {type(self.rule).__name__}"
+            )
+
+    def __call__(self, field: Field, value: Value) -> Field:
+        """Return the field pushed at random."""
+        steered = self.rule(field, value)
+        if not isinstance(steered, Steered):
+            return steered
+        return steered.randomized(partial(self._directions.chain, self.redraw))
+
+    def generators(self, device: torch.device) -> list[torch.Generator]:
+        """Return those of ``rule``, and that of the directions."""
+        return self.rule.generators(device) + self._directions.generators(device)

@@ -169,7 +169,7 @@ class Guidance(Rule):
 
 @dataclass(frozen=True)
 class Steered(Field):
-    """The field a guidance rule makes: at each guided time, the velocity bent in five steps.
+    """The field a guidance rule makes: at each guided time, the velocity bent in six steps.
 
     Attributes:
         rule: bound to the observations.
@@ -178,6 +178,8 @@ class Steered(Field):
         steps: of the chain that this field is for; None: the clock's number.
         sign: 1 uphill, -1 downhill.
         limit: see :class:`~qsteer.Gated`; inf: nothing is gated.
+        directions: makes one chain's random directions, see :class:`~qsteer.Randomized`; None: there are
+            none.
     """
 
     rule: Guidance
@@ -186,6 +188,7 @@ class Steered(Field):
     steps: int | None = None
     sign: int = 1
     limit: float = float("inf")
+    directions: Callable[[], Callable[[Tensor], Tensor]] | None = None
 
     def __call__(self, x: Float[Tensor, "B H A"], t: Time) -> Float[Tensor, "B H A"]:
         """Return the guided velocity; rows where anything is not finite keep the base velocity."""
@@ -196,7 +199,7 @@ class Steered(Field):
         x = x.detach()
         found = self.ascend(x, t)
         norms = norm(self.seen(found.velocity)), norm(found.gradient)
-        push = self.sign * self.push(found, norms, x, t)
+        push = self.turn(self.push(found, norms, x, t))
         guided = self.keep_finite(guided, found, push)
         guided = self.keep_sure(guided, found, push, x, t)
         self.record(guided, found, push, norms, t)
@@ -226,10 +229,17 @@ class Steered(Field):
             deviations = deviations / torch.where(g_norm == 0, 1.0, g_norm)  # where it is flat, stay
         return factor(auto.choose(self.value, start, ray, deviations, self.rule.bounds(self.field)), x) * push
 
+    def turn(self, push: Float[Tensor, "B H A"]) -> Float[Tensor, "B H A"]:
+        """Step 3: return the push uphill, downhill, or as far in a random direction."""
+        if self.directions is None:
+            return self.sign * push
+        direction = self.seen(self.direction(push))
+        return factor(norm(push) / norm(direction), push) * direction
+
     def keep_finite(
         self, guided: bool | Tensor, found: Ascent, push: Float[Tensor, "B H A"]
     ) -> Bool[Tensor, "B"]:
-        """Step 3: guide only rows where everything is finite; others fall back, and are counted."""
+        """Step 4: guide only rows where everything is finite; others fall back, and are counted."""
         finite = finite_rows(found.velocity + push) & torch.isfinite(found.value)
         report_fallbacks(~finite & guided)
         return finite & guided
@@ -242,7 +252,7 @@ class Steered(Field):
         x: Float[Tensor, "B H A"],
         t: Time,
     ) -> Bool[Tensor, "B"]:
-        """Step 4: guide only rows where the members agree on the gain, see :class:`~qsteer.Gated`."""
+        """Step 5: guide only rows where the members agree on the gain, see :class:`~qsteer.Gated`."""
         if self.limit == float("inf"):
             return guided
         ends = torch.stack([denoise(x, w, t) for w in (found.velocity, found.velocity + push)])
@@ -259,7 +269,7 @@ class Steered(Field):
         norms: tuple[Tensor, Tensor],
         t: Time,
     ) -> None:
-        """Step 5: report the step, if a trace has asked for steps."""
+        """Step 6: report the step, if a trace has asked for steps."""
         if (steps := find_recorder()) is None:
             return
         v_norm, g_norm = norms
@@ -277,9 +287,19 @@ class Steered(Field):
         """The rule's estimate of the ascent, and whatever it remembers of this chain."""
         return self.rule.begin(self.field, self.value, self.clock.steps)
 
+    @cached_property
+    def direction(self) -> Callable[[Tensor], Tensor]:
+        """This chain's random directions."""
+        assert self.directions is not None
+        return self.directions()
+
     def negated(self) -> "Steered":
         """Return the field steered in the opposite direction."""
         return replace(self, sign=-self.sign)
+
+    def randomized(self, directions: Callable[[], Callable[[Tensor], Tensor]]) -> "Steered":
+        """Return the field pushed as far in random directions."""
+        return replace(self, directions=directions)
 
     def gated(self, limit: float) -> "Steered":
         """Return the field steered where the members agree, see :class:`~qsteer.Gated`."""

@@ -8,20 +8,24 @@ all. :class:`Compiled` keeps one :class:`Run` for each kind of action it meets.
 Without a graph (``"static"``) the same code runs eagerly, on any device: the reference for the graph.
 """
 
+import os
 import threading
+import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
-from copy import copy, deepcopy
-from dataclasses import fields, is_dataclass, replace
+from copy import deepcopy
 from functools import cached_property
 from typing import Any, Literal
 
 import torch
 from jaxtyping import Float
-from torch import Tensor, nn
+from torch import Tensor
 
+from qsteer.hosts import autocast, numerics
 from qsteer.sampling import steered_action
+from qsteer.steering.hidden import Watch, check_nothing_hidden, known
+from qsteer.steering.kinds import alike, rebuilt, signature, state_of, tensors_in
 from qsteer.trace import ActionRecord, Trace
 from qsteer.types import Field, Rule, Sampler, Value
 
@@ -54,7 +58,7 @@ class Compiled:
         mode: ``graph``: replay a CUDA graph; ``static``: run the same code on the same buffers eagerly.
         make_prepare: returns what makes of a field the same with all that does not change between steps
             computed once; called anew when the weights have changed.
-        weights: of the policy.
+        policy: whose fields they are.
         device: where the policy is; for a graph, on CUDA.
     """
 
@@ -62,19 +66,21 @@ class Compiled:
         self,
         mode: Mode,
         make_prepare: Callable[[], Callable[[Any], Field]],
-        weights: Sequence[Tensor] = (),
+        policy: Any = None,
         device: torch.device | None = None,
     ) -> None:
-        self.mode, self.make_prepare, self.weights, self.device = mode, make_prepare, weights, device
+        self.mode, self.make_prepare, self.policy, self.device = mode, make_prepare, policy, device
         self._prepare: Callable[[Any], Field] | None = None
-        self._versions, self._turn = versions_of(weights), threading.Lock()
+        self._state: Hashable = None  # a policy that is being copied has none yet
+        self._turn, self._holder = threading.Lock(), 0
         self._runs: OrderedDict[Hashable, Run] = OrderedDict()
+        self._warned = False
         self._beside: dict[Any, torch.cuda.Stream] = {}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Compiled":
         """Return one that has captured nothing: what was captured runs on this one's networks."""
-        make, weights = deepcopy((self.make_prepare, self.weights), memo)
-        return Compiled(self.mode, make, weights, self.device)
+        make, policy = deepcopy((self.make_prepare, self.policy), memo)
+        return Compiled(self.mode, make, policy, self.device)
 
     @property
     def streams(self) -> tuple[torch.cuda.Stream, torch.cuda.Stream]:
@@ -95,40 +101,76 @@ class Compiled:
     ) -> Float[Tensor, "B H A"]:
         """Sample actions; arguments as of :func:`qsteer.sample`.
 
-        The prepared field is compared with ``field`` when a kind of action is new.
+        When a kind of action is new, the prepared field is compared with ``field``, and all tensors that
+        enter the action are looked at.
 
         Raises:
             MismatchError: the two fields differ, or a graph does not do what was captured.
+            RuntimeError: the action is part of another one of this policy.
+            TypeError: a tensor enters the action that is none of its inputs, nor a network's.
         """
         tensors: list[Tensor] = []
         prepared = self.prepare()(field)
-        inputs = prepared, value, noise
-        kind = signature(inputs, tensors), id(rule), id(sampler), trace.steps, autocast(noise.device)
-        with self._turn, self._in_order(noise.device):
+        inputs, switches = (prepared, value, noise), numerics(noise.device)
+        method = signature((rule, sampler), []), id(rule), id(sampler), trace.steps, switches
+        kind = signature(inputs, tensors), method
+        with self._alone(), self._in_order(noise.device):
             if kind not in self._runs:
                 check_field(prepared, field, noise)
+                family = signature(inputs, [], alike), method
+                self._warn_of_kinds(family)
                 self._runs[kind] = self._new(inputs, rule, sampler, trace.steps)
+                self._runs[kind].family = family
             self._runs.move_to_end(kind)
             return self._runs[kind](tensors, trace)
 
     def prepare(self) -> Callable[[Any], Field]:
-        """Return what prepares a field; made anew if the policy's weights have changed since."""
-        with self._turn:
-            if self._prepare is None or versions_of(self.weights) != self._versions:
-                self._prepare, self._versions = self.make_prepare(), versions_of(self.weights)
+        """Return what prepares a field; made anew if the policy has changed since."""
+        with self._alone():
+            if self._prepare is None or state_of(self.policy) != self._state:
+                self._prepare = self.make_prepare()
+                self._state = state_of(self.policy)
                 self._runs.clear()
             return self._prepare
+
+    @contextmanager
+    def _alone(self) -> Iterator[None]:
+        """Let one thread in at a time, and refuse one that is in already."""
+        if self._holder == threading.get_ident():
+            raise RuntimeError(
+                "compile: expected a critic that leaves its policy alone, got a call of the steered policy "
+                "inside its own action; give the critic a copy made before qsteer.steer, or leave compile out"
+            )
+        with self._turn:
+            self._holder = threading.get_ident()
+            try:
+                yield
+            finally:
+                self._holder = 0
+
+    def _warn_of_kinds(self, family: Hashable) -> None:
+        """Warn once of actions that differ in functions or numbers only: each would be captured anew."""
+        if not self._warned and sum(run.family == family for run in self._runs.values()) >= 2:
+            self._warned = True
+            warnings.warn(
+                "compile: expected critic.bind to return the same function and numbers each time, got a "
+                "third that differs in them alone, and each is checked or captured anew; return qsteer.value("
+                "fn, context=obs) with one fn, made outside bind, and changing numbers as tensors in obs",
+                RuntimeWarning,
+                skip_file_prefixes=(os.path.dirname(os.path.dirname(__file__)),),
+            )
 
     def _new(
         self, inputs: tuple[Field, Value, Tensor], rule: Rule | None, sampler: Sampler, steps: bool
     ) -> "Run":
         """Return a run that takes the place, and the stream, of the one unused for longest."""
         oldest = self._runs.popitem(last=False)[1] if len(self._runs) == KEPT else None
+        weights = known(self.policy, self._prepare, inputs, rule, sampler)
         if self.mode == "static":
-            return Run(inputs, rule, sampler, steps)
+            return Run(inputs, rule, sampler, steps, weights)
         stream = oldest.stream if isinstance(oldest, GraphRun) else torch.cuda.Stream(self.device)
         del oldest
-        return GraphRun(inputs, rule, sampler, steps, stream)
+        return GraphRun(inputs, rule, sampler, steps, weights, stream)
 
     @contextmanager
     def _in_order(self, device: torch.device) -> Iterator[None]:
@@ -155,16 +197,31 @@ class Run:
         rule: bends the field.
         sampler: makes the action.
         steps: whether the guided steps are wanted for a trace.
+        weights: all tensors that may enter beside the buffers.
+
+    Raises:
+        TypeError: another one enters.
     """
 
+    family: Hashable = None
+    """What the run has in common with those of other functions or numbers."""
+
     def __init__(
-        self, inputs: tuple[Field, Value, Tensor], rule: Rule | None, sampler: Sampler, steps: bool
+        self,
+        inputs: tuple[Field, Value, Tensor],
+        rule: Rule | None,
+        sampler: Sampler,
+        steps: bool,
+        weights: Sequence[Tensor],
     ) -> None:
         self.buffers = [tensor.clone() for tensor in tensors_in(inputs)]
         self.inputs = rebuilt(inputs, iter(self.buffers))
         self.rule, self.sampler, self.steps = rule, sampler, steps
         self.device = inputs[-1].device
         self.autocast = autocast(self.device)
+        with unmoved(rule, self.device), Watch([*self.buffers, *weights]) as watch:
+            self.act()
+        check_nothing_hidden(watch.hidden)
 
     def __call__(self, tensors: list[Tensor], trace: Trace) -> Float[Tensor, "B H A"]:
         """Return the action for these tensors in the buffers."""
@@ -195,12 +252,13 @@ class GraphRun(Run):
     torch is in no state to go on.
 
     Args:
-        inputs, rule, sampler, steps: of the run.
+        inputs, rule, sampler, steps, weights: of the run.
         stream: where it is rehearsed and captured; no other living graph has been captured on it, for
             cuBLAS keeps a workspace for each stream, and graphs remember its address.
 
     Raises:
         MismatchError: the graph's action differs from the eager one on inputs it has not seen.
+        TypeError: as for :class:`Run`.
     """
 
     def __init__(
@@ -209,9 +267,10 @@ class GraphRun(Run):
         rule: Rule | None,
         sampler: Sampler,
         steps: bool,
+        weights: Sequence[Tensor],
         stream: torch.cuda.Stream,
     ) -> None:
-        super().__init__(inputs, rule, sampler, steps)
+        super().__init__(inputs, rule, sampler, steps, weights)
         self.stream, self.graph = stream, torch.cuda.CUDAGraph()
         current = torch.cuda.current_stream(self.device)
         with _capturing, torch.cuda.device(self.device), unmoved(rule, self.device):
@@ -241,57 +300,6 @@ class GraphRun(Run):
         with unmoved(self.rule, self.device):
             self.graph.replay()
         check_alike("the graph's action", self.action, eager, self.buffers)
-
-
-def versions_of(weights: Sequence[Tensor]) -> list[int]:
-    """Return how often each tensor has been changed in place."""
-    return [weight._version for weight in weights]
-
-
-def signature(tree: Any, tensors: list[Tensor]) -> Hashable:
-    """Append all tensors of a tree to ``tensors``; return everything else about it.
-
-    A tree is made of tuples, lists, dicts and frozen dataclasses. Anything else is told apart by equality, or
-    by identity if it has no hash; a network also by where its weights are, for a graph knows no other place.
-    """
-    match tree:
-        case Tensor():
-            tensors.append(tree)
-            return tree.shape, tree.dtype, tree.device
-        case nn.Module():
-            return tree, *(weight.data_ptr() for weight in (*tree.parameters(), *tree.buffers()))
-        case dict():
-            return tuple((key, signature(part, tensors)) for key, part in tree.items())
-        case tuple() | list():
-            return type(tree), *(signature(part, tensors) for part in tree)
-    if is_dataclass(tree) and not isinstance(tree, type):
-        return type(tree), *(signature(getattr(tree, f.name), tensors) for f in fields(tree) if f.init)
-    return (type(tree), tree) if isinstance(tree, Hashable) else id(tree)  # 1, 1.0 and True are equal
-
-
-def tensors_in(tree: Any) -> list[Tensor]:
-    """Return all tensors of a tree, see :func:`signature`."""
-    tensors: list[Tensor] = []
-    signature(tree, tensors)
-    return tensors
-
-
-def rebuilt(tree: Any, tensors: Iterator[Tensor]) -> Any:
-    """Return the tree with other tensors, in the order in which :func:`signature` lists them."""
-    match tree:
-        case Tensor():
-            return next(tensors)
-        case dict():
-            other = copy(tree)  # of its own type
-            other.update([(key, rebuilt(part, tensors)) for key, part in tree.items()])
-            return other
-        case tuple() | list():
-            parts = [rebuilt(part, tensors) for part in tree]
-            return tree._make(parts) if hasattr(tree, "_make") else type(tree)(parts)  # a named tuple
-    if is_dataclass(tree) and not isinstance(tree, type):
-        changed = {f.name: rebuilt(getattr(tree, f.name), tensors) for f in fields(tree) if f.init}
-        return replace(tree, **changed)
-    return tree
 
 
 def check_field(field: Field, host_field: Field, noise: Float[Tensor, "B H A"]) -> None:
@@ -340,11 +348,6 @@ def unlike(x: Tensor) -> Tensor:
 def own_generators(rule: Rule | None, device: torch.device) -> list[torch.Generator]:
     """Return the random generators on a device that a rule has of its own."""
     return [] if rule is None else rule.generators(device)
-
-
-def autocast(device: torch.device) -> tuple[bool, torch.dtype]:
-    """Return whether autocast is on for a device, and to which dtype."""
-    return torch.is_autocast_enabled(device.type), torch.get_autocast_dtype(device.type)
 
 
 @contextmanager

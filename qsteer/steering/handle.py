@@ -206,7 +206,7 @@ def steer(
 
     Raises:
         TypeError: an argument is of the wrong kind, no Host record describes the policy, or its step cannot
-            be prepared for ``compile``.
+            be prepared for ``compile``; (the first action of a kind) a tensor that is no input enters it.
         ValueError: the critic is on another device, or sees more than the policy executes; ``compile`` is
             unknown, or "graph" without CUDA.
         MismatchError: (the first action of a kind) the fast path is not what the host does.
@@ -270,6 +270,6 @@ def checked_compile(mode: Mode | None, policy: Any, host: Host) -> Compiled | No
             "none"
         )
     make = partial(host.prepare, policy)
-    compiled = Compiled(mode, make, parameters_of(policy), next(iter(devices), None))
+    compiled = Compiled(mode, make, policy, next(iter(devices), None))
     compiled.prepare()  # a policy that cannot be prepared is refused here
     return compiled

@@ -4,7 +4,10 @@ from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from copy import deepcopy
 from dataclasses import asdict, dataclass
+from functools import partial
+from inspect import getclosurevars
 from pathlib import Path
+from types import FunctionType, MethodType
 from typing import Any, ClassVar, Literal, cast, override
 
 import torch
@@ -26,7 +29,7 @@ from qsteer.critics.targets import (
 from qsteer.data.episodes import Chunks, Episodes, Need, Source, Transitions
 from qsteer.maps.flow_maps import FlowMap, MapConfig
 from qsteer.training.loop import Learner, Training, fit
-from qsteer.types import Observation
+from qsteer.types import Observation, Rule, Sampler
 
 type SteeredPolicy = Callable[[Critic, Any, Tensor], Tensor]
 """``(critic, obs, noise: (B, H, A)) -> a: (B, H, A)``: what a policy does under a critic."""
@@ -82,6 +85,9 @@ class CriticLearner(Learner):
         source: of batches; must offer what the learner needs (``need``).
         settings: ``batch_size`` rows for each critic of a stack.
         act: for learners that need actions which are not in the data.
+
+    Raises:
+        ValueError: the source is of chunks for another need.
     """
 
     need: ClassVar[Need] = "next_state"
@@ -90,6 +96,12 @@ class CriticLearner(Learner):
         self, critic: Critic, source: Source, settings: CriticTraining, act: SteeredPolicy | None = None
     ) -> None:
         super().__init__()
+        given = source.need if isinstance(source, Chunks) else self.need
+        if given != self.need:
+            raise ValueError(
+                f"{type(self).__name__}: expected chunks for need={self.need!r}, got need={given!r}; build "
+                f"Chunks(..., need={self.need!r})"
+            )
         self.critic, self.target = critic, deepcopy(critic).requires_grad_(False)
         self.source, self.settings, self.stack = source, settings, critic.config.stack
         self.frozen = (act,)  # in a tuple: a module is no part of what is learnt and stored
@@ -122,6 +134,10 @@ class CriticLearner(Learner):
     def q_target(self, obs: Any, a: Float[Tensor, "B H A"]) -> Float[Tensor, "B"]:
         """Return the pessimistic value ``Qbar'`` of the target critic."""
         return pessimistic(self.target.members(self.target.encode(obs), a), self.settings.rho)
+
+    @override
+    def generators(self, device: torch.device) -> list[torch.Generator]:
+        return [g for part in list_parts(self.frozen[0]) for g in part.generators(device)]
 
     def act(self, obs: Observation, like: Float[Tensor, "B H A"], generator: torch.Generator) -> Tensor:
         """Return what the policy does under the target critic."""
@@ -260,6 +276,41 @@ def fresh_critic(
     return critics[0] if len(critics) == 1 else Critic.stacked(critics)
 
 
+def list_parts(act: Any) -> list[Rule | Sampler]:
+    """Return the rules and samplers that a function refers to: they may keep generators of their own.
+
+    Looked for among what it closes over, its defaults, the globals of its module that it names, and the
+    attributes of the object that it is a method of; in functions of its module that it calls, too.
+    """
+    found: dict[int, Rule | Sampler] = {}
+    seen: set[int] = set()
+    left = [act]
+    while left:
+        given = left.pop()
+        if id(given) in seen:
+            continue
+        seen.add(id(given))
+        if isinstance(given, Rule | Sampler):
+            found[id(given)] = given
+        elif isinstance(given, partial):
+            left += [given.func, *given.args, *given.keywords.values()]
+        elif isinstance(given, MethodType):
+            left += [given.__func__, *vars(given.__self__).values()]
+        elif isinstance(given, FunctionType) and given.__module__ in (None, _module_of(act)):
+            names = getclosurevars(given)
+            left += [*names.nonlocals.values(), *names.globals.values(), *(given.__defaults__ or ())]
+            left += (given.__kwdefaults__ or {}).values()
+        elif given is act:
+            left += getattr(given, "__dict__", {}).values()
+    return list(found.values())[::-1]
+
+
+def _module_of(act: Any) -> str | None:
+    while isinstance(act, partial):
+        act = act.func
+    return getattr(act, "__module__", None)
+
+
 ACTING = ("td", "fql")
 """Targets that need actions of the policy."""
 
@@ -285,7 +336,8 @@ def train_critic(
         training: how to train; defaults to ``CriticTraining()``.
         act: for ``target="td"`` and ``"fql"``, ``(critic, obs: (B, O), noise: (B, H, A)) -> a: (B, H, A)``,
             the next action under the current target critic: ``lambda q, s, x0:
-            qsteer.sample(policy.field(s), q.bind(s), x0, rule=Tweedie())``.
+            qsteer.sample(policy.field(s), q.bind(s), x0, rule=Tweedie())``. What it draws from torch's global
+            generators, or from those of a rule or sampler that it refers to, resumes to the bit.
         seeds: train a stack of critics at once, one per seed of initial weights, each on batches of its own;
             None: one, of ``training.seed``.
         device: where to train.

@@ -1,9 +1,9 @@
 """One training loop: seeded, resumable to the bit, with atomic checkpoints and a metrics stream.
 
-A run directory holds ``checkpoint.safetensors`` (weights, optimiser state, generator state; step and identity
-of the run as JSON in its header), ``metrics.jsonl`` and, apart from them because no two runs agree on it, the
-wall time in ``speed.jsonl``. A run that was killed and started again gives the weights and the metrics of a
-run that was not.
+A run directory holds ``checkpoint.safetensors`` (weights, optimiser state, generator states; step and
+identity of the run as JSON in its header), ``metrics.jsonl`` and, apart from them because no two runs agree
+on it, the wall time in ``speed.jsonl``. A run that was killed and started again gives the weights and the
+metrics of a run that was not.
 
 Under ``accelerate launch`` (on CPUs: ``torchrun``) each of P processes draws the same whole batch and
 computes 1/P of its rows (:class:`Share`); gradients are averaged. So P changes neither the random stream nor,
@@ -12,14 +12,15 @@ up to rounding, the result, and may change when a run is resumed.
 
 import json
 import math
-import os
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
+import numpy as np
 import torch
 from accelerate import PartialState
 from safetensors import SafetensorError, safe_open
@@ -28,7 +29,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from qsteer.checks import check_at_least, check_positive, list_differences
-from qsteer.files import append_json_line, trim_json_lines
+from qsteer.files import append_json_line, locked_run, replacing_file, trim_json_lines
 
 CHECKPOINT, METRICS, SPEED = "checkpoint.safetensors", "metrics.jsonl", "speed.jsonl"
 
@@ -121,7 +122,15 @@ class Learner(nn.Module, ABC):
 
     @abstractmethod
     def loss(self, generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
-        """Draw a batch and return the mean loss and what to log; all randomness comes from ``generator``."""
+        """Draw a batch and return the mean loss and what to log.
+
+        Randomness comes from ``generator``; what cannot take one may draw from torch's global generators, or
+        from :meth:`generators`.
+        """
+
+    def generators(self, device: torch.device) -> list[torch.Generator]:
+        """Return further generators on a device from which the loss draws; a checkpoint keeps them, too."""
+        return []
 
     def after_step(self) -> None:
         """Run after every optimiser step: move averages."""
@@ -136,7 +145,8 @@ def fit(
 ) -> None:
     """Train ``learner`` in ``out`` until ``training.steps``, from the checkpoint there if there is one.
 
-    Only the main process writes, evaluates and shows progress.
+    Only the main process writes, evaluates and shows progress. Torch's global generators are seeded for
+    the run and restored after it.
 
     Args:
         learner: freshly built, on its device.
@@ -148,22 +158,38 @@ def fit(
 
     Raises:
         RuntimeError: the loss or a weight is no longer finite; no checkpoint of that is written. Or ``out``
-            holds such a checkpoint.
+            holds such a checkpoint, or another run has it open.
         ValueError: ``out`` holds a checkpoint of a run with another identity, or a broken one; or the
             processes cannot share a batch evenly.
     """
-    out.mkdir(parents=True, exist_ok=True)
-    parameters = [p for p in learner.parameters() if p.requires_grad]
-    state = processes(parameters[0].device)
+    device = next(p.device for p in learner.parameters() if p.requires_grad)
+    state = processes(device)
     if training.batch_size % state.num_processes:
         raise ValueError(
             f"batch_size: expected a multiple of the {state.num_processes} processes, got "
             f"{training.batch_size}; change either"
         )
     learner.share = Share(state.process_index, state.num_processes)
+    out.mkdir(parents=True, exist_ok=True)
+    with locked_run(out) if state.is_main_process else nullcontext(), seeded(training.seed, device):
+        _fit(learner, out, training, identity, device, state, progress)
+
+
+def _fit(
+    learner: Learner,
+    out: Path,
+    training: Training,
+    identity: Mapping[str, Any],
+    device: torch.device,
+    state: PartialState,
+    progress: bool,
+) -> None:
+    """Do what :func:`fit` says, in a directory and with generators of its own."""
+    parameters = [p for p in learner.parameters() if p.requires_grad]
     optimizer = training.optimizer(parameters)
-    generator = torch.Generator(parameters[0].device).manual_seed(training.seed)
-    start = saved = resume(out, learner, optimizer, generator, identity)
+    generators = list_generators(training.seed, device, learner.generators(device))
+    generator = generators[0]
+    start = saved = resume(out, learner, optimizer, generators, identity)
     if broken := _list_broken(learner):
         raise RuntimeError(
             f"{out / CHECKPOINT}: expected finite weights, got NaN or infinity in {broken}; delete the "
@@ -187,7 +213,7 @@ def fit(
     )
     since, clock = start, time.perf_counter()
     # The first step whose loss is not finite; found without waiting for the device.
-    ill = torch.full((), training.steps + 1, device=parameters[0].device)
+    ill = torch.full((), training.steps + 1, device=device)
     for step in bar:
         loss, info = learner.loss(generator)
         ill = torch.where(loss.detach().isfinite(), ill, ill.clamp(max=step))
@@ -209,7 +235,7 @@ def fit(
         if main and (step % training.checkpoint_every == 0 or step == training.steps):
             if int(ill) <= step or _list_broken(learner):
                 _stop(out, min(step, int(ill)), {"loss": loss.item()} | _to_numbers(info), saved)
-            save(out, learner, optimizer, generator, step, identity)
+            save(out, learner, optimizer, generators, step, identity)
             saved = step
         if step % training.log_every == 0:
             since, clock = step, time.perf_counter()
@@ -234,6 +260,43 @@ def _stop(out: Path, step: int, values: Mapping[str, float], saved: int) -> NoRe
         f"{out}: expected a finite loss and finite weights, got NaN or infinity in step {step} ({shown}); "
         f"{kept}. Look for outliers in the data, or lower learning_rate or gradient_clip"
     )
+
+
+@contextmanager
+def seeded(seed: int, device: torch.device) -> Iterator[None]:
+    """Seed torch's global generators of the CPU and of a device for a run, and restore them after it.
+
+    Their streams are not those of ``torch.Generator().manual_seed(seed)``.
+    """
+    derived = int(np.random.SeedSequence((seed, 1)).generate_state(1)[0])
+    shared = _list_shared(device)
+    before = [generator.get_state() for generator in shared]
+    for generator in shared:
+        generator.manual_seed(derived)
+    try:
+        yield
+    finally:
+        for generator, state in zip(shared, before, strict=True):
+            generator.set_state(state)
+
+
+def _list_shared(device: torch.device) -> list[torch.Generator]:
+    """Return torch's global generators of the CPU and of a device."""
+    if device.type != "cuda":
+        return [torch.default_generator]
+    torch.cuda.init()
+    index = torch.cuda.current_device() if device.index is None else device.index
+    return [torch.default_generator, torch.cuda.default_generators[index]]
+
+
+def list_generators(
+    seed: int, device: torch.device, others: Sequence[torch.Generator]
+) -> list[torch.Generator]:
+    """Return what a run draws from: a new generator, torch's global ones, and others, which are rewound."""
+    for generator in others:
+        generator.manual_seed(generator.initial_seed())
+    own = torch.Generator(device).manual_seed(seed)
+    return list({id(g): g for g in (own, *_list_shared(device), *others)}.values())
 
 
 def descend(
@@ -276,7 +339,7 @@ def save(
     out: Path,
     learner: Learner,
     optimizer: torch.optim.Optimizer,
-    generator: torch.Generator,
+    generators: Sequence[torch.Generator],
     step: int,
     identity: Mapping[str, Any],
 ) -> None:
@@ -284,25 +347,27 @@ def save(
     tensors = {f"learner.{name}": tensor for name, tensor in learner.state_dict().items()}
     for i, state in optimizer.state_dict()["state"].items():
         tensors |= {f"optimizer.{i}.{name}": tensor for name, tensor in state.items()}
-    tensors["generator"] = generator.get_state()
-    temporary = out / (CHECKPOINT + ".tmp")
-    save_file(tensors, temporary, metadata={"step": str(step), "identity": json.dumps(identity)})
-    with open(temporary, "rb") as file:
-        os.fsync(file.fileno())
-    os.replace(temporary, out / CHECKPOINT)
+    tensors |= {_name_generator(i): generator.get_state() for i, generator in enumerate(generators)}
+    with replacing_file(out / CHECKPOINT) as temporary:
+        save_file(tensors, temporary, metadata={"step": str(step), "identity": json.dumps(identity)})
+
+
+def _name_generator(i: int) -> str:
+    return f"generator.{i}" if i else "generator"
 
 
 def resume(
     out: Path,
     learner: Learner,
     optimizer: torch.optim.Optimizer,
-    generator: torch.Generator,
+    generators: Sequence[torch.Generator],
     identity: Mapping[str, Any],
 ) -> int:
     """Restore the checkpoint in ``out``, if any, and return its step (0: none).
 
     Raises:
-        ValueError: the checkpoint is broken, or of a run with another identity.
+        ValueError: the checkpoint is broken, of a run with another identity, of networks of other shapes, or
+            of other generators.
     """
     if not (out / CHECKPOINT).exists():
         return 0
@@ -315,19 +380,38 @@ def resume(
             f"{out / CHECKPOINT}: expected a whole checkpoint, got a broken file ({error}); delete it to "
             "start from the beginning"
         ) from None
+    remedy = "use another directory, go back to the former settings, or delete this one"
     if differences := list_differences(json.loads(json.dumps(identity)), json.loads(header["identity"])):
         expected, found = differences
         raise ValueError(
-            f"{out}: expected a run with {expected}, got a checkpoint of one with {found}; use another "
-            "directory, go back to the former settings, or delete this one"
+            f"{out}: expected a run with {expected}, got a checkpoint of one with {found}; {remedy}"
         )
-    learner.load_state_dict(_select(tensors, "learner."))
+    weights = _select(tensors, "learner.")
+    shapes = [{n: tuple(t.shape) for n, t in of.items()} for of in (learner.state_dict(), weights)]
+    if differences := list_differences(*shapes):
+        expected, found = differences
+        raise ValueError(
+            f"{out}: expected networks with {expected}, got a checkpoint of others with {found}; {remedy}"
+        )
+    states = {name: tensor for name, tensor in tensors.items() if name.startswith("generator")}
+    wanted = {_name_generator(i): generator for i, generator in enumerate(generators)}
+    if len(states) > 1:  # an older checkpoint has the first alone
+        kinds = [{n: int(s.numel()) for n, s in states.items()}]
+        kinds.insert(0, {n: int(g.get_state().numel()) for n, g in wanted.items()})
+        if differences := list_differences(*kinds):
+            expected, found = differences
+            raise ValueError(
+                f"{out}: expected states of generators of {expected} bytes, got a checkpoint with {found}; "
+                "resume on the same kind of device, with the rule and the sampler that it began with"
+            )
+    learner.load_state_dict(weights)
     state: dict[int, dict[str, Tensor]] = {}
     for name, tensor in _select(tensors, "optimizer.").items():
         i, key = name.split(".")
         state.setdefault(int(i), {})[key] = tensor
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
-    generator.set_state(tensors["generator"])
+    for name, saved in states.items():
+        wanted[name].set_state(saved)
     return int(header["step"])
 
 

@@ -130,3 +130,15 @@ def test_candidates_share_one_prefix(policy: nn.Module) -> None:
     many = prepared.repeat(2).repeat(10)
     assert many.each == 20
     assert all(a is b for a, b in zip(many.keys, prepared.keys, strict=True))
+
+
+@pytest.mark.parametrize("first", [False, True])
+def test_what_is_known_of_a_time_is_that_of_the_switches(policy: nn.Module, first: bool) -> None:
+    """An action with autocast, then one without, or the other way round."""
+    _, prepared = fields(policy)
+    x, results = torch.randn(2, 6, 5), {}
+    for enabled in (first, not first):
+        for name, expert in (("used", prepared.expert), ("new", PiExpert(policy))):
+            with torch.autocast("cpu", torch.bfloat16, enabled), torch.no_grad():
+                results[name] = replace(prepared, expert=expert)(x, 0.3)
+        assert torch.equal(results["used"], results["new"])

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 from walks import SEED, A, H, Walk, follow
 
+from qsteer.envs.chunked import ChunkedAction
 from qsteer.envs.rollouts import (
-    ChunkedAction,
     Rollouts,
     Simulators,
     make_noise_generator,

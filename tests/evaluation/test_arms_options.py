@@ -6,7 +6,7 @@ import pytest
 from fields import as_installed
 
 import qsteer
-from qsteer.evaluation.arms import parse
+from qsteer.evaluation.arms import describe_arm, parse
 
 
 def test_arms_have_names_for_all_of_them():
@@ -28,6 +28,23 @@ def test_arms_have_names_for_all_of_them():
         assert arm.rule == rule and arm.name == spec.partition("=")[0] and arm.kind == "steered"
     assert parse("tweedie-every2=0.2+best-of-4").sampler == parse("best-of-4").sampler
     assert parse("random-direction-every2=0.2").kind == "control"
+
+
+def test_every_guidance_has_a_control_that_pushes_as_far():
+    for spec, rule in {
+        "random-qgf=0.06": qsteer.QGF(0.06),
+        "random-tweedie-raw-every3=0.06": qsteer.Tweedie(0.06, scaling="raw", every=3),
+        "random-tweedie=auto": qsteer.Tweedie("auto"),
+    }.items():
+        assert parse(spec).rule == qsteer.Randomized(rule) and parse(spec).kind == "control"
+    assert (
+        describe_arm("random-qgf-every2=0.06") == "QGF, raw weight 0.06, every 2 steps, in random directions"
+    )
+    with (
+        as_installed(),
+        pytest.raises(ValueError, match=r"expected a guidance rule.*got Negated"),
+    ):
+        parse("random-negated=0.2")
 
 
 @pytest.mark.parametrize(

@@ -135,7 +135,7 @@ def test_a_few_outliers_widen_no_bounds(place):
     usual = seen(*rewards.tolist())
     rewards[torch.arange(place, place + 5) % 4000] = -1e6
     health = seen(*rewards.tolist())
-    assert health.outliers == 5 and health.bounds == pytest.approx(usual.bounds, rel=0.01)
+    assert health.scale.outliers == 5 and health.bounds == pytest.approx(usual.bounds, rel=0.01)
     for _ in range(health.window):
         assert health.check({"loss": 1.0, "y": 0.1}, WEIGHTS) is None
     assert "loss = 1e+11" in health.check({"loss": 1e11}, WEIGHTS)
@@ -150,7 +150,7 @@ def test_a_rare_success_is_no_outlier(step, rare):
     health.observe_rewards(torch.full((100_000,), step))
     health.observe_rewards(torch.tensor([rare]))
     low, high = health._returns()
-    assert health.outliers == 0 and low <= min(step, rare) and high >= max(step, rare)
+    assert health.scale.outliers == 0 and low <= min(step, rare) and high >= max(step, rare)
 
 
 # --------------------------------------------------------------------------------------- a critic that learns

@@ -14,16 +14,17 @@ import numpy as np
 import online_runs
 import pytest
 import torch
-from online_runs import CRITIC, GOAL, RULE, TRAINING, ThreeSteps, metrics, parts, policy, run
+from online_runs import CRITIC, RULE, TRAINING, ThreeSteps, metrics, offline, parts, policy, run
 from torch import Tensor
 
 import qsteer
 from qsteer.critics import Critic, LiveCritic
-from qsteer.data import Chunks, Episodes
+from qsteer.data import Chunks
 from qsteer.data.replay import Replay
 from qsteer.online.actors import StateActor
 from qsteer.online.collect import Collector
-from qsteer.online.loop import OnlineLoop, train_online
+from qsteer.online.loop import OnlineLoop
+from qsteer.online.run import train_online
 from qsteer.training.critic import LEARNERS, Sarsa, fresh_critic
 
 
@@ -154,19 +155,6 @@ def test_the_learner_works_while_the_simulators_do(tmp_path: Path, monkeypatch: 
     backlog = [["send", "learn", "learn", "learn", "receive"]]  # of the warm-up
     assert [r.split() for r in rounds] == (
         [["send", "receive"]] * 3 + backlog + [["send", "learn", "receive"]] * 3
-    )
-
-
-def offline() -> Episodes:
-    g = torch.Generator().manual_seed(0)
-    actions = torch.rand(30, 1, generator=g)
-    return Episodes(
-        observations=torch.randn(30, 2, generator=g),
-        next_observations=torch.randn(30, 2, generator=g),
-        actions=actions,
-        rewards=-(actions[:, 0] - GOAL).square(),
-        terminals=torch.arange(30) % 3 == 2,
-        ends=torch.arange(30) % 3 == 2,
     )
 
 

@@ -9,6 +9,7 @@ from fields import (
     BASE,
     DOUBLE,
     VALUE,
+    as_installed,
     bumpy,
     constant,
     differences,
@@ -99,3 +100,77 @@ def test_random_directions_have_no_direction_and_follow_their_seed_alone():
     assert correlation.mean().abs() < 5 * math.sqrt(1 / 4 / 500)
     other = guidance(qsteer.RandomDirection(1.0, seed=4), field, value, x, 0.5)
     assert not torch.allclose(other, first)
+
+
+CONTROLLED = [
+    qsteer.Tweedie(0.3),
+    qsteer.Tweedie(0.3, scaling="raw"),
+    qsteer.Tweedie(0.3, scaling="clip_norm", every=3),
+    qsteer.Tweedie(0.3, scaling="sigma", start=0.3, stop=0.7),
+    qsteer.Tweedie("auto"),
+    qsteer.QGF(0.3),
+]
+
+
+@pytest.mark.parametrize("rule", CONTROLLED, ids=str)
+def test_a_randomized_rule_pushes_as_far_as_the_rule_at_its_own_steps_and_elsewhere(rule):
+    field = qsteer.field(lambda x, t: torch.tanh(x.flip(1)) - x)
+    value = qsteer.value(lambda a: -((a - 0.5) ** 2).flatten(1).sum(1), mask=torch.tensor([[1, 1], [1, 0]]))
+    own, control = rule(field, value), qsteer.Randomized(rule)(field, value)
+    x, guided = noise(50, 2, 2), 0
+    for t, _ in own.clock.grid():
+        push, random = own(x, t) - field(x, t), control(x, t) - field(x, t)
+        torch.testing.assert_close(norms(random), norms(push))
+        assert (random[:, 1, 1] == 0).all()  # the critic does not see it
+        cosine = (push * random).flatten(1).sum(1) / (norms(push) * norms(random)).clamp(min=1e-30)
+        assert cosine.mean().abs() < 5 / math.sqrt(3 * 50)
+        guided += bool(push.any())
+    assert guided == sum(rule.guides(t) for t, _ in own.clock.grid())
+
+
+@pytest.mark.parametrize(
+    "control",
+    [qsteer.RandomDirection, lambda **k: qsteer.Randomized(qsteer.QGF(0.2, scaling="match_norm"), **k)],
+)
+def test_one_direction_lasts_a_chain_unless_it_is_redrawn(control):
+    """With a constant velocity all pushes are of one length: aligned they add, redrawn they cancel."""
+    field, value, x = qsteer.field(constant), qsteer.value(total), noise(400, 3, 3)
+    base = qsteer.sample(field, value, x)
+    once, again, redrawn = (
+        norms(qsteer.sample(field, value, x, rule=rule) - base)
+        for rule in (control(), control(), control(redraw=True))
+    )
+    steps = 9 if control is qsteer.RandomDirection else 10
+    alpha_v = 0.2 * norms(constant(x, None))
+    torch.testing.assert_close(once, steps / 10 * alpha_v)
+    torch.testing.assert_close(again, once)
+    torch.testing.assert_close(
+        (redrawn**2).mean().sqrt(), math.sqrt(steps) / 10 * alpha_v[0], rtol=0.1, atol=0
+    )
+
+
+def test_a_callers_noise_of_the_same_seed_is_no_direction():
+    x = noise(50, 2, 2, seed=0)
+    push = guidance(qsteer.RandomDirection(1.0, seed=0), qsteer.field(constant), qsteer.value(total), x, 0.5)
+    cosine = (push * x).flatten(1).sum(1) / norms(push) / norms(x)
+    assert cosine.mean().abs() < 5 / math.sqrt(4 * 50)
+
+
+def test_chains_and_rows_have_directions_of_their_own():
+    field, value, rule, x = (
+        qsteer.field(constant),
+        qsteer.value(total),
+        qsteer.RandomDirection(),
+        noise(2, 2, 2),
+    )
+    base = qsteer.sample(field, value, x)
+    first, second = (qsteer.sample(field, value, x, rule=rule) - base for _ in range(2))
+    assert not torch.allclose(first, second)
+    assert not torch.allclose(first[0], first[1])
+
+
+def test_a_randomized_rule_is_of_guidance_and_of_strength_0_nothing():
+    with as_installed(), pytest.raises(TypeError, match="expected a guidance rule such as Tweedie"):
+        qsteer.Randomized(qsteer.Negated(qsteer.Tweedie()))
+    field = qsteer.field(constant)
+    assert qsteer.Randomized(qsteer.Tweedie(0.0))(field, qsteer.value(total)) is field

@@ -335,7 +335,10 @@ def test_auto_is_its_defaults_and_arms_know_it():
             "QGF: expected scaling 'match_norm' with an automatic strength.*got 'raw'",
         ),
         (lambda: qsteer.Tweedie(qsteer.Auto(), scaling="sigma"), "expected scaling 'match_norm'"),
-        (lambda: qsteer.RandomDirection("auto"), "expected a number as strength, got 'auto': a control"),
+        (
+            lambda: qsteer.RandomDirection("auto"),
+            "expected a number as strength, got 'auto': it asks no critic",
+        ),
         (lambda: qsteer.Auto(-1.0), "caution"),
         (lambda: qsteer.Auto(math.nan), "caution"),
         (lambda: qsteer.Auto(math.inf), "caution"),

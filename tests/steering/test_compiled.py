@@ -17,8 +17,9 @@ from qsteer.adapters import PlainPolicy
 from qsteer.adapters.pi import PiExpert, PiField
 from qsteer.critics import LiveCritic
 from qsteer.maps import FlowMap, MapConfig, MetaFlowMap, MetaMapConfig
-from qsteer.steering.compiled import KEPT, rebuilt, signature, tensors_in
+from qsteer.steering.compiled import KEPT
 from qsteer.steering.handle import steer
+from qsteer.steering.kinds import rebuilt, signature, tensors_in
 
 
 @pytest.fixture(params=PI)
@@ -338,3 +339,106 @@ def test_changed_weights_of_the_policy_are_seen() -> None:
 def test_kinds_tell_types_apart() -> None:
     values = [qsteer.value(abs, {"scale": scale}) for scale in (1, 1.0, True)]
     assert len({signature(value, []) for value in values}) == 3
+
+
+# ------------------------------------------------------------------------------------ changes between actions
+
+
+def assign(policy: nn.Module) -> None:
+    policy.load_state_dict({name: 1.05 * weight for name, weight in policy.state_dict().items()}, assign=True)
+
+
+def replace_memory(policy: nn.Module) -> None:
+    for weight in policy.parameters():
+        weight.data = 1.05 * weight.data
+
+
+def replace_module(policy: nn.Module) -> None:
+    attention = policy.model.paligemma_with_expert.gemma_expert.model.layers[0].self_attn
+    attention.q_proj = deepcopy(attention.q_proj)
+    attention.q_proj.weight.data.mul_(1.5)
+
+
+@pytest.mark.parametrize("change", [assign, replace_memory, replace_module])
+def test_weights_and_modules_put_in_the_place_of_others_are_seen(change: Any) -> None:
+    policy = hosts.build("pi05", seed=3)
+    hosts.set_steps(policy, 3)
+    batch, noise = hosts.observe(policy), hosts.draw(policy)
+    with steer(policy, critic(policy), qsteer.QGF(), compile="static"):
+        before = policy.predict_action_chunk(batch, noise=noise)
+        change(policy)
+        after = policy.predict_action_chunk(batch, noise=noise)
+    with steer(policy, critic(policy), qsteer.QGF()):
+        eager = policy.predict_action_chunk(batch, noise=noise)
+    torch.testing.assert_close(after, eager, rtol=1e-4, atol=1e-4)
+    assert (after - before).abs().max() > 1e-3
+
+
+def test_a_hook_or_an_adapter_put_on_later_is_refused() -> None:
+    """The prepared step reads matrices: what is around them is compared with the host's again."""
+    policy = hosts.build("pi05", seed=3)
+    hosts.set_steps(policy, 3)
+    layer = policy.model.paligemma_with_expert.gemma_expert.model.layers[0].mlp
+    with steer(policy, hosts.Target(), qsteer.QGF(), compile="static"):
+        policy.predict_action_chunk(hosts.observe(policy))
+        hook = layer.register_forward_hook(lambda module, args, result: 1.5 * result)
+        with pytest.raises(RuntimeError, match="expected the prepared velocity to be the host's"):
+            policy.predict_action_chunk(hosts.observe(policy))
+        hook.remove()
+        policy.predict_action_chunk(hosts.observe(policy))
+        layer._disable_adapters, layer.gate_proj = False, Adapter(layer.gate_proj)
+        policy.predict_action_chunk(hosts.observe(policy))
+        layer.gate_proj._disable_adapters = False
+        with pytest.raises(RuntimeError, match="expected the prepared velocity to be the host's"):
+            policy.predict_action_chunk(hosts.observe(policy))
+
+
+class Adapter(nn.Module):
+    """As PEFT has it: another weight beside the layer's, until it is disabled."""
+
+    def __init__(self, base: nn.Linear) -> None:
+        super().__init__()
+        self.base, self._disable_adapters = base, True
+
+    @property
+    def weight(self) -> Tensor:
+        return self.base.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.base(x) * (1.0 if self._disable_adapters else 1.5)
+
+
+def test_modes_and_switches_of_torch_are_part_of_a_kind() -> None:
+    policy, steering = hosts.shared("plain"), critic(hosts.shared("plain"))
+    hosts.set_steps(policy, 3)
+    torch.set_float32_matmul_precision("highest")
+    with steer(policy, steering, qsteer.QGF(), compile="static") as handle:
+
+        def kinds() -> int:
+            policy.predict_action_chunk(hosts.observe(policy))
+            return len(runs(handle))
+
+        assert kinds() == 1
+        try:
+            torch.set_float32_matmul_precision("high")
+            assert kinds() == 2
+        finally:
+            torch.set_float32_matmul_precision("highest")
+        steering.train(not steering.training)
+        assert kinds() == 3
+        steering.train(not steering.training)
+        assert kinds() == 3
+        policy.train(not policy.training)
+        assert kinds() == 1, "the policy is prepared anew"
+        policy.train(not policy.training)
+
+
+def test_a_map_with_weights_elsewhere_is_another_kind() -> None:
+    policy = PlainPolicy(lambda x, t, obs: obs[:, None, :3] - x, horizon=5, action_dim=3, executed=4)
+    jump = FlowMap(MapConfig(5, 3, 4, width=16, depth=1)).requires_grad_(False)
+    sampler = qsteer.BeamSearch(2, 2, 1, flow_map=jump)
+    with steer(policy, critic(policy), sampler, compile="static") as handle:
+        policy.predict_action_chunk(torch.ones(1, 4))
+        jump.load_state_dict({name: 2 * weight for name, weight in jump.state_dict().items()}, assign=True)
+        policy.predict_action_chunk(torch.ones(1, 4))
+        assert len(runs(handle)) == 2

@@ -26,6 +26,8 @@ METHODS: tuple[tuple[qsteer.Rule | None, qsteer.Sampler], ...] = (
     (qsteer.Posterior(GLASS, samples=3), qsteer.Euler()),
     (qsteer.GradientFreePosterior(GLASS, samples=3), qsteer.Euler()),
     (qsteer.RandomDirection(), qsteer.Euler()),
+    (qsteer.RandomDirection(redraw=True), qsteer.Euler()),
+    (qsteer.Randomized(qsteer.QGF()), qsteer.Euler()),
     (qsteer.Negated(qsteer.Tweedie()), qsteer.Euler()),
     (qsteer.Gated(qsteer.Tweedie()), qsteer.Euler()),
     (None, qsteer.BestOfN(4)),

@@ -20,6 +20,7 @@ COUNTED = [
     (qsteer.Tweedie(alpha="auto"), qsteer.Euler(), (10, 10, 9, 9), (18, 81, 9, 9)),
     (qsteer.Gated(qsteer.Tweedie()), qsteer.Euler(), (10, 10, 9, 9), (18, 27, 9, 9)),
     (qsteer.Negated(qsteer.Tweedie()), qsteer.Euler(), (10, 10, 9, 9), (9, 9, 9, 9)),
+    (qsteer.Randomized(qsteer.Tweedie()), qsteer.Euler(), (10, 10, 9, 9), (9, 9, 9, 9)),
     (qsteer.QGF(), qsteer.Euler(), (10, 10, 0, 0), (10, 10, 10, 10)),
     (qsteer.NoisyGradient(), qsteer.Euler(), (10, 10, 0, 0), (9, 9, 9, 9)),
     (qsteer.RandomDirection(), qsteer.Euler(), (10, 10, 0, 0), (0, 0, 0, 0)),

@@ -11,8 +11,9 @@ from bandit import Bandit
 
 import qsteer
 from qsteer.critics import Critic, LiveCritic
+from qsteer.data import Episodes
 from qsteer.online.actors import StateActor
-from qsteer.online.loop import train_online
+from qsteer.online.run import train_online
 from qsteer.online.settings import OnlineTraining
 from qsteer.policies import FlowPolicy, FlowPolicyConfig
 from qsteer.training.critic import CriticTraining, fresh_critic
@@ -60,6 +61,19 @@ def run(out: Path, training: OnlineTraining = TRAINING, seeds: int = 1, **option
     options = {"rule": RULE, "make_env": ThreeSteps} | options
     make_env = options.pop("make_env")
     return train_online(make_env, actor, live, out, training, progress=False, **options)
+
+
+def offline() -> Episodes:
+    g = torch.Generator().manual_seed(0)
+    actions = torch.rand(30, 1, generator=g)
+    return Episodes(
+        observations=torch.randn(30, 2, generator=g),
+        next_observations=torch.randn(30, 2, generator=g),
+        actions=actions,
+        rewards=-(actions[:, 0] - GOAL).square(),
+        terminals=torch.arange(30) % 3 == 2,
+        ends=torch.arange(30) % 3 == 2,
+    )
 
 
 class Faulty(ThreeSteps):
