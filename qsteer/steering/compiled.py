@@ -310,6 +310,11 @@ def check_field(field: Field, host_field: Field, noise: Float[Tensor, "B H A"]) 
     """Raise unless a prepared field is the host's own step, gradient included, at one time of its grid."""
     if field is host_field:
         return
+    if field.bounds != host_field.bounds:
+        raise MismatchError(
+            f"compile: expected the prepared field's bounds to be the host's {host_field.bounds}, got "
+            f"{field.bounds}; forward them in what Host.prepare makes"
+        )
     draw = torch.Generator(noise.device).manual_seed(0)
     x, direction = (torch.randn(noise.shape, generator=draw, device=noise.device).to(noise) for _ in range(2))
     times = [t for t, _ in host_field.clock.grid()]
