@@ -10,6 +10,7 @@ from torch.utils import _pytree as pytree
 from qsteer.adapters.pi import PiExpert, prefix_features
 from qsteer.clock import MIRRORED
 from qsteer.hosts import Host
+from qsteer.types import Bounds
 
 
 def repeat_context(context: Any, k: int) -> Any:
@@ -41,6 +42,19 @@ def features(context: dict[str, Any]) -> tuple[Tensor, Tensor]:
     return prefix_features(values, context["prefix_pad_masks"], context.get("state"))
 
 
+def action_bounds(policy: Any) -> Bounds:
+    """Return the bounds of a policy's normalised actions, by how its processor normalises them.
+
+    Only ``MIN_MAX`` maps all data into [-1, 1]. Under ``MEAN_STD`` a third of them lie beyond; ``QUANTILES``
+    maps the 1st and 99th percentile of each dimension to -1 and 1, ``QUANTILE10`` the 10th and 90th, so that
+    2 and 20 in 100 lie beyond; ``IDENTITY`` leaves the robot's units, of which nothing is known. Nor has a pi
+    model in Aloha's joints bounds, for it turns the normalised actions into its own.
+    """
+    mode = policy.config.normalization_mapping.get("ACTION")
+    bounded = mode == "MIN_MAX" and not getattr(policy.config, "adapt_to_pi_aloha", False)
+    return (-1.0, 1.0) if bounded else None
+
+
 PI05 = Host(
     serves="PI05Policy",
     entry="model.sample_actions",
@@ -55,6 +69,7 @@ PI05 = Host(
     features=features,
     prepare=PiExpert,
     layers="model.paligemma_with_expert.gemma_expert.model.layers",
+    bounds=action_bounds,
 )
 
 PI0 = replace(PI05, serves="PI0Policy")

@@ -23,7 +23,7 @@ from qsteer.clock import Clock, Time
 from qsteer.flow import expand_time
 from qsteer.hosts import HostField, numerics
 from qsteer.sampling import outside_inference_mode
-from qsteer.types import Field
+from qsteer.types import Bounds, Field
 
 
 class Modulation(NamedTuple):
@@ -74,7 +74,15 @@ class PiExpert:
         context = field.context
         layers = context["past_key_values"].layers
         keys, values = tuple(layer.keys for layer in layers), tuple(layer.values for layer in layers)
-        return PiField(self, keys, values, context["prefix_pad_masks"], context.get("state"), field.clock)
+        return PiField(
+            self,
+            keys,
+            values,
+            context["prefix_pad_masks"],
+            context.get("state"),
+            field.clock,
+            bounds=field.bounds,
+        )
 
     def moment(self, u: Time, x: Float[Tensor, "R H A"]) -> Moment:
         """Return what the expert knows of host time u; one that all rows of x share is looked up."""
@@ -133,6 +141,7 @@ class PiField(Field):
         clock: the host's.
         each: rows per observation; B observations have R = B each rows.
         through: the last layers which the gradient runs through; None: all.
+        bounds: the host's.
     """
 
     expert: PiExpert
@@ -143,6 +152,7 @@ class PiField(Field):
     clock: Clock
     each: int = 1
     through: int | None = None
+    bounds: Bounds = (-1.0, 1.0)
 
     def repeat(self, k: int) -> "PiField":
         """Return the field for ``k`` rows per observation, which share its prefix."""

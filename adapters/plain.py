@@ -9,9 +9,11 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from qsteer.checks import check_bounds
 from qsteer.clock import PAPER, Clock
 from qsteer.flow import expand_time
 from qsteer.hosts import Host, HostField
+from qsteer.types import Bounds
 
 
 def prepare_plain(policy: Any) -> Callable[[HostField], HostField]:
@@ -36,9 +38,11 @@ class PlainPolicy(nn.Module):
         executed: how many steps of a chunk are executed; None: all.
         clock: the velocity's convention, :data:`qsteer.clock.PAPER` (t = 0 noise, pointing to the action) or
             :data:`qsteer.clock.MIRRORED` (u = 1 noise, velocity = noise - action); its ``steps`` is not read.
+        bounds: lowest and highest entry of a clean action; None: there are none, as for actions normalised
+            by mean and standard deviation.
 
     Raises:
-        ValueError: a size is out of its range.
+        ValueError: a size is out of its range, or ``bounds`` are not ``(low, high)``.
 
     Example:
         >>> policy = PlainPolicy(lambda x, t, obs: obs[:, None, None] - x, horizon=5, action_dim=2)
@@ -55,6 +59,7 @@ class PlainPolicy(nn.Module):
         steps: int = 10,
         executed: int | None = None,
         clock: Clock = PAPER,
+        bounds: Bounds = (-1.0, 1.0),
     ) -> None:
         super().__init__()
         executed = horizon if executed is None else executed
@@ -63,6 +68,8 @@ class PlainPolicy(nn.Module):
                 "PlainPolicy: expected action_dim and steps of at least 1 and 1 <= executed <= horizon, got "
                 f"action_dim={action_dim}, steps={steps}, executed={executed}, horizon={horizon}"
             )
+        check_bounds(bounds)
+        self.bounds = bounds
         self.velocity, self.action_shape = velocity, (horizon, action_dim)
         self.steps, self.executed, self.clock = steps, executed, clock
 
@@ -80,6 +87,7 @@ class PlainPolicy(nn.Module):
             action_shape="action_shape",
             features=itemgetter("obs"),
             prepare=prepare_plain,
+            bounds=self.bounds,
         )
 
     @torch.no_grad()

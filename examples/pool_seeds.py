@@ -3,7 +3,7 @@
     python examples/pool_seeds.py benchmarks/cube-single/seed*.json
 
 Prints Markdown: success for each training seed, pooled success with its 95 % Wilson interval, and the pooled
-gain over the first arm with a paired bootstrap interval. Both intervals are of the episodes; the columns of
+gain over the first arm with Tango's paired interval. Both intervals are of the episodes; the columns of
 the seeds show how far training seeds differ. With --cost: evaluations per action (forwards + backwards of
 policy, critic and learnt map, as passes and as rows of policy and map forwards) and time per action over the
 first arm's, the median of the reports.
@@ -16,7 +16,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from qsteer.statistics import paired_bootstrap, wilson_interval
+from qsteer.statistics import paired_interval, wilson_interval
 
 
 def main() -> None:
@@ -40,7 +40,7 @@ def main() -> None:
     for arms in zip(*reports, strict=True):
         hits = [int(s) for arm in arms for s in arm["successes"]]
         low, high = wilson_interval(sum(hits), len(hits))
-        gain, worst, best = paired_bootstrap(hits, base)
+        gain, worst, best = paired_interval(hits, base)
         each = " | ".join(f"{arm['success']:.0%}" for arm in arms)
         against = "| |" if arms[0] is reports[0][0] else f"{gain:+.0%} | {worst:+.0%} to {best:+.0%} |"
         pooled = f"{sum(hits) / len(hits):.0%} | {low:.0%} to {high:.0%}"

@@ -67,7 +67,17 @@ def check_widths(owner: object, name: str) -> None:
         raise ValueError(f"{_place(owner, name)}: expected at least one positive width, got {widths}")
 
 
-def check_bounds(bounds: Any) -> None:
+def check_clip(clip: Any) -> None:
+    """Check what clips actions: "policy", which means the policy's own bounds, None, or (low, high).
+
+    Raises:
+        ValueError: it is something else.
+    """
+    if clip != "policy":
+        check_bounds(clip, "clip", '"policy" for the policy\'s own, ')
+
+
+def check_bounds(bounds: Any, name: str = "bounds", other: str = "") -> None:
     """Check bounds of an action: None, or (low, high).
 
     Raises:
@@ -77,7 +87,7 @@ def check_bounds(bounds: Any) -> None:
         isinstance(bounds, tuple | list) and len(bounds) == 2 and bounds[0] < bounds[1]
     ):
         raise ValueError(
-            f"clip: expected (low, high) with low < high, or None for no clipping, got {bounds!r}"
+            f"{name}: expected (low, high) with low < high, {other}or None for none, got {bounds!r}"
         )
 
 

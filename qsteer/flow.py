@@ -16,7 +16,7 @@ from jaxtyping import Float, Shaped
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from qsteer.checks import check_output
+from qsteer.checks import check_bounds, check_output
 from qsteer.clock import PAPER, Clock, Time
 from qsteer.types import Bounds, Field, Jump, PosteriorSampler, Value
 
@@ -88,6 +88,7 @@ class FunctionField(Field):
     fn: Callable[..., Tensor]
     context: Any = None
     clock: Clock = PAPER
+    bounds: Bounds = (-1.0, 1.0)
     _repeats: dict[int, "FunctionField"] = attribute(
         default_factory=dict, init=False, repr=False, compare=False
     )
@@ -165,7 +166,13 @@ class FunctionJump(Jump):
         return self.fn(x, expand_time(r, x), expand_time(t, x))
 
 
-def field(fn: Callable[..., Tensor], context: Any = None, *, clock: Clock = PAPER) -> Field:
+def field(
+    fn: Callable[..., Tensor],
+    context: Any = None,
+    *,
+    clock: Clock = PAPER,
+    bounds: Bounds = (-1.0, 1.0),
+) -> Field:
     """Make a field of a velocity function.
 
     Args:
@@ -174,15 +181,19 @@ def field(fn: Callable[..., Tensor], context: Any = None, *, clock: Clock = PAPE
         context: what the function knows of the observations: a tensor, or nested dicts, lists and tuples of
             tensors, each with one leading row per observation. Samplers with several candidates repeat it.
         clock: the step grid; only hosts need another than the default.
+        bounds: lowest and highest entry of a clean action, at which rules ask the critic; None: there are
+            none, as for actions normalised by mean and standard deviation.
 
     Raises:
         TypeError: ``fn`` is not callable.
+        ValueError: ``bounds`` are not ``(low, high)``.
     """
     if not callable(fn):
         raise TypeError(
             f"field: expected a function (x, t) -> velocity, got {type(fn).__name__}; wrap it in a lambda"
         )
-    return FunctionField(fn, normal(context), clock)
+    check_bounds(bounds)
+    return FunctionField(fn, normal(context), clock, bounds)
 
 
 def value(fn: Callable[..., Tensor], context: Any = None, *, mask: Tensor | None = None) -> Value:

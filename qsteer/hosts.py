@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from qsteer.clock import Clock, Time
 from qsteer.flow import expand_time, repeat_rows
-from qsteer.types import Field
+from qsteer.types import Bounds, Field
 
 
 def repeat_context(context: Any, k: int) -> Any:
@@ -56,6 +56,8 @@ class Host:
         prepare: ``policy -> (HostField -> Field)``: the same velocity with all that stays the same between
             steps computed once, for ``steer(compile=...)``; a frozen dataclass whose tensors are all that
             depends on the observations. None: there is none.
+        bounds: of the clean actions in model space, ``(low, high)``, or ``policy -> (low, high)``; None:
+            they have none. Rules ask the critic within them.
     """
 
     serves: str
@@ -75,6 +77,7 @@ class Host:
     layers: str | None = None
     reads: tuple[str, ...] = ("input_layernorm", "post_attention_layernorm")
     prepare: Callable[[Any], Callable[["HostField"], Field]] | None = None
+    bounds: Callable[[Any], Bounds] | Bounds = None
 
     def read(self, policy: Any, path: str) -> Any:
         """Return what ``path`` names on the policy.
@@ -148,6 +151,11 @@ class HostField(Field):
     def features(self) -> Any:
         """What the host made of its observations; None: its record does not say."""
         return None if self.host.features is None else self.host.features(self.context)
+
+    @property
+    def bounds(self) -> Bounds:  # type: ignore[override]
+        """What the host's record says of its actions."""
+        return self.host.bounds(self.policy) if callable(self.host.bounds) else self.host.bounds
 
     @cached_property
     def dtype(self) -> torch.dtype | None:  # type: ignore[override]

@@ -32,6 +32,7 @@ def plot_trace(
     gradient_norm: Float[np.ndarray, "N K"],
     value: Float[np.ndarray, "N K"],
     value_std: Float[np.ndarray, "N K"],
+    displacement: Float[np.ndarray, "M"] | None = None,
     *,
     path: str | Path,
 ) -> Path:
@@ -45,6 +46,7 @@ def plot_trace(
         gradient_norm: norm of the critic's gradient.
         value: mean of the ensemble at the denoised action.
         value_std: spread of the ensemble there.
+        displacement: of M actions from their unsteered twins, root mean square per entry.
         path: of the picture; its suffix says the format.
 
     Raises:
@@ -65,6 +67,9 @@ def plot_trace(
     caption = f"line: median of {len(strength)} actions; band: 10 to 90 % of them"
     if constant:
         caption = f"guidance = {np.nanmedian(strength):.2g} × velocity at every step; {caption}"
+    if displacement is not None and displacement.size:
+        low, median, high = np.nanquantile(displacement, [0.1, 0.5, 0.9])
+        caption += f"; actions moved by {median:.2g} per entry ({low:.2g} to {high:.2g}) in all"
     plt = load_pyplot()
     with plt.rc_context(STYLE):
         fig, axes = plt.subplots(1, len(panels), figsize=(9.6, 2.7), layout="constrained")

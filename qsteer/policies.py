@@ -4,17 +4,18 @@ from collections.abc import Sequence
 from dataclasses import KW_ONLY, dataclass, replace
 from functools import partial
 from itertools import pairwise
+from typing import cast
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from qsteer.checks import check_at_least, check_widths
+from qsteer.checks import check_at_least, check_bounds, check_widths
 from qsteer.critics.networks import Normalizer
 from qsteer.flow import FunctionField, normal
 from qsteer.hub import HubModule
-from qsteer.types import Field
+from qsteer.types import Bounds, Field
 
 
 @dataclass(frozen=True)
@@ -23,11 +24,12 @@ class FlowPolicyConfig:
 
     Attributes:
         obs_dim: size of the observation vector.
-        action_dim: size of one action; actions lie in [-1, 1].
+        action_dim: size of one action.
         horizon: actions per chunk.
         hidden: widths of the hidden layers.
         harmonics: the network sees ``sin(k pi t), cos(k pi t)`` for k = 1 .. harmonics.
         residual: hidden layers after the first add to what they read; they are of one width.
+        bounds: lowest and highest entry of an action; None: there are none.
     """
 
     obs_dim: int
@@ -36,9 +38,12 @@ class FlowPolicyConfig:
     hidden: Sequence[int] = (256, 256, 256)
     harmonics: int = 8
     residual: bool = False
+    bounds: Sequence[float] | None = (-1.0, 1.0)
 
     def __post_init__(self) -> None:
-        """Check the values; widths read from JSON become a tuple."""
+        """Check the values; widths and bounds read from JSON become tuples."""
+        check_bounds(self.bounds)
+        object.__setattr__(self, "bounds", None if self.bounds is None else tuple(self.bounds))
         object.__setattr__(self, "hidden", tuple(self.hidden))
         check_at_least(self, 1, "obs_dim", "action_dim", "horizon", "harmonics")
         check_widths(self, "hidden")
@@ -140,4 +145,6 @@ class FlowPolicy(HubModule, tags=["qsteer", "robotics", "flow-matching"]):
     def field(self, obs: Float[Tensor, "B O"]) -> Field:
         """Return the :class:`~qsteer.types.Field` for ``obs``, encoded once and without a graph."""
         with torch.no_grad():
-            return PolicyField(self.velocity, normal(self.encode(obs)), policy=self)
+            return PolicyField(
+                self.velocity, normal(self.encode(obs)), bounds=cast(Bounds, self.config.bounds), policy=self
+            )

@@ -14,13 +14,13 @@ from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor
 
-from qsteer.checks import check_bounds, check_count, check_function, unwrap_numbers
+from qsteer.checks import check_clip, check_count, check_function, unwrap_numbers
 from qsteer.flow import FunctionJump, ask, ask_members, clip_actions, finite_rows
 from qsteer.maps.flow_maps import EulerMap, FlowMap
 from qsteer.maps.losses import fmq_target, trust_radius
 from qsteer.rules.guidance import gradient
 from qsteer.trace import report_fallbacks
-from qsteer.types import Bounds, Field, Jump, Rule, Sampler, Value
+from qsteer.types import Clip, Field, Jump, Rule, Sampler, Value, clip_of
 
 
 @dataclass(frozen=True)
@@ -31,15 +31,15 @@ class Euler(Sampler):
 
     Args:
         steps: number of steps; None: the field's own number (a host's configuration, 10 on a bare field).
-        clip: bounds of the finished action; None: no clipping, which suits hosts whose model space is
-            unbounded.
+        clip: bounds of the finished action; None: no clipping, as hosts do; ``"policy"``: the policy's own
+            bounds (:attr:`qsteer.types.Field.bounds`).
 
     Raises:
         ValueError: fewer than one step, or bounds out of order.
     """
 
     steps: int | None = None
-    clip: Bounds = None
+    clip: Clip = None
 
     def __post_init__(self) -> None:
         """Check the arguments."""
@@ -47,7 +47,7 @@ class Euler(Sampler):
         check_count(self, "steps")
         if self.steps is not None and self.steps < 1:
             raise ValueError(f"steps: expected at least 1, got {self.steps}; pi0 uses 10, GR00T 4")
-        check_bounds(self.clip)
+        check_clip(self.clip)
 
     def __call__(
         self, field: Field, value: Value | None, noise: Float[Tensor, "B H A"]
@@ -56,7 +56,7 @@ class Euler(Sampler):
         field, x = field.chain(self.steps), noise
         for t, dt in field.clock.grid(self.steps):
             x = x + dt * field(x, t)
-        return clip_actions(x, self.clip)
+        return clip_actions(x, clip_of(self.clip, field))
 
 
 @dataclass(frozen=True)
@@ -241,15 +241,15 @@ class BeamSearch(Sampler):
         """Return the best particle."""
         value, m, n = needed(value, self), self.particles, self.particles * self.branches
         t = self.snr / (1 + self.snr)
-        jump = self._jump(field)
+        jump, bounds = self._jump(field), clip_of(self._completion.clip, field)
         a = rearrange(candidates(noise, m), "b m h a -> (b m) h a")
         if self.flow_map is None:
             a = self.inner(field.repeat(m), value.repeat(m), a)
         else:
-            a = self._complete(jump.repeat(m), a, 0.0)
+            a = clip_actions(jump.repeat(m)(a, 0.0, 1.0), bounds)
         for _ in range(self.rounds):
             a = a.repeat_interleave(self.branches, 0)
-            a = self._complete(jump.repeat(n), t * a + (1 - t) * torch.randn_like(a), t)
+            a = clip_actions(jump.repeat(n)(t * a + (1 - t) * torch.randn_like(a), t, 1.0), bounds)
             kept = scores(value, a, n).topk(m, 1).indices
             a = project(
                 take(rearrange(a, "(b n) h a -> b n h a", n=n), kept).flatten(0, 1), value.repeat(m), self.eta
@@ -271,10 +271,6 @@ class BeamSearch(Sampler):
         if isinstance(self.flow_map, Jump | FlowMap):
             return self.flow_map.on(field.base)
         return FunctionJump(self.flow_map)
-
-    def _complete(self, jump: Jump, x: Float[Tensor, "R H A"], t: float) -> Float[Tensor, "R H A"]:
-        """Jump from time t to the action."""
-        return clip_actions(jump(x, t, 1.0), self._completion.clip)
 
 
 @dataclass(frozen=True)

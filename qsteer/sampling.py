@@ -2,13 +2,15 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from qsteer.flow import norm
 from qsteer.samplers import Euler
-from qsteer.trace import Trace, record_action
+from qsteer.trace import Trace, displacement_wanted, record_action, report_displacement
 from qsteer.types import Bindable, Field, Rule, Sampler, Value
 
 
@@ -89,7 +91,26 @@ def steered_action(
 ) -> Float[Tensor, "B H A"]:
     """Return what the sampler makes of the field that the rule bends."""
     steered = field if rule is None or value is None else rule(field, value)
-    return sampler(steered, value, noise).detach()
+    action = sampler(steered, value, noise).detach()
+    if displacement_wanted():
+        twin = chain_of(sampler)(field, None, noise)
+        report_displacement(rms(action - twin, None if value is None else value.mask))
+    return action
+
+
+def chain_of(sampler: Any) -> Euler:
+    """Return the innermost Euler chain of a sampler; if it has none, the host's own."""
+    while not isinstance(sampler, Euler | None):
+        sampler = getattr(sampler, "inner", None)
+    return sampler or Euler()
+
+
+def rms(x: Float[Tensor, "B H A"], mask: Tensor | None) -> Float[Tensor, "B"]:
+    """Return each row's root mean square over the entries of a mask."""
+    if mask is None:
+        return norm(x) / x.shape[1:].numel() ** 0.5
+    seen = mask.bool()
+    return norm(torch.where(seen, x, 0.0)) / seen.sum() ** 0.5
 
 
 def acting(critic: Bindable) -> AbstractContextManager[None]:

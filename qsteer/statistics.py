@@ -53,6 +53,51 @@ def wilson_interval(successes: float | int, n: float | int, level: float = 0.95)
     return Interval(max(0.0, centre - half), min(1.0, centre + half))
 
 
+def paired_interval(a: ArrayLike, b: ArrayLike, *, level: float = 0.95) -> Difference:
+    """Return the difference of two success rates on the same episodes, with Tango's score interval (1998).
+
+    Episodes are pairs (same seed, same noise in both arms), so what makes an episode hard for both cancels.
+    With n of them, of which a alone solves f and b alone g, the interval holds all d with
+
+        ``|f - g - n d| <= z sqrt(n (2 q + d (1 - d)))``,
+
+    q the likeliest rate of g if d is the difference. It covers what it says with few episodes too, where
+    percentile bootstraps are too narrow (:func:`paired_bootstrap`: .91 of a nominal .95 at n = 50), and has
+    a width where all pairs agree. It does not include the variance between training seeds.
+
+    Args:
+        a: (E,) successes of one arm.
+        b: (E,) successes of the other in the same episodes.
+        level: of confidence.
+
+    Raises:
+        ValueError: the arms are not as long as each other, empty, or not of successes; or a level outside
+            (0, 1).
+    """
+    a, b = _check_pairs(a, b)
+    if not np.isin((a, b), (0, 1)).all():
+        raise ValueError(
+            "a, b: expected successes, each 0 or 1, got other numbers; of returns take paired_bootstrap"
+        )
+    _check_level(level)
+    n, f, g = a.size, int((a > b).sum()), int((b > a).sum())
+    z = NormalDist().inv_cdf((1 + level) / 2)
+
+    def excess(d: float) -> float:
+        linear, constant = (2 * n - f + g) * d - f - g, -g * d * (1 - d)
+        q = ((linear**2 - 8 * n * constant) ** 0.5 - linear) / (4 * n)
+        return (f - g - n * d) / max(n * (2 * q + d * (1 - d)), 1e-300) ** 0.5
+
+    def solve(target: float) -> float:
+        low, high = -1.0, 1.0  # where excess falls from above the target to below
+        for _ in range(60):
+            middle = (low + high) / 2
+            low, high = (middle, high) if excess(middle) > target else (low, middle)
+        return (low + high) / 2
+
+    return Difference((f - g) / n, solve(z), solve(-z))
+
+
 def paired_bootstrap(
     a: ArrayLike, b: ArrayLike, *, samples: int = 10_000, level: float = 0.95, seed: int = 0
 ) -> Difference:
@@ -75,14 +120,7 @@ def paired_bootstrap(
 
     Cost: of order ``samples`` times the number of different values of ``a - b`` (three for successes).
     """
-    a, b = np.asarray(a, float), np.asarray(b, float)
-    if a.shape != b.shape or a.ndim != 1 or not a.size:
-        raise ValueError(
-            f"a, b: expected outcomes of the same episodes, shapes (E,), got {a.shape} and {b.shape}; run "
-            "both arms with the same seed and number of episodes"
-        )
-    _check_finite("a", a)
-    _check_finite("b", b)
+    a, b = _check_pairs(a, b)
     _check_samples(samples)
     _check_level(level)
     # The mean of a resample depends only on how often each value is drawn.
@@ -219,6 +257,18 @@ def time_weighted_ema(x: ArrayLike, y: ArrayLike, alpha: float | int = 0.99) -> 
         total, mass = decay * total + y[i], decay * mass + 1
         smooth[i] = total / mass
     return smooth
+
+
+def _check_pairs(a: ArrayLike, b: ArrayLike) -> tuple[np.ndarray, np.ndarray]:
+    a, b = np.asarray(a, float), np.asarray(b, float)
+    if a.shape != b.shape or a.ndim != 1 or not a.size:
+        raise ValueError(
+            f"a, b: expected outcomes of the same episodes, shapes (E,), got {a.shape} and {b.shape}; run "
+            "both arms with the same seed and number of episodes"
+        )
+    _check_finite("a", a)
+    _check_finite("b", b)
+    return a, b
 
 
 def _check_finite(name: str, values: np.ndarray) -> None:

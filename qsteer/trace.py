@@ -49,11 +49,15 @@ class Trace:
     the base velocity for that step (or the unprojected, unselected action); ``gated`` counts those which
     :class:`~qsteer.Gated` left alone because the ensemble disagreed. ``strength`` is ``||guidance|| /
     ||velocity||`` over the entries which the critic sees: 1e-4 means that steering is absent, 1 that it
-    overwhelms the policy.
+    overwhelms the policy. What has come of it is the displacement: how far the action lies from its unsteered
+    twin, the policy's own Euler chain from the same noise, as root mean square over the entries which the
+    critic sees, in the policy's units. Pushes that cancel or that a clip cuts off have strength, but no
+    displacement.
 
     Args:
         steps: record the steps too, not only fallbacks. Costs one more critic evaluation per guided step.
         keep: how many sampled actions to remember.
+        displacement: record the displacement, at the cost of one more Euler chain; None: as ``steps``.
     """
 
     steps: bool = True
@@ -61,6 +65,8 @@ class Trace:
     fallbacks: int = 0
     gated: int = 0
     actions: deque[list[Step]] = field(default_factory=deque, repr=False)
+    displacements: deque[Tensor] = field(default_factory=deque, repr=False)
+    displacement: bool | None = None
     _warned: bool = False
 
     def __post_init__(self) -> None:
@@ -70,16 +76,23 @@ class Trace:
                 f"keep: expected at least 1 action, got {self.keep}; use steps=False to record none"
             )
         self.actions = deque(self.actions, maxlen=self.keep)
+        self.displacements = deque(self.displacements, maxlen=self.keep)
+
+    @property
+    def wanted(self) -> tuple[bool, bool]:
+        """Whether steps are recorded, and whether displacements are."""
+        return self.steps, self.steps if self.displacement is None else self.displacement
 
     def arrays(self) -> dict[str, np.ndarray]:
-        """Return ``t`` (K,) and ``strength, gradient_norm, value, value_std`` (N, K).
+        """Return ``t`` (K,), ``strength, gradient_norm, value, value_std`` (N, K) and ``displacement`` (M,).
 
-        N rows of chains, K guided steps. Chains guided at other times than the first one of the last action
-        (a rule was swapped; the completions of a beam) are left out.
+        N rows of chains, K guided steps, M rows of actions. Chains guided at other times than the first one
+        of the last action (a rule was swapped; the completions of a beam) are left out.
         """
         names = ("strength", "gradient_norm", "value", "value_std")
+        moved = torch.cat([*self.displacements]).float().cpu().numpy() if self.displacements else np.zeros(0)
         if not self.actions:
-            return {"t": np.zeros(0), **{name: np.zeros((0, 0)) for name in names}}
+            return {"t": np.zeros(0), **{name: np.zeros((0, 0)) for name in names}, "displacement": moved}
         times = [first_time(step.t) for step in split_chains(self.actions[-1])[0]]
         chains = [chain for action in self.actions for chain in split_chains(action)]
         alike = [chain for chain in chains if [first_time(step.t) for step in chain] == times]
@@ -87,16 +100,20 @@ class Trace:
         return {
             "t": np.array(times, dtype=np.float32),
             **{name: torch.cat(c).float().cpu().numpy() for name, c in columns.items()},
+            "displacement": moved,
         }
 
     def plot(self, path: str | Path) -> Path:
-        """Draw strength, gradient norm, value and ensemble spread against t; needs the ``plots`` extra."""
+        """Draw strength, gradient norm, value and ensemble spread against t; needs the ``plots`` extra.
+
+        The caption says the displacement.
+        """
         from qsteer.plotting import plot_trace
 
         return plot_trace(path=path, **self.arrays())
 
     def __str__(self) -> str:
-        """One line per guided step: the medians over all rows."""
+        """One line per guided step: the medians over all rows; the displacement's median and 80 %."""
         data = self.arrays()
         lines = [
             f"{len(self.actions)} actions, {self.fallbacks} fallbacks"
@@ -108,6 +125,8 @@ class Trace:
                 np.nanmedian(data[n][:, k]) for n in ("strength", "gradient_norm", "value", "value_std")
             )
             lines.append(f"{t:5.2f}  {s:8.4f}  {g:10.3g}  {q:8.3f}  {d:6.3f}")
+        if data["displacement"].size:
+            lines.append(describe_displacement(data["displacement"]))
         return "\n".join(lines)
 
     def _count(self, lost: int, gated: int) -> None:
@@ -129,11 +148,13 @@ class ActionRecord:
     """What is reported of one action, to be handed over to a trace later: threads may share a trace.
 
     Args:
-        wanted: collect the guided steps too, not only fallbacks.
+        steps_wanted: collect the guided steps too, not only fallbacks.
+        displacement_wanted: collect the displacement.
     """
 
-    def __init__(self, wanted: bool) -> None:
-        self.wanted = wanted
+    def __init__(self, steps_wanted: bool, displacement_wanted: bool) -> None:
+        self.steps_wanted, self.displacement_wanted = steps_wanted, displacement_wanted
+        self.displacement: Tensor | None = None
         self.steps: list[Step] = []
         self.fell_back: list[Tensor] = []
         self.gated: list[Tensor] = []
@@ -149,7 +170,8 @@ class ActionRecord:
 
     def copy(self) -> "ActionRecord":
         """Return it with tensors of its own, where a replay will overwrite these."""
-        copy = ActionRecord(self.wanted)
+        copy = ActionRecord(self.steps_wanted, self.displacement_wanted)
+        copy.displacement = None if self.displacement is None else self.displacement.clone()
         copy.steps = [step.copy() for step in self.steps]
         copy.fell_back, copy.gated = self.fell_back, self.gated  # read when they are handed over
         return copy
@@ -158,6 +180,8 @@ class ActionRecord:
         """Add the action to a trace: the only place where tracing waits for the device."""
         if self.steps:
             trace.actions.append(self.steps)
+        if self.displacement is not None:
+            trace.displacements.append(self.displacement)
         if self.fell_back:
             zero = torch.zeros_like(self.fell_back[0])
             counts = torch.stack([torch.stack([zero, *part]).sum() for part in (self.fell_back, self.gated)])
@@ -168,7 +192,7 @@ class ActionRecord:
 def record_action(trace: Trace | None) -> Iterator[None]:
     """Record one sampled action into ``trace``; without one, only count and warn of fallbacks."""
     trace = Trace(steps=False) if trace is None else trace
-    record = ActionRecord(trace.steps)
+    record = ActionRecord(*trace.wanted)
     try:
         with record.collect():
             yield
@@ -191,7 +215,25 @@ def report_gated(gated: Tensor) -> None:
 def find_recorder() -> list[Step] | None:
     """Return the list to append guided steps to; None: no trace has asked for them."""
     action = _recording.get()
-    return action.steps if action is not None and action.wanted else None
+    return action.steps if action is not None and action.steps_wanted else None
+
+
+def displacement_wanted() -> bool:
+    """Return whether a trace has asked for the displacement."""
+    action = _recording.get()
+    return action is not None and action.displacement_wanted
+
+
+def report_displacement(moved: Tensor) -> None:
+    """Record how far each row's action lies from its unsteered twin."""
+    if (action := _recording.get()) is not None:
+        action.displacement = moved
+
+
+def describe_displacement(moved: np.ndarray) -> str:
+    """Return median and 10 to 90 % of displacements in words."""
+    low, median, high = np.nanquantile(moved, [0.1, 0.5, 0.9])
+    return f"moved from the unsteered action by {median:.3g} per entry (10 to 90 %: {low:.3g} to {high:.3g})"
 
 
 def split_chains(action: list[Step]) -> list[list[Step]]:

@@ -10,7 +10,7 @@ dimensions, ``J`` members of a critic ensemble.
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
@@ -19,6 +19,9 @@ from torch import Tensor
 from qsteer.clock import PAPER, Clock, Time
 
 type Bounds = tuple[float, float] | None
+"""Lowest and highest entry of a clean action in model space; None: it has no bounds."""
+type Clip = Bounds | Literal["policy"]
+"""Bounds to clip to; ``"policy"``: those of the field, see :func:`clip_of`."""
 type Observation = Tensor | Mapping[str, Tensor]
 
 
@@ -30,12 +33,15 @@ class Field(ABC):
 
     Attributes:
         clock: the step grid on which a sampler integrates, and the host's time.
+        bounds: of the policy's clean actions in model space, ``(low, high)``; None: they have none, as under
+            a normalisation by mean and standard deviation.
         features: what the policy made of its observations, for learnt maps and critics: a tensor (B, F), or
             tokens (B, L, F) and their mask (B, L); None: nothing.
         dtype: the coarsest floating-point type the velocity is computed in; None: that of x.
     """
 
     clock: Clock = PAPER
+    bounds: Bounds = (-1.0, 1.0)
     features: Any = None
     dtype: torch.dtype | None = None
 
@@ -75,6 +81,11 @@ class Field(ABC):
             f"layers={layers}: expected the velocity of a policy whose layers are known, got "
             f"{type(self).__name__}; name them in the policy's Host record, or leave layers out"
         )
+
+
+def clip_of(clip: Clip, field: Field) -> Bounds:
+    """Return the bounds which ``clip`` means on a field."""
+    return field.bounds if clip == "policy" else clip
 
 
 class Value(ABC):

@@ -377,7 +377,10 @@ def test_chains_without_steps_are_refused(steps):
 
 @pytest.mark.parametrize("clip", [(1.0, -1.0), (0.0, 0.0), 1.0])
 def test_bounds_out_of_order_are_refused(clip):
-    with as_installed(), pytest.raises(ValueError, match=r"expected \(low, high\) with low < high, or None"):
+    with (
+        as_installed(),
+        pytest.raises(ValueError, match=r"clip: expected \(low, high\) with low < high, \"policy\""),
+    ):
         qsteer.Euler(clip=clip)
 
 

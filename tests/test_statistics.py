@@ -1,5 +1,6 @@
 """Intervals against scipy, formulas, and exhaustive resampling."""
 
+import math
 from itertools import product
 from typing import Any
 
@@ -10,6 +11,7 @@ from scipy.stats import binom, binomtest, trim_mean
 from qsteer.statistics import (
     interquartile_mean,
     paired_bootstrap,
+    paired_interval,
     seed_bootstrap,
     stratified_bootstrap,
     time_weighted_ema,
@@ -159,3 +161,44 @@ def test_successes_are_counted_in_whole_numbers() -> None:
         with pytest.raises(ValueError, match=f"whole numbers of episodes, got {k} of {n}"):
             wilson_interval(k, n)
     assert wilson_interval(2.0, 5.0) == wilson_interval(2, 5)
+
+
+@pytest.mark.parametrize("n", [20, 50])
+@pytest.mark.parametrize(
+    ("gains", "losses"), [(0.3, 0.1), (0.2, 0.2), (0.1, 0.02), (0.5, 0.05), (0.03, 0.03)]
+)
+def test_the_paired_interval_covers_what_it_says(n: int, gains: float, losses: float) -> None:
+    """The exact coverage: every outcome of n pairs, weighed by its probability."""
+    covered, total = 0.0, 0.0
+    for f in range(n + 1):
+        for g in range(n + 1 - f):
+            ways = math.lgamma(n + 1) - sum(math.lgamma(k + 1) for k in (f, g, n - f - g))
+            chance = math.exp(ways) * gains**f * losses**g * (1 - gains - losses) ** (n - f - g)
+            if chance < 1e-7:
+                continue
+            pairs = np.repeat([[1, 0], [0, 1], [1, 1]], [f, g, n - f - g], axis=0).T
+            _, low, high = paired_interval(*pairs)
+            covered += chance * (low <= gains - losses <= high)
+            total += chance
+    assert total > 0.999 and covered / total > 0.935
+
+
+def test_the_paired_interval_is_tangos_and_mirrors() -> None:
+    pairs = np.repeat([[1, 0], [0, 1], [1, 1]], [9, 1, 35], axis=0).T  # Tango (1998): n = 45, f, g = 9, 1
+    there, back = paired_interval(*pairs), paired_interval(*pairs[::-1])
+    assert there.difference == pytest.approx(8 / 45) and there.low < 8 / 45 < there.high
+    assert (-back.high, -back.low) == pytest.approx((there.low, there.high))
+    for d in there[1:]:  # the score at both ends is z
+        q = min(np.linspace(1e-6, 1, 200_001), key=lambda q: -likelihood(q, d, 9, 1, 45))
+        assert abs(8 - 45 * d) / (45 * (2 * q + d - d * d)) ** 0.5 == pytest.approx(1.95996, abs=2e-3)
+    same = paired_interval([1, 0, 1], [1, 0, 1])
+    assert same.difference == 0 and -same.low == pytest.approx(same.high) and same.high > 0.3
+    with pytest.raises(ValueError, match=r"each 0 or 1, got other numbers; of returns take paired_bootstrap"):
+        paired_interval([0.5, 1], [0, 1])
+
+
+def likelihood(q: float, d: float, f: int, g: int, n: int) -> float:
+    """The log-likelihood of rates q + d and q of pairs that one arm alone solves."""
+    if q + d <= 0 or 1 - 2 * q - d <= 0:
+        return -math.inf
+    return f * math.log(q + d) + g * math.log(q) + (n - f - g) * math.log(1 - 2 * q - d)

@@ -38,7 +38,7 @@ def traced(rule=None, value=VALUE, field=BASE, rows=3, actions=1, trace=None, **
 
 def test_arrays_have_one_row_per_action_row_and_one_column_per_guided_step():
     data = traced(qsteer.Tweedie(), actions=4).arrays()
-    assert set(data) == {"t", *STATISTICS}
+    assert set(data) == {"t", *STATISTICS, "displacement"} and data["displacement"].shape == (12,)
     np.testing.assert_allclose(data["t"], np.arange(1, 10) / 10, atol=1e-7)
     assert all(data[name].shape == (12, 9) for name in STATISTICS)
     assert all(np.isfinite(data[name]).all() for name in STATISTICS)
@@ -82,7 +82,7 @@ def test_statistics_are_those_of_the_step(rule):
     )  # so that x is there at 0.5
     trace, only = qsteer.Trace(), rule(0.3, scaling="raw", start=0.5, stop=0.5)
     qsteer.sample(resting, value, x, rule=only, trace=trace)
-    data = {name: column[:, 0] for name, column in trace.arrays().items() if name != "t"}
+    data = {name: column[:, 0] for name, column in trace.arrays().items() if column.ndim == 2}
     v = nonlinear(x, fixed_times(t, 3))
     raw = norms(guidance(rule(1.0, scaling="raw"), BASE, value, x, t))
     asked = (x if rule is qsteer.NoisyGradient else x + 0.5 * v).clamp(-1, 1)
@@ -141,7 +141,7 @@ def test_tracing_costs_nothing_when_it_is_off_and_changes_nothing_when_it_is_on(
     calls = field.tally.calls
     assert torch.equal(qsteer.sample(field, value, x, rule=rule(), trace=qsteer.Trace()), plain)
     assert value.tally.members == (10 if rule is qsteer.QGF else 9)  # one critic evaluation per guided step
-    assert field.tally.calls == 2 * calls
+    assert field.tally.calls == 2 * calls + 10  # and one chain for the displacement
 
 
 @pytest.mark.parametrize("trace", [qsteer.Trace(), qsteer.Trace(steps=False)])
@@ -158,9 +158,9 @@ def test_summary_has_one_line_per_guided_step_with_medians_over_finite_rows():
     bad = torch.tensor([False, True, False])
     value = qsteer.value(spoiled(bumpy, "nan"), bad)
     lines = str(traced(qsteer.Tweedie(0.2), value)).splitlines()
-    assert lines[0] == "1 actions, 9 fallbacks" and len(lines) == 2 + 9
+    assert lines[0] == "1 actions, 9 fallbacks" and len(lines) == 2 + 9 + 1
     assert lines[1].split() == ["t", "strength", "|gradient|", "value", "spread"]
-    assert [line.split()[:2] for line in lines[2:]] == [[f"{i / 10:.2f}", "0.2000"] for i in range(1, 10)]
+    assert [line.split()[:2] for line in lines[2:-1]] == [[f"{i / 10:.2f}", "0.2000"] for i in range(1, 10)]
 
 
 def test_a_trace_hears_of_its_own_calls_alone():
@@ -254,4 +254,52 @@ def test_any_sampler_and_number_format_can_be_printed(sampler, dtype):
         qsteer.sample(field, value, x, rule=qsteer.Tweedie(), sampler=sampler, trace=trace)
     rows = {qsteer.BeamSearch: 2 * 2 * 2, qsteer.BestOfN: 2 * 2 * 3, qsteer.KeepBest: 2 * 2}[type(sampler)]
     assert trace.arrays()["strength"].shape == (rows, 9)
-    assert len(str(trace).splitlines()) == 2 + 9
+    assert len(str(trace).splitlines()) == 2 + 9 + 1
+
+
+MASK = torch.tensor([[1, 0], [1, 1]])
+
+
+@pytest.mark.parametrize("mask", [None, MASK], ids=["whole", "masked"])
+@pytest.mark.parametrize("clip", [None, (-0.2, 0.2)], ids=str)
+def test_displacement_is_that_from_the_same_chain_unsteered(mask, clip):
+    value, x, sampler = qsteer.value(bumpy, mask=mask), noise(5, 2, 2), qsteer.Euler(clip=clip)
+    trace, rule = qsteer.Trace(), qsteer.Tweedie(0.5)
+    off = qsteer.sample(BASE, value, x, rule=rule, sampler=sampler, trace=trace) - qsteer.sample(
+        BASE, value, x, sampler=sampler
+    )
+    seen = torch.ones(2, 2) if mask is None else mask
+    expected = (off.square() * seen).flatten(1).sum(1).div(seen.sum()).sqrt()
+    assert (expected > 0).any()
+    np.testing.assert_allclose(trace.arrays()["displacement"], expected, rtol=1e-5)
+
+
+def test_displacement_of_a_projection_is_its_radius_and_of_no_rule_zero():
+    value = qsteer.value(bumpy)
+    projected = traced(None, value, sampler=qsteer.TrustRegion(0.3)).arrays()["displacement"]
+    np.testing.assert_allclose(projected, 0.3 / 4**0.5, rtol=1e-5)  # four entries
+    assert (traced(None, value).arrays()["displacement"] == 0).all()
+    assert (traced(qsteer.Tweedie(0.0), value).arrays()["displacement"] == 0).all()
+
+
+def test_directions_that_cancel_have_strength_but_less_displacement():
+    once, redrawn = (
+        traced(qsteer.RandomDirection(0.3, redraw=redraw), rows=200).arrays() for redraw in (False, True)
+    )
+    np.testing.assert_allclose(once["strength"], redrawn["strength"], rtol=1e-5)
+    assert redrawn["displacement"].mean() < 0.6 * once["displacement"].mean()
+
+
+def test_displacement_alone_costs_no_critic_and_is_off_without_a_trace():
+    asked = []
+    value = qsteer.value(lambda a: asked.append(1) or a.flatten(1).sum(1))
+    trace = qsteer.Trace(steps=False, displacement=True)
+    traced(qsteer.Tweedie(), value, actions=2, trace=trace)
+    assert len(asked) == 2 * 9 and not trace.actions and trace.arrays()["displacement"].shape == (6,)
+    assert not traced(qsteer.Tweedie(), trace=qsteer.Trace(steps=False)).displacements
+    assert not traced(qsteer.Tweedie(), trace=qsteer.Trace(displacement=False)).displacements
+
+
+def test_displacement_is_said():
+    text = str(traced(qsteer.Tweedie()))
+    assert "moved from the unsteered action by 0." in text and "10 to 90 %" in text

@@ -16,7 +16,7 @@ from qsteer.clock import Clock, Time
 from qsteer.maps.networks import ChunkNetwork
 from qsteer.samplers import Euler
 from qsteer.sampling import sample
-from qsteer.types import Field, Rule, Sampler, Value
+from qsteer.types import Bounds, Field, Rule, Sampler, Value
 
 type Around = Callable[[Callable[[Tensor], Tensor], Tensor], Tensor]
 """``(network, x) -> network(x)``, and whatever is to happen before and after."""
@@ -127,6 +127,11 @@ class WatchedField(Field):
     def clock(self) -> Clock:  # type: ignore[override]
         """The field's clock."""
         return self.inner.clock
+
+    @property
+    def bounds(self) -> Bounds:  # type: ignore[override]
+        """The field's bounds."""
+        return self.inner.bounds
 
     @property
     def features(self) -> Any:

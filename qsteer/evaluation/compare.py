@@ -5,6 +5,7 @@ from dataclasses import asdict
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 
 from qsteer.bench.counting import count
@@ -14,7 +15,7 @@ from qsteer.envs.rollouts import MakeEnv, Rollouts, Simulators
 from qsteer.envs.seeds import EVALUATION_SEED
 from qsteer.evaluation.arms import Arm
 from qsteer.policies import FlowPolicy
-from qsteer.statistics import paired_bootstrap, wilson_interval
+from qsteer.statistics import paired_interval, wilson_interval
 from qsteer.trace import Trace
 
 
@@ -42,19 +43,21 @@ def compare(
         seed: of the episodes and their noise.
         num_envs: environments at once.
         record: keep the executed actions in the rollouts, for videos.
-        traces: what records the guided steps of an arm, by its spec.
+        traces: what records the guided steps of an arm, by its spec; the others record displacements only.
         progress: show progress bars.
 
     Returns:
         A JSON-able report and the rollouts. The report holds ``seed`` and ``arms``, and of each arm ``name``,
-        ``spec``, ``kind``, ``success``, ``low``, ``high``, ``episodes`` and more (rates in [0, 1] with 95 %
-        Wilson intervals; ``difference`` with a paired bootstrap interval; evaluations and milliseconds per
+        ``spec``, ``kind``, ``success``, ``low``, ``high``, ``episodes``, ``displacement`` (of its actions
+        from their unsteered twins, per entry: median, 10 and 90 %) and more (rates in [0, 1] with 95 %
+        Wilson intervals; ``difference`` with Tango's paired interval; evaluations and milliseconds per
         action of one observation).
     """
+    kept = {arm.spec: Trace(steps=False, displacement=True) for arm in arms} | dict(traces or {})
     with Simulators(make_env, horizon=policy.config.horizon, num_envs=min(num_envs, episodes)) as simulators:
         runs = [
             simulators.rollout(
-                arm.agent(policy, critic, (traces or {}).get(arm.spec)),
+                arm.agent(policy, critic, kept[arm.spec]),
                 episodes=episodes,
                 seed=seed,
                 name=arm.spec,
@@ -63,20 +66,25 @@ def compare(
             )
             for arm in arms
         ]
-    return {"seed": seed, "arms": _report_arms(policy, critic, arms, runs)}, runs
+    moved = [kept[arm.spec].arrays()["displacement"] for arm in arms]
+    return {"seed": seed, "arms": _report_arms(policy, critic, arms, runs, moved)}, runs
 
 
 def _report_arms(
-    policy: FlowPolicy, critic: Critic, arms: Sequence[Arm], runs: Sequence[Rollouts]
+    policy: FlowPolicy,
+    critic: Critic,
+    arms: Sequence[Arm],
+    runs: Sequence[Rollouts],
+    displacements: Sequence[np.ndarray],
 ) -> list[dict[str, Any]]:
     obs = torch.zeros(1, policy.config.obs_dim)
     noise = torch.randn(1, policy.config.horizon, policy.config.action_dim)
     agents = {arm.spec: arm.agent(policy, critic) for arm in arms}
     times = time_calls({spec: partial(act, obs, noise) for spec, act in agents.items()}, repeats=50)
     rows = []
-    for arm, run in zip(arms, runs, strict=True):
+    for arm, run, moved in zip(arms, runs, displacements, strict=True):
         low, high = wilson_interval(int(run.success.sum()), len(run.success))
-        difference = paired_bootstrap(run.success, runs[0].success)
+        difference = paired_interval(run.success, runs[0].success)
         cost = count(policy.field(obs), critic.bind(obs), noise, arm.rule, arm.sampler)
         rows.append(
             {
@@ -88,6 +96,7 @@ def _report_arms(
                 "high": high,
                 "episodes": len(run.success),
                 "difference": list(difference),
+                "displacement": np.quantile(moved, [0.5, 0.1, 0.9]).tolist(),
                 "ms_per_action": times[arm.spec].p50,
                 "time_ratio": times[arm.spec].ratio(times[arms[0].spec]),
                 "policy_passes": asdict(cost.field),
@@ -103,10 +112,10 @@ def format_comparison(report: Mapping[str, Any]) -> str:
     """Return the report as text: one line per arm."""
     base = report["arms"][0]
     lines = [
-        f"{'':<28}{'':>9}{'95 %':>14}{'against ' + base['name']:>25}{'':>18}"
+        f"{'':<28}{'':>9}{'95 %':>14}{'against ' + base['name']:>25}{'':>10}{'':>18}"
         "   policy passes   critic passes   map passes",
-        f"{'arm':<28}{'success':>9}{'interval':>14}{'gain':>9}{'interval':>16}{'ms/action':>11}{'ratio':>7}"
-        "   fwd  bwd  rows   fwd  bwd   fwd  bwd rows",
+        f"{'arm':<28}{'success':>9}{'interval':>14}{'gain':>9}{'interval':>16}{'moved by':>10}"
+        f"{'ms/action':>11}{'ratio':>7}   fwd  bwd  rows   fwd  bwd   fwd  bwd rows",
     ]
     for arm in report["arms"]:
         gain, low, high = arm["difference"]
@@ -114,7 +123,7 @@ def format_comparison(report: Mapping[str, Any]) -> str:
         policy, critic, learnt = (arm[f"{network}_passes"] for network in ("policy", "critic", "map"))
         lines.append(
             f"{arm['spec']:<28}{arm['success']:>9.0%}{f'{arm["low"]:.0%} .. {arm["high"]:.0%}':>14}{against}"
-            f"{arm['ms_per_action']:>11.1f}{arm['time_ratio']:>7.2f}"
+            f"{arm['displacement'][0]:>10.3f}{arm['ms_per_action']:>11.1f}{arm['time_ratio']:>7.2f}"
             f"{policy['forwards']:>6}{policy['backwards']:>5}{policy['forward_rows']:>6}"
             f"{critic['forwards']:>6}{critic['backwards']:>5}"
             f"{learnt['forwards']:>6}{learnt['backwards']:>5}{learnt['forward_rows']:>5}"

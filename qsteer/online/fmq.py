@@ -4,7 +4,7 @@ from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, override
+from typing import TYPE_CHECKING, Any, NamedTuple, cast, override
 
 import torch
 from jaxtyping import Float
@@ -17,7 +17,7 @@ from qsteer.data.layout import Layout
 from qsteer.data.mixed import Mixed
 from qsteer.data.replay import Replay
 from qsteer.fingerprints import fingerprint
-from qsteer.flow import denoise, interpolate, norm, read_features
+from qsteer.flow import clip_actions, denoise, interpolate, norm, read_features
 from qsteer.maps.flow_maps import FlowMap
 from qsteer.maps.losses import fmq_target, trust_radius
 from qsteer.online.actors import Decision
@@ -25,7 +25,7 @@ from qsteer.policies import FlowPolicy
 from qsteer.training.critic import TD, CriticTraining
 from qsteer.training.loop import Learner, Training, fit
 from qsteer.training.maps import make_draws
-from qsteer.types import Field
+from qsteer.types import Bounds, Field
 
 if TYPE_CHECKING:  # needs gymnasium
     from qsteer.online.collect import Collector
@@ -142,12 +142,17 @@ class FMQ(Learner):
         probe = chunks.sample(settings.batch_size, own)
         self.probe = probe.observations, torch.randn(probe.actions.shape, generator=own, device=own.device)
 
+    @property
+    def bounds(self) -> Bounds:
+        """The policy's."""
+        return cast(Bounds, self.frozen[0].config.bounds)
+
     @torch.no_grad()
     def act(self, obs: Float[Tensor, "B O"], noise: Float[Tensor, "B H A"]) -> Float[Tensor, "B H A"]:
-        """Return the adapted map's one-step action ``X_{0,1}(noise)``, clipped to [-1, 1]."""
+        """Return the adapted map's one-step action ``X_{0,1}(noise)``, clipped to the policy's bounds."""
         zero = noise.new_zeros(len(noise))
         adapted = self.flow_map.on(self.frozen[0].field(obs))
-        return adapted(noise, zero, zero + 1).clamp(-1, 1)
+        return clip_actions(adapted(noise, zero, zero + 1), self.bounds)
 
     def improvement(
         self, obs: Float[Tensor, "B O"], x: Float[Tensor, "B H A"], r: Float[Tensor, "B"]
@@ -160,7 +165,7 @@ class FMQ(Learner):
         with torch.no_grad():
             offline = average_velocity(self.frozen[1], field, x, r)
             z = critic.encode(obs)
-        a1 = denoise(x, offline, r).clamp(-1, 1).requires_grad_()
+        a1 = clip_actions(denoise(x, offline, r), self.bounds).requires_grad_()
         members = critic.members(z, a1)
         (g,) = torch.autograd.grad(members.mean(0).sum(), a1)
         radius = trust_radius(s.eta, members.detach(), s.beta)
@@ -228,7 +233,8 @@ class FMQ(Learner):
             step = average_velocity(self.flow_map, self.frozen[0].field(obs), x0, zero) - offline
             z = critic.encode(obs)
             before, after = (
-                critic.members(z, (x0 + offline + move).clamp(-1, 1)).mean() for move in (0 * step, step)
+                critic.members(z, clip_actions(x0 + offline + move, self.bounds)).mean()
+                for move in (0 * step, step)
             )
         cosine = torch.cosine_similarity(step.flatten(1), (target - offline).flatten(1))
         values = {

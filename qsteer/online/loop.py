@@ -304,9 +304,12 @@ class OnlineLoop:
         shared["outliers"] = float(self.health.scale.outliers)
         trace = self.actor.trace
         shared |= {"fallbacks": float(trace.fallbacks), "gated": float(trace.gated)}
-        if (strengths := trace.arrays()["strength"]).size:
-            shared["strength"] = float(np.nanmean(strengths))
+        found = trace.arrays()
+        for name in ("strength", "displacement"):
+            if found[name].size:
+                shared[name] = float(np.nanmean(found[name]))
         trace.actions.clear()
+        trace.displacements.clear()
         trace.steps = True
         speed = window.speed(self.env_steps, self.update)
         line: dict[str, float] = {}

@@ -38,7 +38,7 @@ class NoisyGradient(Guidance):
         with torch.no_grad():
             v = field(x, t)
         x = x.requires_grad_()
-        a = clip_through(x, self.clip)
+        a = clip_through(x, self.bounds(field))
         q = ask(value, a)
         return Ascent(v, gradient(q, x), q, a)
 
@@ -86,7 +86,7 @@ class ThroughTime(Guidance):
         a = x + rest[0][1] * v
         for s, dt in rest[1:]:
             a = a + dt * field(a, s)
-        a = clip_through(a, self.clip)
+        a = clip_through(a, self.bounds(field))
         q = ask(value, a)
         return Ascent(v, gradient(q, x), q, a)
 
@@ -184,7 +184,7 @@ class RandomDirection(Guidance):
         """Take the chain's direction; without a chain, draw one."""
         with torch.no_grad():
             v, g = field(x, t), (direction or self._directions.normal)(x)
-        return Ascent(v, g, torch.zeros_like(x[:, 0, 0]), clip_through(denoise(x, v, t), self.clip))
+        return Ascent(v, g, torch.zeros_like(x[:, 0, 0]), clip_through(denoise(x, v, t), self.bounds(field)))
 
 
 @dataclass(frozen=True)

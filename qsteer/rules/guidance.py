@@ -13,12 +13,12 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from qsteer.checks import check_bounds, unwrap_numbers
+from qsteer.checks import check_clip, unwrap_numbers
 from qsteer.clock import PAPER, Clock, Time
 from qsteer.flow import ask, ask_members, clip_actions, denoise, expand_time, factor, finite_rows, hypot, norm
 from qsteer.rules.strength import Auto, Scaling, Strength, improvements, scale
 from qsteer.trace import Step, find_recorder, report_fallbacks, report_gated
-from qsteer.types import Bounds, Field, Rule, Value
+from qsteer.types import Bounds, Clip, Field, Rule, Value, clip_of
 
 EDGE = 1e-6
 """A host's float32 time may miss a window's edge by an ulp."""
@@ -60,8 +60,8 @@ class Guidance(Rule):
             same, but never scaled up; ``raw``: g as it is; ``sigma``: g times
             ``sigma_t^2 / 2 = clamp(1/t - 1, 0, 25)``, the exactly steered ODE when g is the exact gradient of
             V_t. Norms are per row, over the entries which the critic sees.
-        clip: bounds of the clean action at which the critic is asked, with a straight-through gradient; None:
-            no clip.
+        clip: bounds of the clean action at which the critic is asked, with a straight-through gradient;
+            ``"policy"``: the policy's own (:attr:`qsteer.types.Field.bounds`); None: no clip.
         start: first guided time, inclusive.
         stop: last guided time, inclusive.
         every: guide the first step in the window and every ``every``-th from there, with the same strength:
@@ -73,7 +73,7 @@ class Guidance(Rule):
 
     _: KW_ONLY
     scaling: Scaling = "match_norm"
-    clip: Bounds = (-1.0, 1.0)
+    clip: Clip = "policy"
     start: float = 0.0
     stop: float = 1.0
     every: int = 1
@@ -90,7 +90,7 @@ class Guidance(Rule):
             )
         if not isinstance(self.every, int) or self.every < 1:
             raise ValueError(f"every: expected an int of at least 1, got {self.every!r}; 1 guides every step")
-        check_bounds(self.clip)
+        check_clip(self.clip)
         if self.auto is not None:
             if self.scaling != "match_norm":
                 raise ValueError(
@@ -114,6 +114,10 @@ class Guidance(Rule):
         return (
             Auto() if self.strength == "auto" else self.strength if isinstance(self.strength, Auto) else None
         )
+
+    def bounds(self, field: Field) -> Bounds:
+        """Return the bounds of the clean action at which the critic is asked."""
+        return clip_of(self.clip, field)
 
     @property
     def at_noise(self) -> bool:
@@ -223,7 +227,7 @@ class Steered(Field):
             slope = slope.flatten(1).sum(1).clamp(min=0)
             deviations = (expand_time(t, x).to(x.dtype) * slope).sqrt() * v_norm
             deviations = deviations / torch.where(g_norm == 0, 1.0, g_norm)  # where it is flat, stay
-        return factor(auto.choose(self.value, start, ray, deviations, self.rule.clip), x) * push
+        return factor(auto.choose(self.value, start, ray, deviations, self.rule.bounds(self.field)), x) * push
 
     def turn(self, push: Float[Tensor, "B H A"]) -> Float[Tensor, "B H A"]:
         """Step 3: return the push uphill, downhill, or as far in a random direction."""
@@ -252,7 +256,7 @@ class Steered(Field):
         if self.limit == float("inf"):
             return guided
         ends = torch.stack([denoise(x, w, t) for w in (found.velocity, found.velocity + push)])
-        gain = improvements(self.value, clip_actions(ends, self.rule.clip))[:, 1]
+        gain = improvements(self.value, clip_actions(ends, self.rule.bounds(self.field)))[:, 1]
         sure = gain.std(0, correction=0) <= self.limit * gain.mean(0).abs()
         report_gated(guided & ~sure)
         return guided & sure
@@ -331,6 +335,11 @@ class Steered(Field):
         """The field's clock, with the steps of the chain."""
         clock = self.field.clock
         return clock if self.steps is None else replace(clock, steps=self.steps)
+
+    @property
+    def bounds(self) -> Bounds:  # type: ignore[override]
+        """The field's bounds."""
+        return self.field.bounds
 
     @property
     def features(self) -> Any:

@@ -76,7 +76,7 @@ class PosteriorGuidance(Guidance):
         """Return the base velocity and N posterior samples, clipped; v is evaluated once for both."""
         eps = torch.randn(self.samples, *x.shape, dtype=x.dtype, device=x.device)
         v, x1 = self.bound.draw(field, eps, x, t)
-        return v, clip_through(x1, self.clip)
+        return v, clip_through(x1, self.bounds(field))
 
     def tilt(self, q: Float[Tensor, "N B"]) -> Float[Tensor, "N B"]:
         """Return psi, the log-weights of the samples."""

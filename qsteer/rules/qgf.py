@@ -43,5 +43,5 @@ class QGF(Guidance):
         """Differentiate the value at the denoised action."""
         with torch.no_grad():
             v = field(x, t)
-        q, a, g = at_denoised(value, x, v, t, self.clip)
+        q, a, g = at_denoised(value, x, v, t, self.bounds(field))
         return Ascent(v, g, q, a)

@@ -59,7 +59,7 @@ class Tweedie(Guidance):
         x = x.requires_grad_()
         v = (field if self.layers is None else field.truncated(self.layers))(x, t)
         warn_if_constant(v)
-        a = clip_through(denoise(x, v, t), self.clip)
+        a = clip_through(denoise(x, v, t), self.bounds(field))
         q = ask(value, a)
         in_action = gradient(q, a)
         return Ascent(v, torch.autograd.grad(a, x, in_action)[0], q, a, in_action)
@@ -119,7 +119,7 @@ class ForwardTweedie(Guidance):
         """Perturb the noisy action along the value's gradient, and see where the denoised action goes."""
         with torch.no_grad():
             v = field(x, t)
-        q, a, g = at_denoised(value, x, v, t, self.clip)
+        q, a, g = at_denoised(value, x, v, t, self.bounds(field))
         with torch.no_grad():
             h = self.reach(field, g)
             there = field(x + factor(h, x) * g, t)
@@ -155,7 +155,7 @@ class ForwardTweedie(Guidance):
             h = self.reach(field, along)
             both = torch.stack([x, x + factor(h, x) * along], 1).flatten(0, 1)
             v, there = field.repeat(2)(both, repeat_time(t, 2)).unflatten(0, (-1, 2)).unbind(1)
-        q, a, g = at_denoised(value, x, v, t, self.clip)
+        q, a, g = at_denoised(value, x, v, t, self.bounds(field))
         return Ascent(v, along + factor(expand_time(1 - t, x) / h, x) * (there - v), q, a, along), g
 
     def reach(self, field: Field, g: Float[Tensor, "B H A"]) -> Float[Tensor, "B"]:

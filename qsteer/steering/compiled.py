@@ -112,14 +112,14 @@ class Compiled:
         tensors: list[Tensor] = []
         prepared = self.prepare()(field)
         inputs, switches = (prepared, value, noise), numerics(noise.device)
-        method = signature((rule, sampler), []), id(rule), id(sampler), trace.steps, switches
+        method = signature((rule, sampler), []), id(rule), id(sampler), trace.wanted, switches
         kind = signature(inputs, tensors), method
         with self._alone(), self._in_order(noise.device):
             if kind not in self._runs:
                 check_field(prepared, field, noise)
                 family = signature(inputs, [], alike), method
                 self._warn_of_kinds(family)
-                self._runs[kind] = self._new(inputs, rule, sampler, trace.steps)
+                self._runs[kind] = self._new(inputs, rule, sampler, trace.wanted)
                 self._runs[kind].family = family
             self._runs.move_to_end(kind)
             return self._runs[kind](tensors, trace)
@@ -161,16 +161,20 @@ class Compiled:
             )
 
     def _new(
-        self, inputs: tuple[Field, Value, Tensor], rule: Rule | None, sampler: Sampler, steps: bool
+        self,
+        inputs: tuple[Field, Value, Tensor],
+        rule: Rule | None,
+        sampler: Sampler,
+        wanted: tuple[bool, bool],
     ) -> "Run":
         """Return a run that takes the place, and the stream, of the one unused for longest."""
         oldest = self._runs.popitem(last=False)[1] if len(self._runs) == KEPT else None
         weights = known(self.policy, self._prepare, inputs, rule, sampler)
         if self.mode == "static":
-            return Run(inputs, rule, sampler, steps, weights)
+            return Run(inputs, rule, sampler, wanted, weights)
         stream = oldest.stream if isinstance(oldest, GraphRun) else torch.cuda.Stream(self.device)
         del oldest
-        return GraphRun(inputs, rule, sampler, steps, weights, stream)
+        return GraphRun(inputs, rule, sampler, wanted, weights, stream)
 
     @contextmanager
     def _in_order(self, device: torch.device) -> Iterator[None]:
@@ -196,7 +200,7 @@ class Run:
         inputs: field, value and noise; their tensors are copied.
         rule: bends the field.
         sampler: makes the action.
-        steps: whether the guided steps are wanted for a trace.
+        wanted: by a trace, see :attr:`~qsteer.Trace.wanted`.
         weights: all tensors that may enter beside the buffers.
 
     Raises:
@@ -211,12 +215,12 @@ class Run:
         inputs: tuple[Field, Value, Tensor],
         rule: Rule | None,
         sampler: Sampler,
-        steps: bool,
+        wanted: tuple[bool, bool],
         weights: Sequence[Tensor],
     ) -> None:
         self.buffers = [tensor.clone() for tensor in tensors_in(inputs)]
         self.inputs = rebuilt(inputs, iter(self.buffers))
-        self.rule, self.sampler, self.steps = rule, sampler, steps
+        self.rule, self.sampler, self.wanted = rule, sampler, wanted
         self.device = inputs[-1].device
         self.autocast = autocast(self.device)
         with unmoved(rule, self.device), Watch([*self.buffers, *weights]) as watch:
@@ -239,7 +243,7 @@ class Run:
         field, value, noise = rebuilt(self.inputs, iter(self.buffers))  # which have cached nothing
         enabled, dtype = self.autocast
         cast = torch.autocast(self.device.type, dtype, enabled, cache_enabled=False)
-        with cast, ActionRecord(self.steps).collect() as found:
+        with cast, ActionRecord(*self.wanted).collect() as found:
             return steered_action(field, value, noise, self.rule, self.sampler), found
 
 
@@ -252,7 +256,7 @@ class GraphRun(Run):
     torch is in no state to go on.
 
     Args:
-        inputs, rule, sampler, steps, weights: of the run.
+        inputs, rule, sampler, wanted, weights: of the run.
         stream: where it is rehearsed and captured; no other living graph has been captured on it, for
             cuBLAS keeps a workspace for each stream, and graphs remember its address.
 
@@ -266,11 +270,11 @@ class GraphRun(Run):
         inputs: tuple[Field, Value, Tensor],
         rule: Rule | None,
         sampler: Sampler,
-        steps: bool,
+        wanted: tuple[bool, bool],
         weights: Sequence[Tensor],
         stream: torch.cuda.Stream,
     ) -> None:
-        super().__init__(inputs, rule, sampler, steps, weights)
+        super().__init__(inputs, rule, sampler, wanted, weights)
         self.stream, self.graph = stream, torch.cuda.CUDAGraph()
         current = torch.cuda.current_stream(self.device)
         with _capturing, torch.cuda.device(self.device), unmoved(rule, self.device):
@@ -306,6 +310,11 @@ def check_field(field: Field, host_field: Field, noise: Float[Tensor, "B H A"]) 
     """Raise unless a prepared field is the host's own step, gradient included, at one time of its grid."""
     if field is host_field:
         return
+    if field.bounds != host_field.bounds:
+        raise MismatchError(
+            f"compile: expected the prepared field's bounds to be the host's {host_field.bounds}, got "
+            f"{field.bounds}; forward them in what Host.prepare makes"
+        )
     draw = torch.Generator(noise.device).manual_seed(0)
     x, direction = (torch.randn(noise.shape, generator=draw, device=noise.device).to(noise) for _ in range(2))
     times = [t for t, _ in host_field.clock.grid()]

@@ -95,12 +95,10 @@ def test_strength_bends_the_action_the_more_the_larger_it_is():
 
 
 def test_defaults_are_the_papers():
-    assert qsteer.Tweedie() == qsteer.Tweedie(
-        0.2, scaling="match_norm", clip=(-1.0, 1.0), start=0.0, stop=1.0
-    )
-    assert qsteer.QGF() == qsteer.QGF(0.02, scaling="raw", clip=(-1.0, 1.0))
+    assert qsteer.Tweedie() == qsteer.Tweedie(0.2, scaling="match_norm", clip="policy", start=0.0, stop=1.0)
+    assert qsteer.QGF() == qsteer.QGF(0.02, scaling="raw", clip="policy")
     for rule in (qsteer.NoisyGradient, qsteer.ThroughTime, qsteer.RandomDirection):
-        assert rule() == rule(0.2, scaling="match_norm", clip=(-1.0, 1.0), start=0.0, stop=1.0)
+        assert rule() == rule(0.2, scaling="match_norm", clip="policy", start=0.0, stop=1.0)
 
 
 def through_time_sum(k: int) -> int:
@@ -251,7 +249,8 @@ def test_strengths_out_of_range_are_refused_and_point_to_negated(rule, strength)
         ({"start": float("nan")}, "expected 0 <= start <= stop <= 1"),
         (
             {"clip": (1.0, -1.0)},
-            r"expected \(low, high\) with low < high, or None for no clipping, got \(1.0, -1.0\)",
+            r"clip: expected \(low, high\) with low < high, \"policy\" for the policy's own, "
+            r"or None for none, got \(1.0, -1.0\)",
         ),
         ({"clip": (0.0, 0.0)}, "low < high"),
         ({"clip": (-1.0, 0.0, 1.0)}, "low < high"),
