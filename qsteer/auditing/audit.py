@@ -13,7 +13,7 @@ from qsteer.auditing.awake import check_awake
 from qsteer.auditing.contract import check_bounds, check_clock, check_contract, check_numbers
 from qsteer.auditing.gradients import check_gradients
 from qsteer.auditing.page import Audit, Check
-from qsteer.auditing.probes import Probe, bounds_of, draw_noise, open_batch, read_batches
+from qsteer.auditing.probes import Probe, draw_noise, open_batch, read_batches
 from qsteer.auditing.push import ALPHAS, check_push, check_strength, recommend, sweep, with_strength
 from qsteer.auditing.ranking import check_rank, rank_data
 from qsteer.data import Episodes
@@ -96,7 +96,7 @@ def audit(
             field, value, like = open_batch(policy, critic, batch, critic_inputs)
             second = None if other is None else open_batch(policy, other, batch, critic_inputs)[1]
             probes.append(
-                Probe.of(field, value, second, bounds_of(rule, field), draw_noise(like, samples, generator))
+                Probe.of(field, value, second, rule.bounds(field), draw_noise(like, samples, generator))
             )
         states = sum(probe.noise.shape[1] for probe in probes)
         if states < LEAST_STATES:

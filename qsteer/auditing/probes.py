@@ -10,7 +10,6 @@ from torch import Tensor
 
 from qsteer.flow import ask, ask_members, clip_actions
 from qsteer.policies import FlowPolicy
-from qsteer.rules import Guidance
 from qsteer.sampling import sample
 from qsteer.statistics import seed_bootstrap
 from qsteer.steering.opening import Executed, open_action
@@ -121,12 +120,6 @@ def open_batch(
     if (horizon := getattr(getattr(critic, "config", None), "horizon", shape[0])) != shape[0]:
         return field, Executed.of(value, noise, horizon, shape[1]), noise
     return field, value, noise
-
-
-def bounds_of(rule: Guidance, field: Field) -> Bounds:
-    """Return the bounds at which a rule asks the critic, of a policy's field."""
-    own = getattr(rule, "bounds", None)
-    return rule.clip if own is None else own(field)
 
 
 def read_batches(batches: Iterable[Any]) -> list[Any]:
