@@ -144,7 +144,7 @@ class Audit:
                 middle.plot(sweep["alpha"], median, color=STEERED, linewidth=2)
             middle.set(xscale="log", xlabel="alpha", ylabel="rms per entry")
             add_title(right, "the policy's action preferred to")
-            named = {name: value for name, value in ranks.items() if name != "returns"}
+            named = {name: value for name, value in ranks.items() if name not in ("returns", "foresight")}
             for i, (mean, low, high) in enumerate(named.values()):
                 right.plot([low, high], [i, i], color=STEERED, linewidth=2)
                 right.plot(mean, i, "o", color=STEERED)

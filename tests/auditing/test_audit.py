@@ -195,8 +195,22 @@ def test_values_are_compared_with_returns():
     """A chunk of 2 repeats the only action of its episode: GOOD is the return itself."""
     found = qsteer.audit(policy(), GOOD, [states()], play(), **FEW)["rank"]
     assert found.figures["returns"][0] > 0.95 and found.verdict == "pass"
+    assert found.figures["foresight"][0] > 0.6  # V is of four draws, and noisy
     turned = qsteer.audit(policy(), Turned(GOOD), [states()], play(), **FEW)["rank"]
     assert turned.figures["returns"][0] < -0.95 and turned.verdict == "fail"
+
+
+def test_an_action_axis_that_is_turned_around_has_no_foresight():
+    """Its values and their order over states are all right: only what came of actions tells."""
+    shift = torch.tensor([[0.6, 0.0], [0.58, 0.0], [0.62, 0.0]])
+    data = play()
+    rewards = -2 * (data.actions - data.observations - shift[0]).square().sum(1)
+    data = replace(data, rewards=rewards)
+    right = qsteer.audit(policy(), Towards(shift), [states()], data, **FEW)
+    turned = qsteer.audit(policy(), Towards(shift * torch.tensor([-1.0, 1.0])), [states()], data, **FEW)
+    assert right["rank"].figures["foresight"][0] > 0.6 and right.verdict == "steer"
+    assert turned["rank"].verdict == "fail" and turned.status == 1
+    assert turned["rank"].figures["foresight"][0] < 0
 
 
 @dataclass(frozen=True)
