@@ -22,8 +22,8 @@ def check_rank(probes: Sequence[Probe], data: Mapping[str, Any] | None) -> Check
     """Compare the policy's actions with those of other states and with noise; with data, values with returns.
 
     A preference is the share of pairs in which the critic prefers the former, mean over states: 0.5 is
-    chance. *Foresight* is the rank correlation of two advantages of the data's actions over the policy's: what
-    the critic says of the action, ``Q(s, a) - V(s)``, and what came of it, ``R + gamma^H V(s') - V(s)``, each
+    chance. *Foresight* is the rank correlation of two advantages of the data's actions over the policy's:
+    what the critic says of the action, ``Q(s, a) - V(s)``, and what came of it, ``R + gamma^H V(s') - V(s)``, each
     with draws of its own of V, the mean value of the policy's actions.
 
     Args:
@@ -55,8 +55,8 @@ def check_rank(probes: Sequence[Probe], data: Mapping[str, Any] | None) -> Check
         said,
         "Fails where the critic prefers noise or the actions of other states (95 % interval below 0.5): its "
         "gradient then leads away from what was ever tried. With data, fails where values fall with returns, "
-        f"and where foresight (what it prefers against what came of it) is below {BLIND} (warns below {DIM}), "
-        "which judges actions apart from states. Warns where an interval holds chance.",
+        f"and where foresight (what it prefers against what came of it) is below {BLIND}, warns below {DIM}: "
+        "it judges actions apart from states. Warns where an interval holds chance.",
         figures,
     )
 
