@@ -107,9 +107,10 @@ def audit(
         checks, advice = _ask_all(
             policy, critic, found[0], probes, episodes, rule, alphas, gamma, critic_inputs, generator, seed
         )
+    failed = any(check.verdict == "fail" for check in checks)
     return Audit(
         checks,
-        None if advice is None else advice[0],
+        None if advice is None or failed else advice[0],
         _own(rule, alphas) if advice is None else advice[1],
         type(rule).__name__,
         states,

@@ -23,8 +23,8 @@ def check_rank(probes: Sequence[Probe], data: Mapping[str, Any] | None) -> Check
 
     A preference is the share of pairs in which the critic prefers the former, mean over states: 0.5 is
     chance. *Foresight* is the rank correlation of two advantages of the data's actions over the policy's:
-    what the critic says of the action, ``Q(s, a) - V(s)``, and what came of it, ``R + gamma^H V(s') - V(s)``, each
-    with draws of its own of V, the mean value of the policy's actions.
+    what the critic says of the action, ``Q(s, a) - V(s)``, and what came of it,
+    ``R + gamma^H V(s') - V(s)``, each with draws of its own of V, the mean value of the policy's actions.
 
     Args:
         probes: what the policy does.
