@@ -41,9 +41,10 @@ class Audit:
 
     Attributes:
         checks: one per question, in the order of the page.
-        recommended: range of the strength ``alpha`` in which a push pays; None: there is none, or a check fails.
-        alpha: the strength at which ``strength`` was measured: the one that is proposed, or, where no push pays,
-            the rule's own.
+        recommended: range of the strength ``alpha`` in which a push pays; None: there is none, or a check
+            fails.
+        alpha: the strength at which ``strength`` was measured: the one that is proposed, or the rule's own
+            where no push pays.
         rule: what was audited.
         states: how many observations.
         samples: actions of the policy per observation.
