@@ -3,6 +3,7 @@
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -272,13 +273,9 @@ class Critic(HubModule, tags=["qsteer", "robotics", "flow-matching", "critic"], 
 
         Cost: the encoders and one matrix product here, then one ensemble pass per call of the value.
         """
-        if self.config.rho > 0 and self.config.members < 3 and not self._warned:
+        if not self._warned:
             self._warned = True
-            warnings.warn(
-                f"critic: pessimism rho = {self.config.rho} with {self.config.members} member(s): the "
-                "gradient of so small a spread is noise; train 3 or more members, or set rho to 0",
-                stacklevel=2,
-            )
+            warn_of_few_members(self.config.rho, self.config.members)
         with torch.no_grad():
             return BoundCritic(self, self.encode(obs))
 
@@ -374,3 +371,13 @@ class BoundCritic(Value):
     def repeat(self, k: int) -> "BoundCritic":
         """Return the value for ``k`` rows per observation; nothing is encoded again."""
         return replace(self, z=self.z.repeat_interleave(k, dim=1))
+
+
+def warn_of_few_members(rho: float, members: int) -> None:
+    """Warn of a pessimism that the spread of one or two members cannot carry."""
+    if rho > 0 and members < 3:
+        warnings.warn(
+            f"critic: expected 3 or more members for a pessimism of rho = {rho}, got {members}: so small a "
+            "spread is noise, in targets and, as a gradient, in every push; train more, or set rho to 0",
+            skip_file_prefixes=(str(Path(__file__).parents[1]),),
+        )

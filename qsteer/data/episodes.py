@@ -31,7 +31,7 @@ class Episodes:
     Attributes:
         observations: (N, O), state before the step.
         next_observations: (N, O), state after the step; at an end it is stored nowhere else.
-        actions: (N, A), action of the step, in [-1, 1].
+        actions: (N, A), action of the step, in the units and bounds of the policy that is to be steered.
         rewards: (N,), reward of the step.
         terminals: (N,), bool: the task is over after this step.
         ends: (N,), bool: this row is the last of its trajectory.

@@ -279,7 +279,7 @@ def parse(spec: str, maps: Maps | None = None) -> Arm:
     ``trust-region=0.3``, ``beam-search=0.3`` (``-map``: on the flow map, ``-fmq``: on the adapted one),
     ``map-best-of-8``, ``fmq-best-of-8``, ``keep-best``; each goes around what precedes it:
     ``tweedie=0.2+best-of-8+keep-best``.
-    Actions are clipped to [-1, 1].
+    Actions are clipped to the policy's bounds.
 
     Args:
         spec: the name.
@@ -290,7 +290,7 @@ def parse(spec: str, maps: Maps | None = None) -> Arm:
         FileNotFoundError: it needs a map which was not loaded.
     """
     rule: Rule | None = None
-    sampler: Sampler = Euler(clip=(-1.0, 1.0))
+    sampler: Sampler = Euler(clip="policy")
     maps = maps or Maps()
     for part in () if spec == "base" else spec.split("+"):
         name, number = split_part(part)

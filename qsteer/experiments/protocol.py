@@ -152,7 +152,7 @@ def run_protocol(
     learning = replace(plan_critic(task, seeds[0]), steps=steps(OFFLINE_STEPS))
     config = learning.critic_config(episodes.observations.shape[1], episodes.actions.shape[1])
     actor = StateActor(policies, fresh_critic(config, seeds))
-    act = actor.sample_under(task.rule, Euler(steps=EULER_STEPS, clip=(-1.0, 1.0)))
+    act = actor.sample_under(task.rule, Euler(steps=EULER_STEPS, clip="policy"))
     critic = train_critic(
         episodes, out / "offline", learning, act=act, seeds=seeds, device=device, progress=progress
     )

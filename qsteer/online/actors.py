@@ -60,7 +60,7 @@ class Actor(Protocol):
 
 
 class StateActor:
-    """Acts with :class:`~qsteer.policies.FlowPolicy` on states; actions are clipped to [-1, 1].
+    """Acts with :class:`~qsteer.policies.FlowPolicy` on states; actions are clipped to its bounds.
 
     Args:
         policies: one frozen policy for all, or one for each critic of a stack.
@@ -76,7 +76,7 @@ class StateActor:
 
     def steer(self, rule: Rule | None, sampler: Sampler | None) -> None:
         """Choose how to act from now on."""
-        self.rule, self.sampler = rule, sampler or Euler(clip=(-1.0, 1.0))
+        self.rule, self.sampler = rule, sampler or Euler(clip="policy")
 
     def act(self, obs: Tensor, noise: Float[Tensor, "N H A"]) -> Decision:
         """Return a chunk for each observation."""

@@ -15,7 +15,20 @@ from torch import Tensor
 
 from qsteer.checks import check_clip, unwrap_numbers
 from qsteer.clock import PAPER, Clock, Time
-from qsteer.flow import ask, ask_members, clip_actions, denoise, expand_time, factor, finite_rows, hypot, norm
+from qsteer.flow import (
+    ask,
+    ask_members,
+    clip_actions,
+    denoise,
+    expand_time,
+    factor,
+    finite_rows,
+    hypot,
+    nonzero,
+    norm,
+    spread,
+    times,
+)
 from qsteer.rules.strength import Auto, Scaling, Strength, improvements, scale
 from qsteer.trace import Step, find_recorder, report_fallbacks, report_gated
 from qsteer.types import Bounds, Clip, Field, Rule, Value, clip_of
@@ -216,17 +229,16 @@ class Steered(Field):
     ) -> Float[Tensor, "B H A"]:
         """Step 2: return the direction, scaled; an automatic strength is chosen along it."""
         v_norm, g_norm = norms
-        push = factor(self.rule.scale(v_norm, g_norm, t), x) * found.gradient
+        push = times(self.rule.scale(v_norm, g_norm, t), found.gradient)
         if (auto := self.rule.auto) is None:
             return push
         start, ray = denoise(x, found.velocity, t), factor(1 - t, x) * push
         if found.action_gradient is None:
             deviations = expand_time(hypot(1 - t, t), x).to(x.dtype) * v_norm
         else:
-            slope = torch.where(found.gradient == 0, 0.0, found.gradient * found.action_gradient)
-            slope = slope.flatten(1).sum(1).clamp(min=0)
-            deviations = (expand_time(t, x).to(x.dtype) * slope).sqrt() * v_norm
-            deviations = deviations / torch.where(g_norm == 0, 1.0, g_norm)  # where it is flat, stay
+            unit = times(1 / nonzero(g_norm), found.gradient)
+            slope = torch.where(unit == 0, 0.0, unit * found.action_gradient).flatten(1).sum(1).clamp(min=0)
+            deviations = (expand_time(t, x).to(x.dtype) * slope / nonzero(g_norm)).sqrt() * v_norm
         return factor(auto.choose(self.value, start, ray, deviations, self.rule.bounds(self.field)), x) * push
 
     def turn(self, push: Float[Tensor, "B H A"]) -> Float[Tensor, "B H A"]:
@@ -234,7 +246,7 @@ class Steered(Field):
         if self.directions is None:
             return self.sign * push
         direction = self.seen(self.direction(push))
-        return factor(norm(push) / norm(direction), push) * direction
+        return times(norm(push) / norm(direction), direction)
 
     def keep_finite(
         self, guided: bool | Tensor, found: Ascent, push: Float[Tensor, "B H A"]
@@ -257,7 +269,7 @@ class Steered(Field):
             return guided
         ends = torch.stack([denoise(x, w, t) for w in (found.velocity, found.velocity + push)])
         gain = improvements(self.value, clip_actions(ends, self.rule.bounds(self.field)))[:, 1]
-        sure = gain.std(0, correction=0) <= self.limit * gain.mean(0).abs()
+        sure = spread(gain) <= self.limit * gain.mean(0).abs()
         report_gated(guided & ~sure)
         return guided & sure
 

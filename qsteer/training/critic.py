@@ -16,8 +16,8 @@ from torch import Tensor
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 from torch.utils._pytree import tree_map
 
-from qsteer.checks import check_choice, check_fraction
-from qsteer.critics.critic import Critic, CriticConfig
+from qsteer.checks import check_bounds, check_choice, check_fraction
+from qsteer.critics.critic import Critic, CriticConfig, warn_of_few_members
 from qsteer.critics.networks import EnsembleMLP
 from qsteer.critics.targets import (
     expectile_loss,
@@ -27,9 +27,10 @@ from qsteer.critics.targets import (
     td_target,
 )
 from qsteer.data.episodes import Chunks, Episodes, Need, Source, Transitions
+from qsteer.flow import clip_actions
 from qsteer.maps.flow_maps import FlowMap, MapConfig
 from qsteer.training.loop import Learner, Training, fit
-from qsteer.types import Observation, Rule, Sampler
+from qsteer.types import Bounds, Observation, Rule, Sampler
 
 type SteeredPolicy = Callable[[Critic, Any, Tensor], Tensor]
 """``(critic, obs, noise: (B, H, A)) -> a: (B, H, A)``: what a policy does under a critic."""
@@ -46,6 +47,7 @@ class CriticTraining(Training):
         ema: step of the target critic's moving average, in (0, 1].
         expectile: of IQL's V, in (0, 1].
         distilled: rows per update on which FQL's student follows the steered policy.
+        bounds: of the policy's actions, to which FQL's student is clipped; None: they have none.
         members: J, size of the ensemble.
         rho: pessimism, in the targets and of the finished critic.
         hidden: widths of the hidden layers.
@@ -59,6 +61,7 @@ class CriticTraining(Training):
     ema: float = 0.02
     expectile: float = 0.9
     distilled: int = 32
+    bounds: Bounds = (-1.0, 1.0)
     members: int = 4
     rho: float = 0.5
     hidden: Sequence[int] = (256, 256, 256)
@@ -69,6 +72,7 @@ class CriticTraining(Training):
         super().__post_init__()
         check_choice(self, "target", LEARNERS)
         check_fraction(self, "gamma", "ema", "expectile")
+        check_bounds(self.bounds)
 
     def critic_config(self, obs_dim: int, action_dim: int) -> CriticConfig:
         """Return the shape of a critic of states."""
@@ -102,6 +106,7 @@ class CriticLearner(Learner):
                 f"{type(self).__name__}: expected chunks for need={self.need!r}, got need={given!r}; build "
                 f"Chunks(..., need={self.need!r})"
             )
+        warn_of_few_members(settings.rho, critic.config.members)
         self.critic, self.target = critic, deepcopy(critic).requires_grad_(False)
         self.source, self.settings, self.stack = source, settings, critic.config.stack
         self.frozen = (act,)  # in a tuple: a module is no part of what is learnt and stored
@@ -198,7 +203,7 @@ class FQL(TD):
     @override
     def next_actions(self, batch: Transitions, generator: torch.Generator) -> Float[Tensor, "B H A"]:
         noise = torch.randn(batch.actions.shape, generator=generator, device=batch.actions.device)
-        return self.mu(batch.next_observations, noise).clamp(-1, 1)
+        return clip_actions(self.mu(batch.next_observations, noise), self.settings.bounds)
 
     @override
     def batch_loss(self, batch: Transitions, generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
