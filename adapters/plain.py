@@ -63,7 +63,7 @@ class PlainPolicy(nn.Module):
                 "PlainPolicy: expected action_dim and steps of at least 1 and 1 <= executed <= horizon, got "
                 f"action_dim={action_dim}, steps={steps}, executed={executed}, horizon={horizon}"
             )
-        self.velocity, self.action_shape = velocity, (horizon, action_dim)
+        self.velocity, self.horizon, self.action_shape = velocity, horizon, (horizon, action_dim)
         self.steps, self.executed, self.clock = steps, executed, clock
 
     @property
@@ -78,6 +78,7 @@ class PlainPolicy(nn.Module):
             steps="steps",
             executed="executed",
             action_shape="action_shape",
+            chunk="horizon",
             features=itemgetter("obs"),
             prepare=prepare_plain,
         )
