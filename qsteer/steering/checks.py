@@ -124,7 +124,9 @@ def read_sizes(critic: Bindable, policy: Any, host: Host, executed: int | None =
     """Return how many steps and dimensions the critic sees: those executed, unless its horizon is less.
 
     Args:
-        critic, policy, host: what sees, what acts, and where.
+        critic: what sees.
+        policy: what acts.
+        host: where it keeps its loop.
         executed: number of steps executed, all of which the critic is to see; None: the policy's own number,
             of which it may see less.
 

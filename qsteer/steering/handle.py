@@ -1,5 +1,7 @@
 """Steer a pretrained policy in place."""
 
+import os
+import warnings
 from collections.abc import Callable
 from dataclasses import is_dataclass
 from functools import partial
@@ -31,6 +33,8 @@ from qsteer.steering.opening import Executed, Interception, bind_critic, interce
 from qsteer.trace import Trace
 from qsteer.types import Bindable, Rule, Sampler, Value
 
+IDLE = 3
+"""Actions without a guided step after which a handle whose trace records them warns."""
 _frozen_by = WeakTensorKeyDictionary()
 """How many handles keep a parameter frozen: two policies may share a module."""
 
@@ -63,7 +67,7 @@ class Handle(Interception):
         executed: int | None = None,
         wrappers: tuple[str, ...] = (),
     ) -> None:
-        self.executed, self.wrappers = executed, wrappers
+        self.executed, self.wrappers, self._acted = executed, wrappers, 0
         self.critic, self.rule, self.sampler = critic, rule, sampler
         self.critic_inputs, self.trace, self._compiled = critic_inputs, trace, compiled
         self._frozen = [p for p in parameters_of(policy) if p.requires_grad or p in _frozen_by]
@@ -95,6 +99,11 @@ class Handle(Interception):
     def remove(self) -> None:
         """Restore the policy exactly, without the actions it has queued; removing twice does nothing."""
         if self._replaced:
+            if self.trace.steps and not self._acted:
+                self._warn(
+                    "an action of the policy to record before the handle is removed, got none; call the "
+                    "policy that was steered (handle.policy), not a copy"
+                )
             self.host.empty_queue(self.policy)
         self._restore()
         for parameter in self._frozen:
@@ -146,8 +155,24 @@ class Handle(Interception):
             args, kwargs, batch = normal((args, kwargs, batch))
             field, value, noise = self._encoded(critic, batch, args, kwargs)
             if self._compiled is None:
-                return sample(field, value, noise, rule=self.rule, sampler=self.sampler, trace=self.trace)
-            return self._compiled(field, value, noise, self.rule, self.sampler, self.trace)
+                action = sample(field, value, noise, rule=self.rule, sampler=self.sampler, trace=self.trace)
+            else:
+                action = self._compiled(field, value, noise, self.rule, self.sampler, self.trace)
+            self._acted += len(action) > 0
+            if self._acted == IDLE and self.rule and self.trace.steps and not self.trace.actions:
+                self._warn(
+                    f"guided steps after {IDLE} actions, got none; the rule's start, stop and every leave no "
+                    f"step of the {field.clock.steps}, or the sampler runs without it"
+                )
+            return action
+
+    @staticmethod
+    def _warn(expected: str) -> None:
+        warnings.warn(
+            f"trace: expected {expected}",
+            RuntimeWarning,
+            skip_file_prefixes=(os.path.dirname(os.path.dirname(__file__)),),
+        )
 
     def _encoded(
         self, critic: Bindable, batch: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -200,8 +225,8 @@ def steer(
     The critic sees the host's model space, without padding, up to the steps that are executed; the steps
     after those are the policy's own, as the handle's repr says. While steered, the policy's parameters are
     frozen, and its steered methods run uncompiled whoever compiles them. Actions that it has queued for
-    ``select_action`` are dropped. In a wrapper (``torch.compile``, ``DistributedDataParallel``, PEFT) it is the
-    policy inside that is steered.
+    ``select_action`` are dropped. In a wrapper (``torch.compile``, ``DistributedDataParallel``, PEFT) the
+    policy inside is steered.
 
     Cost per action: the host's prefix once, then what rule and sampler say; nothing else is evaluated.
 
