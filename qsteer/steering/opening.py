@@ -159,6 +159,8 @@ class Interception(ABC):
     @uncompiled
     def _run(self, act: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Any:
         """Run the class's own batch method, with ``act`` in the entry's place."""
+        if not self._replaced:  # somebody has kept it, for example compiled
+            return self.host.read(self.policy, self.host.batch)(*args, **kwargs)
         own = self.host.own(self.policy, self.host.batch)
         batch = next(iter(inspect.signature(own).bind(*args, **kwargs).arguments.values()))
         call = Call(self, act, batch, [])
@@ -179,8 +181,6 @@ class Interception(ABC):
 
     def _batch(self, *args: Any, **kwargs: Any) -> Any:
         """Stand in for the host's batch method: remember the batch while the class's own runs."""
-        if not self._replaced:  # somebody has kept it, for example compiled
-            return self.host.read(self.policy, self.host.batch)(*args, **kwargs)
         return self._run(self._act, *args, **kwargs)
 
     @uncompiled

@@ -1,4 +1,4 @@
-"""Wrappers, compilers, queues, copies and sizes: a steered policy acts as the handle says, or says why not."""
+"""Wrappers, compilers, queues, copies, sizes: a steered policy acts as the handle says, or says why not."""
 
 import warnings
 from copy import deepcopy
