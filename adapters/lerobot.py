@@ -64,6 +64,8 @@ PI05 = Host(
     steps="config.num_inference_steps",
     executed="config.n_action_steps",
     action_shape="config.action_feature.shape",
+    chunk="config.chunk_size",
+    queue="_action_queue",
     rtc="model._rtc_enabled",
     repeat=repeat_context,
     features=features,
@@ -79,6 +81,7 @@ SMOLVLA = replace(
     serves="SmolVLAPolicy",
     batch="_get_action_chunk",
     steps="config.num_steps",
+    queue="_queues",
     layers="model.vlm_with_expert.lm_expert.layers",
     prepare=None,
 )

@@ -70,7 +70,7 @@ class PlainPolicy(nn.Module):
             )
         check_bounds(bounds)
         self.bounds = bounds
-        self.velocity, self.action_shape = velocity, (horizon, action_dim)
+        self.velocity, self.horizon, self.action_shape = velocity, horizon, (horizon, action_dim)
         self.steps, self.executed, self.clock = steps, executed, clock
 
     @property
@@ -85,6 +85,7 @@ class PlainPolicy(nn.Module):
             steps="steps",
             executed="executed",
             action_shape="action_shape",
+            chunk="horizon",
             features=itemgetter("obs"),
             prepare=prepare_plain,
             bounds=self.bounds,

@@ -4,7 +4,7 @@ A :class:`Host` is data: dotted names read from a policy, a clock, and how the a
 are repeated. A :class:`HostField` is the policy's own step, closed over one encoded observation.
 """
 
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from dataclasses import field as attribute
@@ -44,6 +44,8 @@ class Host:
         x: the step's argument that is the noisy chunk (B, H, A).
         t: the step's argument that is the host time (B,).
         num_steps: the entry's argument that overrides ``steps``, if it has one.
+        chunk: number of steps of a chunk; None: it is not known before an action.
+        queue: actions that wait to be executed, a deque or a dict with one at ``action``; None: it has none.
         rtc: method that says whether real-time chunking is on; None: the host has none.
         repeat: ``(context, k)``: the step's other arguments for k rows per observation, rows as in
             :meth:`qsteer.types.Field.repeat`. With k = 1, a context which the step may change as it likes.
@@ -71,6 +73,8 @@ class Host:
     x: str = "x_t"
     t: str = "timestep"
     num_steps: str = "num_steps"
+    chunk: str | None = None
+    queue: str | None = None
     rtc: str | None = None
     repeat: Callable[[Any, int], Any] = repeat_context
     features: Callable[[dict[str, Any]], Any] | None = None
@@ -97,6 +101,12 @@ class Host:
         """Return the object that has the method at ``path``, and the method's name."""
         owner, _, name = path.rpartition(".")
         return (self.read(policy, owner) if owner else policy), name
+
+    def empty_queue(self, policy: Any) -> None:
+        """Drop the actions that wait to be executed: the next one is sampled."""
+        if self.queue is not None:
+            queue = self.read(policy, self.queue)
+            (queue["action"] if isinstance(queue, Mapping) else queue).clear()
 
     def own(self, policy: Any, path: str) -> MethodType:
         """Return the method at ``path`` as the class has it, whatever the instance carries."""

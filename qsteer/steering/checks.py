@@ -65,7 +65,27 @@ def warn_of_dropout(policy: Any) -> None:
         )
 
 
-def check_critic(critic: Any, policy: Any, host: Host) -> None:
+def check_executed(executed: Any, policy: Any, host: Host) -> None:
+    """Raise unless a chunk has as many steps; None passes."""
+    if executed is None:
+        return
+    if not isinstance(executed, int) or isinstance(executed, bool):
+        raise TypeError(f"executed: expected a whole number of steps, got {executed!r}; pass an int")
+    chunk = None if host.chunk is None else host.read(policy, host.chunk)
+    if executed < 1 or (chunk is not None and executed > chunk):
+        most = "" if chunk is None else f" to {chunk}, the steps of the policy's chunk"
+        raise ValueError(f"executed: expected 1{most or ' or more'}, got {executed}")
+
+
+def check_num_steps(name: str, steps: Any) -> None:
+    """Raise unless it is a number of Euler steps."""
+    if not isinstance(steps, int) or isinstance(steps, bool):
+        raise TypeError(f"{name}: expected a whole number of Euler steps, got {steps!r}; pass an int")
+    if steps < 1:
+        raise ValueError(f"{name}: expected at least 1 Euler step, got {steps}")
+
+
+def check_critic(critic: Any, policy: Any, host: Host, executed: int | None = None) -> None:
     """Raise unless the critic can be bound, sits where the policy sits, and sees what the policy executes."""
     if isinstance(critic, type) or not isinstance(critic, Bindable):
         raise TypeError(
@@ -82,7 +102,7 @@ def check_critic(critic: Any, policy: Any, host: Host) -> None:
         raise ValueError(
             f"critic: expected it on the policy's device, {mine[0].device}, got {its[0].device}; move either"
         )
-    read_sizes(critic, policy, host)
+    read_sizes(critic, policy, host, executed)
 
 
 class CriticInputs(NamedTuple):
@@ -100,15 +120,34 @@ def read_inputs(critic: Bindable) -> CriticInputs:
     return CriticInputs(*(getattr(config, name, getattr(silent, name)) for name in silent._fields))
 
 
-def read_sizes(critic: Bindable, policy: Any, host: Host) -> tuple[int, int]:
-    """Return how many steps and dimensions the critic sees: those executed, unless its horizon is less."""
-    executed, dim = host.read(policy, host.executed), host.read(policy, host.action_shape)[-1]
+def read_sizes(critic: Bindable, policy: Any, host: Host, executed: int | None = None) -> tuple[int, int]:
+    """Return how many steps and dimensions the critic sees: those executed, unless its horizon is less.
+
+    Args:
+        critic: what sees.
+        policy: what acts.
+        host: where it keeps its loop.
+        executed: number of steps executed, all of which the critic is to see; None: the policy's own number,
+            of which it may see less.
+
+    Raises:
+        ValueError: the critic sees other ones.
+    """
+    limit = host.read(policy, host.executed) if executed is None else executed
+    dim = host.read(policy, host.action_shape)[-1]
     inputs = read_inputs(critic)
-    steps = executed if inputs.horizon is None else inputs.horizon
+    steps = limit if inputs.horizon is None else inputs.horizon
     width = dim if inputs.action_dim is None else inputs.action_dim
-    if steps > executed or width != dim:
+    if steps > limit or width != dim:
         raise ValueError(
-            f"critic: expected one that sees at most the {executed} executed steps and all {dim} dimensions, "
-            f"got {steps} steps and {width} dimensions; train one for this policy's {host.executed}"
+            f"critic: expected one that sees at most the {limit} executed steps and all {dim} dimensions, "
+            f"got {steps} steps and {width} dimensions; train one for this policy's "
+            + (host.executed if executed is None else f"executed={executed}")
+        )
+    if executed is not None and steps < executed:
+        raise ValueError(
+            f"critic: expected one that sees all {executed} executed steps, got a horizon of {steps}, with "
+            "which the steps after it are not steered; train one of that horizon, or leave executed out to "
+            "accept it"
         )
     return steps, dim
