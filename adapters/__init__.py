@@ -8,9 +8,10 @@ from typing import Any
 
 from qsteer.adapters.lerobot import HOSTS
 from qsteer.adapters.plain import PlainPolicy
+from qsteer.contract import Contract
 from qsteer.hosts import Host
 
-__all__ = ["HOSTS", "Host", "PlainPolicy", "host_of"]
+__all__ = ["HOSTS", "Host", "PlainPolicy", "contract_of", "host_of"]
 
 
 def host_of(policy: Any) -> Host:
@@ -31,3 +32,15 @@ def host_of(policy: Any) -> Host:
         f"policy: expected one of {known} or a subclass, got {type(policy).__name__}; wrap its velocity in "
         "qsteer.adapters.PlainPolicy, or set policy.__qsteer_host__ = qsteer.adapters.Host(...)"
     )
+
+
+def contract_of(policy: Any) -> Contract:
+    """Return what a policy's observations and actions are, as far as its Host record can say.
+
+    Raises:
+        TypeError: no record describes it.
+    """
+    host = host_of(policy)
+    shape = host.read(policy, host.action_shape)
+    sizes = Contract(horizon=host.read(policy, host.executed), action_dim=shape[-1])
+    return sizes if host.contract is None else sizes | host.contract(policy)

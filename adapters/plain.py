@@ -1,7 +1,7 @@
 """A velocity function as a policy, steered by the same mechanism as any other."""
 
 from collections.abc import Callable
-from operator import itemgetter
+from operator import attrgetter, itemgetter
 from typing import Any
 
 import torch
@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from qsteer.clock import PAPER, Clock
+from qsteer.contract import Contract
 from qsteer.flow import expand_time
 from qsteer.hosts import Host, HostField
 
@@ -36,6 +37,7 @@ class PlainPolicy(nn.Module):
         executed: how many steps of a chunk are executed; None: all.
         clock: the velocity's convention, :data:`qsteer.clock.PAPER` (t = 0 noise, pointing to the action) or
             :data:`qsteer.clock.MIRRORED` (u = 1 noise, velocity = noise - action); its ``steps`` is not read.
+        contract: what its observations and actions are, which a critic's must fit; None: not known.
 
     Raises:
         ValueError: a size is out of its range.
@@ -55,6 +57,7 @@ class PlainPolicy(nn.Module):
         steps: int = 10,
         executed: int | None = None,
         clock: Clock = PAPER,
+        contract: Contract | None = None,
     ) -> None:
         super().__init__()
         executed = horizon if executed is None else executed
@@ -65,6 +68,7 @@ class PlainPolicy(nn.Module):
             )
         self.velocity, self.action_shape = velocity, (horizon, action_dim)
         self.steps, self.executed, self.clock = steps, executed, clock
+        self.contract = contract or Contract()
 
     @property
     def __qsteer_host__(self) -> Host:
@@ -80,6 +84,7 @@ class PlainPolicy(nn.Module):
             action_shape="action_shape",
             features=itemgetter("obs"),
             prepare=prepare_plain,
+            contract=attrgetter("contract"),
         )
 
     @torch.no_grad()

@@ -7,7 +7,7 @@ from typing import Any, Literal, get_args
 
 from qsteer.checks import check_choice
 
-type Normalisation = Literal["identity", "min_max", "mean_std", "quantiles"]
+type Normalisation = Literal["identity", "min_max", "mean_std", "quantiles", "quantile10"]
 
 RANGE_SLACK = 0.5
 """How far trained actions may lie outside of the policy's range, in half-widths of it."""
@@ -45,7 +45,6 @@ class Contract:
         action_high: the greatest.
         discount: per step, of the critic's returns.
         target: what the critic regressed on.
-        policy: fingerprint of the policy whose actions the critic was trained on.
     """
 
     observations: Sequence[tuple[str, tuple[int, ...]]] | None = None
@@ -60,7 +59,6 @@ class Contract:
     action_high: Sequence[float] | None = None
     discount: float | None = None
     target: str | None = None
-    policy: str | None = None
 
     def __post_init__(self) -> None:
         """Check the values; lists read from JSON become tuples."""

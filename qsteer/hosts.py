@@ -19,6 +19,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from qsteer.clock import Clock, Time
+from qsteer.contract import Contract
 from qsteer.flow import expand_time, repeat_rows
 from qsteer.types import Field
 
@@ -56,6 +57,8 @@ class Host:
         prepare: ``policy -> (HostField -> Field)``: the same velocity with all that stays the same between
             steps computed once, for ``steer(compile=...)``; a frozen dataclass whose tensors are all that
             depends on the observations. None: there is none.
+        contract: ``policy -> Contract``: what the policy's observations and actions are, beyond its sizes;
+            None: it is not known. Read with :func:`qsteer.adapters.contract_of`.
     """
 
     serves: str
@@ -75,6 +78,7 @@ class Host:
     layers: str | None = None
     reads: tuple[str, ...] = ("input_layernorm", "post_attention_layernorm")
     prepare: Callable[[Any], Callable[["HostField"], Field]] | None = None
+    contract: Callable[[Any], Contract] | None = None
 
     def read(self, policy: Any, path: str) -> Any:
         """Return what ``path`` names on the policy.

@@ -50,7 +50,11 @@ def compare(
         ``spec``, ``kind``, ``success``, ``low``, ``high``, ``episodes`` and more (rates in [0, 1] with 95 %
         Wilson intervals; ``difference`` with a paired bootstrap interval; evaluations and milliseconds per
         action of one observation).
+
+    Raises:
+        ValueError: the critic is of other sizes than the policy, or was trained for another contract.
     """
+    policy.check_critic(critic.config)
     with Simulators(make_env, horizon=policy.config.horizon, num_envs=min(num_envs, episodes)) as simulators:
         runs = [
             simulators.rollout(

@@ -112,7 +112,8 @@ class Handle(Interception):
         new_rule = self.rule if rule is ... else checked_rule(rule)
         new_sampler = self.sampler if sampler is ... else checked_sampler(sampler)
         if critic is not ...:
-            check_critic(critic, self.policy, self.host)
+            inputs = self.critic_inputs if critic_inputs is ... else critic_inputs
+            check_critic(critic, self.policy, self.host, inputs is not None)
             self.critic = critic
         if critic_inputs is not ...:
             self.critic_inputs = critic_inputs
@@ -233,7 +234,7 @@ def steer(
         )
     check_methods(policy, host)
     check_rtc(policy, host)
-    check_critic(critic, policy, host)
+    check_critic(critic, policy, host, critic_inputs is not None)
     warn_of_dropout(policy)
     compiled = checked_compile(compile, policy, host)
     return Handle(policy, host, critic, rule, sampler, critic_inputs, Trace(steps=trace), compiled)
