@@ -26,7 +26,7 @@ BOUNDS = {"min_max": 1.0, "quantiles": 5.0, "quantile10": 10.0, "mean_std": 20.0
 def read_lerobot(policy: Any) -> Contract:
     """Return what ``policy.config`` says, and of statistics what the checkpoint's processors hold.
 
-    Statistics are known if ``config.pretrained_path`` is a folder here that holds ``policy_preprocessor.json``;
+    Statistics are known if ``config.pretrained_path`` is a folder here with ``policy_preprocessor.json``;
     those given to the processors in their place by an override are not seen.
     """
     config = policy.config

@@ -180,7 +180,7 @@ class HostActor:
 
     @property
     def contract(self) -> Contract:
-        """What the policy's observations and actions are; fewer steps are executed if the critic sees fewer."""
+        """What the policy gets and gives; of a chunk, the steps that the critic sees are executed."""
         return contract_of(self.handle.policy) | Contract(horizon=self._critic.config.horizon)
 
     @property
