@@ -111,14 +111,18 @@ class CriticConfig:
     strides: Sequence[int] = (2, 1, 1, 1)
     shift: int = 4
     stack: int = 1
-    contract: Contract | None = None
+    contract: Any = None  # a Contract, once it is converted
 
     def __post_init__(self) -> None:
         """Check the values; sequences read from JSON become tuples."""
         for name in ("hidden", "views", "strides"):
             object.__setattr__(self, name, tuple(getattr(self, name)))
-        if isinstance(given := vars(self)["contract"], Mapping):  # read from JSON
-            object.__setattr__(self, "contract", Contract(**given))
+        if isinstance(self.contract, Mapping):  # read from JSON
+            object.__setattr__(self, "contract", Contract(**self.contract))
+        if not isinstance(self.contract, Contract | None):
+            raise TypeError(
+                f"CriticConfig.contract: expected a qsteer.contract.Contract or None, got {self.contract!r}"
+            )
         check_at_least(self, 1, "action_dim", "horizon", "members", "latent", "channels", "stack")
         check_at_least(self, 0, "obs_dim", "features", "shift", "rho")
         if not self.keys:

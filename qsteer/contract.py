@@ -47,7 +47,7 @@ class Contract:
         target: what the critic regressed on.
     """
 
-    observations: Sequence[tuple[str, tuple[int, ...]]] | None = None
+    observations: Sequence[Any] | None = None  # pairs
     observation_normalisation: str | None = None
     observation_mean: Sequence[float] | None = None
     observation_std: Sequence[float] | None = None
@@ -74,6 +74,11 @@ class Contract:
                 raise ValueError(
                     f"Contract.{low}, {high}: expected as many numbers in both, got {sizes}; give both"
                 )
+        if self.observation_std is not None and not min(self.observation_std, default=1.0) > 0:
+            raise ValueError(
+                f"Contract.observation_std: expected numbers above 0, got {self.observation_std}; give what "
+                "hardly varies 0.01, as qsteer's normalisation does"
+            )
         if self.action_normalisation is not None:
             check_choice(self, "action_normalisation", get_args(Normalisation.__value__))
 
