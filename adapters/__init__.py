@@ -9,21 +9,23 @@ from typing import Any
 
 from qsteer.adapters.lerobot import HOSTS
 from qsteer.adapters.plain import PlainPolicy
+from qsteer.contract import Contract
 from qsteer.hosts import Host
 
-__all__ = ["HOSTS", "Host", "PlainPolicy", "host_of", "unwrapped"]
+__all__ = ["HOSTS", "Host", "PlainPolicy", "contract_of", "host_of", "unwrapped"]
 
 
 def unwrapped(policy: Any) -> tuple[Any, Host, tuple[str, ...]]:
-    """Return the policy inside its wrappers, where it keeps its loop, and the wrappers' names, outermost first.
+    """Return the policy inside its wrappers, where it keeps its loop, and the names of the wrappers.
 
-    Wrappers are those of ``torch.compile``, ``DistributedDataParallel`` and PEFT. A policy's host is what it
+    Wrappers are those of ``torch.compile``, ``DistributedDataParallel`` and PEFT, outermost first. A policy's host is what it
     says itself, else goes by the names of its classes.
 
     Raises:
         TypeError: no record describes it.
     """
-    inner, around = policy, []
+    inner: Any = policy
+    around: list[str] = []
     while inner is not None:
         if (host := record_of(inner)) is not None:
             return inner, host, tuple(around)
@@ -41,6 +43,18 @@ def unwrapped(policy: Any) -> tuple[Any, Host, tuple[str, ...]]:
 def host_of(policy: Any) -> Host:
     """Return where ``policy`` keeps its loop; see :func:`unwrapped`."""
     return unwrapped(policy)[1]
+
+
+def contract_of(policy: Any) -> Contract:
+    """Return what a policy's observations and actions are, as far as its Host record can say.
+
+    Raises:
+        TypeError: no record describes it.
+    """
+    policy, host, _ = unwrapped(policy)
+    shape = host.read(policy, host.action_shape)
+    sizes = Contract(horizon=host.read(policy, host.executed), action_dim=shape[-1])
+    return sizes if host.contract is None else sizes | host.contract(policy)
 
 
 def record_of(policy: Any) -> Host | None:

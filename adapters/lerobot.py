@@ -7,6 +7,7 @@ from typing import Any
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from qsteer.adapters.contracts import read_lerobot
 from qsteer.adapters.pi import PiExpert, prefix_features
 from qsteer.clock import MIRRORED
 from qsteer.hosts import Host
@@ -72,6 +73,7 @@ PI05 = Host(
     prepare=PiExpert,
     layers="model.paligemma_with_expert.gemma_expert.model.layers",
     bounds=action_bounds,
+    contract=read_lerobot,
 )
 
 PI0 = replace(PI05, serves="PI0Policy")

@@ -19,6 +19,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from qsteer.clock import Clock, Time
+from qsteer.contract import Contract
 from qsteer.flow import expand_time, repeat_rows
 from qsteer.types import Bounds, Field
 
@@ -60,6 +61,8 @@ class Host:
             depends on the observations. None: there is none.
         bounds: of the clean actions in model space, ``(low, high)``, or ``policy -> (low, high)``; None:
             they have none. Rules ask the critic within them.
+        contract: ``policy -> Contract``: what the policy's observations and actions are, beyond its sizes;
+            None: it is not known. Read with :func:`qsteer.adapters.contract_of`.
     """
 
     serves: str
@@ -82,6 +85,7 @@ class Host:
     reads: tuple[str, ...] = ("input_layernorm", "post_attention_layernorm")
     prepare: Callable[[Any], Callable[["HostField"], Field]] | None = None
     bounds: Callable[[Any], Bounds] | Bounds = None
+    contract: Callable[[Any], Contract] | None = None
 
     def read(self, policy: Any, path: str) -> Any:
         """Return what ``path`` names on the policy.

@@ -2,10 +2,13 @@
 
 import os
 import warnings
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 from torch import nn
 
+from qsteer.adapters import contract_of
+from qsteer.contract import Contract, check_contract
 from qsteer.hosts import Host, parameters_of
 from qsteer.samplers import Euler
 from qsteer.types import Bindable, Rule, Sampler
@@ -85,8 +88,13 @@ def check_num_steps(name: str, steps: Any) -> None:
         raise ValueError(f"{name}: expected at least 1 Euler step, got {steps}")
 
 
-def check_critic(critic: Any, policy: Any, host: Host, executed: int | None = None) -> None:
-    """Raise unless the critic can be bound, sits where the policy sits, and sees what the policy executes."""
+def check_critic(
+    critic: Any, policy: Any, host: Host, executed: int | None = None, own_inputs: bool = False
+) -> None:
+    """Raise unless the critic can be bound, sits where the policy sits, and was trained for such a policy.
+
+    With ``own_inputs`` the critic's observations do not come from the policy's batch.
+    """
     if isinstance(critic, type) or not isinstance(critic, Bindable):
         raise TypeError(
             f"critic: expected an object with bind(obs) -> Value, got {critic!r}; use a qsteer.Critic, or "
@@ -103,6 +111,19 @@ def check_critic(critic: Any, policy: Any, host: Host, executed: int | None = No
             f"critic: expected it on the policy's device, {mine[0].device}, got {its[0].device}; move either"
         )
     read_sizes(critic, policy, host, executed)
+    theirs = contract_of(policy)
+    if executed is not None:
+        theirs = replace(theirs, horizon=executed)
+    if own_inputs:
+        theirs = replace(theirs, observations=None, observation_normalisation=None)
+        theirs = replace(theirs, observation_mean=None, observation_std=None)
+    check_contract(read_contract(critic), theirs)
+
+
+def read_contract(critic: Bindable) -> Contract | None:
+    """Return the contract in a critic's configuration, if there is one."""
+    found = getattr(getattr(critic, "config", None), "contract", None)
+    return found if isinstance(found, Contract) else None
 
 
 class CriticInputs(NamedTuple):

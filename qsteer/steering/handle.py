@@ -141,7 +141,8 @@ class Handle(Interception):
         new_rule = self.rule if rule is ... else checked_rule(rule)
         new_sampler = self.sampler if sampler is ... else checked_sampler(sampler)
         if critic is not ...:
-            check_critic(critic, self.policy, self.host, self.executed)
+            inputs = self.critic_inputs if critic_inputs is ... else critic_inputs
+            check_critic(critic, self.policy, self.host, self.executed, inputs is not None)
             self.critic = critic
         if critic_inputs is not ...:
             self.critic_inputs = critic_inputs
@@ -287,7 +288,7 @@ def steer(
     check_methods(policy, host)
     check_rtc(policy, host)
     check_executed(executed, policy, host)
-    check_critic(critic, policy, host, executed)
+    check_critic(critic, policy, host, executed, critic_inputs is not None)
     warn_of_dropout(policy)
     compiled = checked_compile(compile, policy, host)
     return Handle(
