@@ -11,6 +11,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from qsteer.checks import check_at_least, check_widths
+from qsteer.contract import Contract
 from qsteer.critics.encoders import (
     FEATURES,
     FeatureEncoder,
@@ -92,6 +93,8 @@ class CriticConfig:
         shift: largest random shift of a view in training, in pixels.
         stack: S independent critics (seeds) side by side, each with normalisation of its own. The rows of
             every batch come in S equal groups, one after another; each critic sees its group alone.
+        contract: what the critic was trained on, which :func:`qsteer.steer` compares with the policy; None:
+            nothing is known, and nothing compared.
     """
 
     obs_dim: int
@@ -109,11 +112,18 @@ class CriticConfig:
     strides: Sequence[int] = (2, 1, 1, 1)
     shift: int = 4
     stack: int = 1
+    contract: Any = None  # a Contract, once it is converted
 
     def __post_init__(self) -> None:
         """Check the values; sequences read from JSON become tuples."""
         for name in ("hidden", "views", "strides"):
             object.__setattr__(self, name, tuple(getattr(self, name)))
+        if isinstance(self.contract, Mapping):  # read from JSON
+            object.__setattr__(self, "contract", Contract(**self.contract))
+        if not isinstance(self.contract, Contract | None):
+            raise TypeError(
+                f"CriticConfig.contract: expected a qsteer.contract.Contract or None, got {self.contract!r}"
+            )
         check_at_least(self, 1, "action_dim", "horizon", "members", "latent", "channels", "stack")
         check_at_least(self, 0, "obs_dim", "features", "shift", "rho")
         if not self.keys:

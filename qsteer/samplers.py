@@ -282,8 +282,9 @@ class BeamSearch(Sampler):
 class KeepBest(Sampler):
     """Guard: the steered action, unless the same sampler on the unsteered field finds one of higher value.
 
-    Both start from the caller's noise and see the same candidates. It catches pushes that fail by the critic's
-    own measure, which are rare; it cannot catch exploitation of the critic, whose mark is a higher value.
+    Both start from the caller's noise and see the same candidates. It catches pushes that fail by the
+    critic's own measure, which are rare; it cannot catch exploitation of the critic, whose mark is a higher
+    value.
 
     Cost: that of ``inner`` twice, steered and not, and 2 critic forwards.
 

@@ -90,6 +90,8 @@ def steered_action(
     sampler: Sampler | Callable[[Field, Value | None, Tensor], Tensor],
 ) -> Float[Tensor, "B H A"]:
     """Return what the sampler makes of the field that the rule bends."""
+    if not len(noise):
+        return noise
     steered = field if rule is None or value is None else rule(field, value)
     if steered.base is not field.base and any(isinstance(each, KeepBest) for each in nested(sampler)):
         raise TypeError(

@@ -87,6 +87,13 @@ def _whole(number: float) -> int:
     return int(number)
 
 
+def _numberless(number: float, inner: Sampler) -> Sampler:
+    """Return the inner sampler of one whose name takes no number."""
+    if not math.isnan(number):
+        raise ValueError(f"expected no number, got {number:g}")
+    return inner
+
+
 RULES: dict[str, Callable[[Any, Maps], Rule]] = {
     "tweedie": lambda s, _: Tweedie(alpha=s),
     "tweedie-raw": lambda s, _: Tweedie(alpha=s, scaling="raw"),
@@ -109,7 +116,7 @@ SAMPLERS: dict[str, Callable[[float, Sampler, Maps], Sampler]] = {
     "random-of": lambda n, inner, _: RandomOfN(_whole(n), inner),
     "trust-region": lambda eta, inner, _: TrustRegion(eta, inner=inner),
     "trust-region-adaptive": lambda eta, inner, _: TrustRegion(eta, beta=0.3, inner=inner),
-    "keep-best": lambda _, inner, __: KeepBest(inner),
+    "keep-best": lambda number, inner, _: KeepBest(_numberless(number, inner)),
     "beam-search": lambda eta, inner, _: BeamSearch(eta=eta, inner=inner),
     "beam-search-map": lambda eta, inner, maps: BeamSearch(eta=eta, flow_map=maps.need("flow"), inner=inner),
     "beam-search-fmq": lambda eta, inner, maps: BeamSearch(eta=eta, flow_map=maps.need("fmq"), inner=inner),

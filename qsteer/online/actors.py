@@ -8,6 +8,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from qsteer.adapters import contract_of
+from qsteer.contract import Contract, agreed
 from qsteer.critics.critic import Critic, CriticConfig
 from qsteer.critics.encoders import to_unit_view
 from qsteer.critics.live import LiveCritic
@@ -73,6 +75,11 @@ class StateActor:
         self.noise_shape: tuple[int, ...] = (config.horizon, config.action_dim)
         self.trace = Trace(steps=False)
         self.steer(None, None)
+
+    @property
+    def contract(self) -> Contract:
+        """What all policies' observations and actions are."""
+        return agreed([policy.contract for policy in self.policies])
 
     def steer(self, rule: Rule | None, sampler: Sampler | None) -> None:
         """Choose how to act from now on."""
@@ -170,6 +177,11 @@ class HostActor:
         self.noise_shape: tuple[int, ...] = (policy.config.chunk_size, policy.config.max_action_dim)
         self._critic = _RememberingCritic(critic)
         self.handle = steer(policy, self._critic, critic_inputs=self._select_inputs)
+
+    @property
+    def contract(self) -> Contract:
+        """What the policy gets and gives; of a chunk, the steps that the critic sees are executed."""
+        return contract_of(self.handle.policy) | Contract(horizon=self._critic.config.horizon)
 
     @property
     def trace(self) -> Trace:

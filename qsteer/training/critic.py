@@ -3,7 +3,7 @@
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from copy import deepcopy
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from inspect import getclosurevars
 from pathlib import Path
@@ -17,6 +17,7 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 from torch.utils._pytree import tree_map
 
 from qsteer.checks import check_bounds, check_choice, check_fraction
+from qsteer.contract import Contract, check_contract
 from qsteer.critics.critic import Critic, CriticConfig, warn_of_few_members
 from qsteer.critics.networks import EnsembleMLP
 from qsteer.critics.targets import (
@@ -73,6 +74,28 @@ class CriticTraining(Training):
         check_choice(self, "target", LEARNERS)
         check_fraction(self, "gamma", "ema", "expectile")
         check_bounds(self.bounds)
+
+    def contract(self, config: CriticConfig, data: Contract, policy: Contract | None = None) -> Contract:
+        """Return the contract of a critic trained like this.
+
+        Args:
+            config: of the critic.
+            data: of what it is trained on.
+            policy: of the policy that gave the actions; None: not known.
+
+        Raises:
+            ValueError: the data are not of such a policy.
+        """
+        policy = policy or Contract()
+        own = data | Contract(
+            observations=[(config.observation_key, (config.obs_dim,))] if config.obs_dim else None,
+            horizon=config.horizon,
+            action_dim=config.action_dim,
+            discount=self.gamma,
+            target=self.target,
+        )
+        check_contract(own, policy)
+        return replace(policy, action_low=None, action_high=None) | own
 
     def critic_config(self, obs_dim: int, action_dim: int) -> CriticConfig:
         """Return the shape of a critic of states."""
@@ -327,6 +350,7 @@ def train_critic(
     *,
     act: SteeredPolicy | None = None,
     seeds: Sequence[int] | None = None,
+    contract: Contract | None = None,
     device: torch.device | str = "cpu",
     progress: bool = True,
 ) -> Critic:
@@ -345,12 +369,15 @@ def train_critic(
             generators, or from those of a rule or sampler that it refers to, resumes to the bit.
         seeds: train a stack of critics at once, one per seed of initial weights, each on batches of its own;
             None: one, of ``training.seed``.
+        contract: of the policy that the critic is to steer, such as ``policy.contract`` or
+            ``qsteer.adapters.contract_of(policy)``; the data are compared with it, and it becomes part of the
+            critic's. None: the critic's has only what the data say.
         device: where to train.
         progress: show a progress bar.
 
     Raises:
         ValueError: ``act`` is missing or superfluous, or ``out`` holds a run with other settings or other
-            data.
+            data; or the data are not of a policy of that contract.
     """
     out, training = Path(out), training or CriticTraining()
     if (act is None) == (training.target in ACTING):
@@ -359,6 +386,7 @@ def train_critic(
             f"target {training.target!r}; the others need no actions but the stored ones"
         )
     config = training.critic_config(episodes.observations.shape[1], episodes.actions.shape[1])
+    config = replace(config, contract=training.contract(config, episodes.contract, contract))
     with torch.random.fork_rng(devices=[]):
         critic = fresh_critic(config, seeds or [training.seed], episodes.observations)
         kind = LEARNERS[training.target]
