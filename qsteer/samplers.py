@@ -366,8 +366,8 @@ def draw(make: Callable[[], Tensor]) -> Tensor:
 
 def candidates(noise: Float[Tensor, "B H A"], n: int) -> Float[Tensor, "B n H A"]:
     """Return the caller's noise and n - 1 fresh draws per observation."""
-    shape, like = (len(noise), n - 1, *noise.shape[1:]), {"device": noise.device, "dtype": noise.dtype}
-    fresh = draw(lambda: torch.randn(shape, **like))
+    shape = len(noise), n - 1, *noise.shape[1:]
+    fresh = draw(lambda: torch.randn(shape, device=noise.device, dtype=noise.dtype))
     return torch.cat([noise[:, None], fresh], dim=1)
 
 

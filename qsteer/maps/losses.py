@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.func import jvp
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from qsteer.flow import interpolate, nonzero, norm, spread, times
+from qsteer.flow import factor, interpolate, nonzero, norm, spread, times
 
 type AverageVelocity = Callable[[Tensor, Tensor, Tensor], Tensor]
 
