@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from qsteer.clock import Time
+from qsteer.clock import Chain, Time
 from qsteer.flow import ask, clip_through, denoise, expand_time, nonzero, norm, repeat_time, times
 from qsteer.rules.guidance import Ascent, Estimate, Guidance, at_denoised, gradient
 from qsteer.rules.strength import Strength
@@ -125,10 +125,10 @@ class ForwardTweedie(Guidance):
             there = field(x + times(h, g), t)
             return Ascent(v, g + times(expand_time(1 - t, x) / h, there - v), q, a, g)
 
-    def begin(self, field: Field, value: Value, steps: int) -> Estimate:
+    def begin(self, field: Field, value: Value, chain: Chain) -> Estimate:
         """Return :meth:`ascent`; with ``stale``, one that keeps the chain's last gradient as direction."""
         if not self.stale:
-            return super().begin(field, value, steps)
+            return super().begin(field, value, chain)
         last: Tensor | None = None
 
         def estimate(x: Tensor, t: Time) -> Ascent:
