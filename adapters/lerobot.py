@@ -7,6 +7,7 @@ from typing import Any
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from qsteer.adapters.contracts import read_lerobot
 from qsteer.adapters.pi import PiExpert, prefix_features
 from qsteer.clock import MIRRORED
 from qsteer.hosts import Host
@@ -64,12 +65,15 @@ PI05 = Host(
     steps="config.num_inference_steps",
     executed="config.n_action_steps",
     action_shape="config.action_feature.shape",
+    chunk="config.chunk_size",
+    queue="_action_queue",
     rtc="model._rtc_enabled",
     repeat=repeat_context,
     features=features,
     prepare=PiExpert,
     layers="model.paligemma_with_expert.gemma_expert.model.layers",
     bounds=action_bounds,
+    contract=read_lerobot,
 )
 
 PI0 = replace(PI05, serves="PI0Policy")
@@ -79,6 +83,7 @@ SMOLVLA = replace(
     serves="SmolVLAPolicy",
     batch="_get_action_chunk",
     steps="config.num_steps",
+    queue="_queues",
     layers="model.vlm_with_expert.lm_expert.layers",
     prepare=None,
 )

@@ -1,7 +1,7 @@
 """A velocity function as a policy, steered by the same mechanism as any other."""
 
 from collections.abc import Callable
-from operator import itemgetter
+from operator import attrgetter, itemgetter
 from typing import Any
 
 import torch
@@ -11,6 +11,7 @@ from torch.utils import _pytree as pytree
 
 from qsteer.checks import check_bounds
 from qsteer.clock import PAPER, Clock
+from qsteer.contract import Contract
 from qsteer.flow import expand_time
 from qsteer.hosts import Host, HostField
 from qsteer.types import Bounds
@@ -40,6 +41,7 @@ class PlainPolicy(nn.Module):
             :data:`qsteer.clock.MIRRORED` (u = 1 noise, velocity = noise - action); its ``steps`` is not read.
         bounds: lowest and highest entry of a clean action; None: there are none, as for actions normalised
             by mean and standard deviation.
+        contract: what its observations and actions are, which a critic's must fit; None: not known.
 
     Raises:
         ValueError: a size is out of its range, or ``bounds`` are not ``(low, high)``.
@@ -60,6 +62,7 @@ class PlainPolicy(nn.Module):
         executed: int | None = None,
         clock: Clock = PAPER,
         bounds: Bounds = (-1.0, 1.0),
+        contract: Contract | None = None,
     ) -> None:
         super().__init__()
         executed = horizon if executed is None else executed
@@ -70,8 +73,9 @@ class PlainPolicy(nn.Module):
             )
         check_bounds(bounds)
         self.bounds = bounds
-        self.velocity, self.action_shape = velocity, (horizon, action_dim)
+        self.velocity, self.horizon, self.action_shape = velocity, horizon, (horizon, action_dim)
         self.steps, self.executed, self.clock = steps, executed, clock
+        self.contract = contract or Contract()
 
     @property
     def __qsteer_host__(self) -> Host:
@@ -85,9 +89,11 @@ class PlainPolicy(nn.Module):
             steps="steps",
             executed="executed",
             action_shape="action_shape",
+            chunk="horizon",
             features=itemgetter("obs"),
             prepare=prepare_plain,
             bounds=self.bounds,
+            contract=attrgetter("contract"),
         )
 
     @torch.no_grad()

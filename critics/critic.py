@@ -3,6 +3,7 @@
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from qsteer.checks import check_at_least, check_widths
+from qsteer.contract import Contract
 from qsteer.critics.encoders import (
     FEATURES,
     FeatureEncoder,
@@ -91,6 +93,8 @@ class CriticConfig:
         shift: largest random shift of a view in training, in pixels.
         stack: S independent critics (seeds) side by side, each with normalisation of its own. The rows of
             every batch come in S equal groups, one after another; each critic sees its group alone.
+        contract: what the critic was trained on, which :func:`qsteer.steer` compares with the policy; None:
+            nothing is known, and nothing compared.
     """
 
     obs_dim: int
@@ -108,11 +112,18 @@ class CriticConfig:
     strides: Sequence[int] = (2, 1, 1, 1)
     shift: int = 4
     stack: int = 1
+    contract: Any = None  # a Contract, once it is converted
 
     def __post_init__(self) -> None:
         """Check the values; sequences read from JSON become tuples."""
         for name in ("hidden", "views", "strides"):
             object.__setattr__(self, name, tuple(getattr(self, name)))
+        if isinstance(self.contract, Mapping):  # read from JSON
+            object.__setattr__(self, "contract", Contract(**self.contract))
+        if not isinstance(self.contract, Contract | None):
+            raise TypeError(
+                f"CriticConfig.contract: expected a qsteer.contract.Contract or None, got {self.contract!r}"
+            )
         check_at_least(self, 1, "action_dim", "horizon", "members", "latent", "channels", "stack")
         check_at_least(self, 0, "obs_dim", "features", "shift", "rho")
         if not self.keys:
@@ -272,13 +283,9 @@ class Critic(HubModule, tags=["qsteer", "robotics", "flow-matching", "critic"], 
 
         Cost: the encoders and one matrix product here, then one ensemble pass per call of the value.
         """
-        if self.config.rho > 0 and self.config.members < 3 and not self._warned:
+        if not self._warned:
             self._warned = True
-            warnings.warn(
-                f"critic: pessimism rho = {self.config.rho} with {self.config.members} member(s): the "
-                "gradient of so small a spread is noise; train 3 or more members, or set rho to 0",
-                stacklevel=2,
-            )
+            warn_of_few_members(self.config.rho, self.config.members)
         with torch.no_grad():
             return BoundCritic(self, self.encode(obs))
 
@@ -374,3 +381,13 @@ class BoundCritic(Value):
     def repeat(self, k: int) -> "BoundCritic":
         """Return the value for ``k`` rows per observation; nothing is encoded again."""
         return replace(self, z=self.z.repeat_interleave(k, dim=1))
+
+
+def warn_of_few_members(rho: float, members: int) -> None:
+    """Warn of a pessimism that the spread of one or two members cannot carry."""
+    if rho > 0 and members < 3:
+        warnings.warn(
+            f"critic: expected 3 or more members for a pessimism of rho = {rho}, got {members}: so small a "
+            "spread is noise, in targets and, as a gradient, in every push; train more, or set rho to 0",
+            skip_file_prefixes=(str(Path(__file__).parents[1]),),
+        )

@@ -4,6 +4,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from copy import deepcopy
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -23,7 +24,8 @@ class LiveCritic:
     The learner hands weights over (:meth:`publish`) and goes on; the next action installs them. Weights and
     normalisation change in place: no tensor ever gets another address, so that a captured CUDA graph sees the
     change. All of it stays on the device of ``critic``, which is to be the policy's. On CUDA, copies run on
-    the current stream, and events order them: no thread waits for the device.
+    the current stream, and events order them: no thread waits for the device. A deep copy begins with the
+    weights published last, and is published to by itself.
 
     Attributes:
         critic: the acting copy; read it inside :meth:`acting`.
@@ -53,6 +55,10 @@ class LiveCritic:
         if self._on_cuda:
             self._ready, self._installed = torch.cuda.Event(), torch.cuda.Event()
             self._left: dict[torch.cuda.Stream, torch.cuda.Event] = {}
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "LiveCritic":
+        with self.acting():
+            return LiveCritic(self.critic)
 
     def __repr__(self) -> str:
         return f"LiveCritic({self.config}, version={self.version})"

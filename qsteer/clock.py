@@ -1,5 +1,6 @@
 """Time and sign conventions of hosts. The only file that knows which end is noise."""
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -77,3 +78,39 @@ PAPER = Clock()
 
 MIRRORED = Clock(noise=1.0, action=0.0, sign=-1)
 """u = 1 noise, u = 0 action, velocity = noise - action: openpi and lerobot's pi0, pi05, smolvla, eo1."""
+
+
+@dataclass(frozen=True)
+class Chain:
+    """Equal Euler steps from a time to the action. They are counted from noise, as if they began there.
+
+    Attributes:
+        start: time of the first step.
+        stride: time between two steps.
+    """
+
+    start: Time = 0.0
+    stride: Time = 0.1
+
+    def index(self, t: Time) -> int | Tensor:
+        """Return the number of the step at time ``t``; of each row, if times are per row."""
+        before, index = self.start / self.stride, (t - self.start) / self.stride
+        if isinstance(before, Tensor) or isinstance(index, Tensor):
+            return torch.as_tensor(before).round() + torch.as_tensor(index).round()
+        return round(before) + round(index)
+
+    def first(self, t: float) -> int | Tensor:
+        """Return the number of the first step at or after time ``t``."""
+        before, first = self.start / self.stride, (t - self.start) / self.stride
+        if isinstance(before, Tensor) or isinstance(first, Tensor):
+            return torch.as_tensor(before).round() + torch.as_tensor(first).ceil()
+        return round(before) + math.ceil(first)
+
+    def rest(self, now: float, clock: Clock) -> list[tuple[float, float]]:
+        """Return ``(t, dt)`` of the steps from the time ``now`` on; all rows share them."""
+        both = self.start, self.stride
+        start, stride = (float(s.flatten()[0]) if isinstance(s, Tensor) else s for s in both)
+        n, done = round((1 - start) / stride), round((now - start) / stride)
+        if start == 0:
+            return list(clock.grid(n))[done:]
+        return [(float(clock.snap(start + i * stride)), stride) for i in range(done, n)]

@@ -77,8 +77,28 @@ def clip_actions(a: Tensor, bounds: Bounds) -> Tensor:
 
 
 def norm(x: Float[Tensor, "B H A"]) -> Float[Tensor, "B"]:
-    """Return the norm of each row, in single precision or better: squares leave the range of halves."""
-    return x.to(torch.promote_types(x.dtype, torch.float32)).flatten(1).norm(dim=1)
+    """Return the norm of each row, in single precision or better; squares stay within range."""
+    return widened(x).flatten(1).norm(dim=1).to(torch.promote_types(x.dtype, torch.float32))
+
+
+def widened(x: Tensor) -> Tensor:
+    """Return ``x`` in the widest number format of its device."""
+    return x.to(torch.float32 if x.device.type == "mps" else torch.float64)
+
+
+def spread(x: Shaped[Tensor, "J *B"]) -> Shaped[Tensor, "*B"]:
+    """Return the population standard deviation over the first axis, of values of any size."""
+    return widened(x).std(0, correction=0).to(torch.promote_types(x.dtype, torch.float32))
+
+
+def nonzero(x: Tensor) -> Tensor:
+    """Return ``x`` as a divisor: 1 where it is 0."""
+    return torch.where(x == 0, 1.0, x)
+
+
+def times(s: Float[Tensor, "B"], x: Float[Tensor, "B H A"]) -> Float[Tensor, "B H A"]:
+    """Return each row times its number, multiplied in the wider of the two formats."""
+    return (s[:, None, None] * x).to(x.dtype)
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ A :class:`Host` is data: dotted names read from a policy, a clock, and how the a
 are repeated. A :class:`HostField` is the policy's own step, closed over one encoded observation.
 """
 
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from dataclasses import field as attribute
@@ -19,6 +19,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from qsteer.clock import Clock, Time
+from qsteer.contract import Contract
 from qsteer.flow import expand_time, repeat_rows
 from qsteer.types import Bounds, Field
 
@@ -44,6 +45,8 @@ class Host:
         x: the step's argument that is the noisy chunk (B, H, A).
         t: the step's argument that is the host time (B,).
         num_steps: the entry's argument that overrides ``steps``, if it has one.
+        chunk: number of steps of a chunk; None: it is not known before an action.
+        queue: actions that wait to be executed, a deque or a dict with one at ``action``; None: it has none.
         rtc: method that says whether real-time chunking is on; None: the host has none.
         repeat: ``(context, k)``: the step's other arguments for k rows per observation, rows as in
             :meth:`qsteer.types.Field.repeat`. With k = 1, a context which the step may change as it likes.
@@ -58,6 +61,8 @@ class Host:
             depends on the observations. None: there is none.
         bounds: of the clean actions in model space, ``(low, high)``, or ``policy -> (low, high)``; None:
             they have none. Rules ask the critic within them.
+        contract: ``policy -> Contract``: what the policy's observations and actions are, beyond its sizes;
+            None: it is not known. Read with :func:`qsteer.adapters.contract_of`.
     """
 
     serves: str
@@ -71,6 +76,8 @@ class Host:
     x: str = "x_t"
     t: str = "timestep"
     num_steps: str = "num_steps"
+    chunk: str | None = None
+    queue: str | None = None
     rtc: str | None = None
     repeat: Callable[[Any, int], Any] = repeat_context
     features: Callable[[dict[str, Any]], Any] | None = None
@@ -78,6 +85,7 @@ class Host:
     reads: tuple[str, ...] = ("input_layernorm", "post_attention_layernorm")
     prepare: Callable[[Any], Callable[["HostField"], Field]] | None = None
     bounds: Callable[[Any], Bounds] | Bounds = None
+    contract: Callable[[Any], Contract] | None = None
 
     def read(self, policy: Any, path: str) -> Any:
         """Return what ``path`` names on the policy.
@@ -97,6 +105,12 @@ class Host:
         """Return the object that has the method at ``path``, and the method's name."""
         owner, _, name = path.rpartition(".")
         return (self.read(policy, owner) if owner else policy), name
+
+    def empty_queue(self, policy: Any) -> None:
+        """Drop the actions that wait to be executed: the next one is sampled."""
+        if self.queue is not None:
+            queue = self.read(policy, self.queue)
+            (queue["action"] if isinstance(queue, Mapping) else queue).clear()
 
     def own(self, policy: Any, path: str) -> MethodType:
         """Return the method at ``path`` as the class has it, whatever the instance carries."""

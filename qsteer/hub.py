@@ -63,6 +63,15 @@ class HubModule(nn.Module, PyTorchModelHubMixin, library_name="qsteer", pipeline
         with _explained(cls.__name__, folder / WEIGHTS if folder.is_dir() else folder):
             return super().from_pretrained(name, **options)
 
+    def save_pretrained(self, save_directory: str | Path, **options: Any) -> str | None:
+        """Save the network with the configuration that it has now, see the class.
+
+        Args:
+            save_directory: the folder.
+            options: of the hub, such as ``push_to_hub``.
+        """
+        return super().save_pretrained(save_directory, **{"config": self.config} | options)
+
     @classmethod
     def _from_pretrained(cls, *, strict: bool = True, **hub: Any) -> "HubModule":
         """Load with the hub's machinery, but refuse a checkpoint that lacks weights."""

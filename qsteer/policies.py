@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from qsteer.checks import check_at_least, check_bounds, check_widths
+from qsteer.contract import Contract, check_contract
+from qsteer.critics.critic import CriticConfig
 from qsteer.critics.networks import Normalizer
 from qsteer.flow import FunctionField, normal
 from qsteer.hub import HubModule
@@ -96,6 +98,35 @@ class FlowPolicy(HubModule, tags=["qsteer", "robotics", "flow-matching"]):
         self.rest = nn.ModuleList(nn.Linear(i, o) for i, o in pairwise(widths[1:]))
         frequencies = torch.pi * torch.arange(1.0, config.harmonics + 1)
         self.register_buffer("frequencies", frequencies, persistent=False)
+
+    @property
+    def contract(self) -> Contract:
+        """What its observations and actions are: as they come, and actions in [-1, 1]."""
+        mean, std = self.normalizer.mean, self.normalizer.std
+        fitted = bool((mean != 0).any() or (std != 1).any())
+        dim = self.config.action_dim
+        return Contract(
+            observation_normalisation="identity",
+            observation_mean=mean.tolist() if fitted else None,
+            observation_std=std.tolist() if fitted else None,
+            horizon=self.config.horizon,
+            action_dim=dim,
+            action_normalisation="identity",
+            action_low=(-1.0,) * dim,
+            action_high=(1.0,) * dim,
+        )
+
+    def check_critic(self, config: CriticConfig) -> None:
+        """Check that a critic of this configuration can steer the policy.
+
+        Raises:
+            ValueError: it sees other sizes, or was trained for another contract.
+        """
+        names = ("obs_dim", "action_dim", "horizon")
+        mine, its = ({n: getattr(c, n) for n in names} for c in (self.config, config))
+        if not config.views and not config.features and mine != its:
+            raise ValueError(f"critic: expected the policy's {mine}, got {its}; train one for this policy")
+        check_contract(config.contract, self.contract)
 
     def encode(self, obs: Float[Tensor, "B O"]) -> Float[Tensor, "B D"]:
         """Return the observation's half of the first layer: what does not change while an action is made.

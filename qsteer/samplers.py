@@ -4,9 +4,12 @@ The caller's noise is candidate 0 of every sampler, further candidates come from
 with one candidate a selecting sampler is its inner sampler, bit for bit.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from dataclasses import field as attribute
+from functools import partial
 from typing import Any
 
 import torch
@@ -126,7 +129,7 @@ class RandomOfN(_OfN):
         if self.n == 1:
             return self.inner(field, value, noise)
         pool = candidates(noise, self.n)
-        pick = torch.randint(self.n, noise.shape[:1], device=noise.device)
+        pick = draw(lambda: torch.randint(self.n, noise.shape[:1], device=noise.device))
         return self.inner(field, value, take(pool, pick))
 
 
@@ -249,7 +252,9 @@ class BeamSearch(Sampler):
             a = clip_actions(jump.repeat(m)(a, 0.0, 1.0), bounds)
         for _ in range(self.rounds):
             a = a.repeat_interleave(self.branches, 0)
-            a = clip_actions(jump.repeat(n)(t * a + (1 - t) * torch.randn_like(a), t, 1.0), bounds)
+            a = clip_actions(
+                jump.repeat(n)(t * a + (1 - t) * draw(partial(torch.randn_like, a)), t, 1.0), bounds
+            )
             kept = scores(value, a, n).topk(m, 1).indices
             a = project(
                 take(rearrange(a, "(b n) h a -> b n h a", n=n), kept).flatten(0, 1), value.repeat(m), self.eta
@@ -277,8 +282,9 @@ class BeamSearch(Sampler):
 class KeepBest(Sampler):
     """Guard: the steered action, unless the same sampler on the unsteered field finds one of higher value.
 
-    Both start from the caller's noise. It catches pushes that fail by the critic's own measure, which are
-    rare; it cannot catch exploitation of the critic, whose mark is a higher value.
+    Both start from the caller's noise and see the same candidates. It catches pushes that fail by the
+    critic's own measure, which are rare; it cannot catch exploitation of the critic, whose mark is a higher
+    value.
 
     Cost: that of ``inner`` twice, steered and not, and 2 critic forwards.
 
@@ -297,8 +303,11 @@ class KeepBest(Sampler):
     ) -> Float[Tensor, "B H A"]:
         """Return the better of the two actions."""
         value = needed(value, self)
-        steered = self.inner(field, value, noise)
-        base = self.inner(field.base, value, noise)
+        draws = Draws()
+        with draws.recorded():
+            steered = self.inner(field, value, noise)
+        with draws.replayed():
+            base = self.inner(field.base, value, noise)
         q, q_base = ask(value, steered), ask(value, base)
         better = torch.isfinite(q) & ~(torch.isfinite(q_base) & (q_base > q))
         report_fallbacks(~torch.isfinite(q))
@@ -314,9 +323,51 @@ def check_inner(sampler: Sampler, inner: Any) -> None:
         )
 
 
+class Draws:
+    """What samplers drew, to be given to them again: of two runs, each draw is made once."""
+
+    def __init__(self) -> None:
+        self._kept: list[Tensor] = []
+
+    @contextmanager
+    def recorded(self) -> Iterator[None]:
+        """Keep what samplers draw in the block."""
+        outer = _draws.get()
+        token = _draws.set(lambda make: self._keep(make() if outer is None else outer(make)))
+        try:
+            yield
+        finally:
+            _draws.reset(token)
+
+    @contextmanager
+    def replayed(self) -> Iterator[None]:
+        """Give samplers in the block what was kept, in the same order."""
+        rest = iter(self._kept)
+        token = _draws.set(lambda make: next(rest))
+        try:
+            yield
+        finally:
+            _draws.reset(token)
+
+    def _keep(self, drawn: Tensor) -> Tensor:
+        self._kept.append(drawn)
+        return drawn
+
+
+_draws: ContextVar[Callable[[Callable[[], Tensor]], Tensor] | None] = ContextVar("qsteer_draws", default=None)
+"""What stands between samplers and torch's generator."""
+
+
+def draw(make: Callable[[], Tensor]) -> Tensor:
+    """Return what ``make`` draws, or what it drew before, see :class:`Draws`."""
+    given = _draws.get()
+    return make() if given is None else given(make)
+
+
 def candidates(noise: Float[Tensor, "B H A"], n: int) -> Float[Tensor, "B n H A"]:
     """Return the caller's noise and n - 1 fresh draws per observation."""
-    fresh = torch.randn(len(noise), n - 1, *noise.shape[1:], device=noise.device, dtype=noise.dtype)
+    shape = len(noise), n - 1, *noise.shape[1:]
+    fresh = draw(lambda: torch.randn(shape, device=noise.device, dtype=noise.dtype))
     return torch.cat([noise[:, None], fresh], dim=1)
 
 
@@ -352,7 +403,7 @@ def project(
     if value.mask is not None:
         g = torch.where(value.mask.bool(), g, 0.0)
     members = ask_members(value, a) if beta else torch.zeros_like(a[None, :, 0, 0])
-    moved = fmq_target(a, g, trust_radius(eta, members, beta, typical))
+    moved = fmq_target(a, g, trust_radius(eta, members, beta, typical), kappa=0.0)
     finite = finite_rows(moved) & torch.isfinite(q)
     report_fallbacks(~finite)
     return torch.where(finite[:, None, None], moved, a)

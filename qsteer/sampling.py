@@ -9,7 +9,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from qsteer.flow import norm
-from qsteer.samplers import Euler
+from qsteer.samplers import Euler, KeepBest
 from qsteer.trace import Trace, displacement_wanted, record_action, report_displacement
 from qsteer.types import Bindable, Field, Rule, Sampler, Value
 
@@ -90,7 +90,14 @@ def steered_action(
     sampler: Sampler | Callable[[Field, Value | None, Tensor], Tensor],
 ) -> Float[Tensor, "B H A"]:
     """Return what the sampler makes of the field that the rule bends."""
+    if not len(noise):
+        return noise
     steered = field if rule is None or value is None else rule(field, value)
+    if steered.base is not field.base and any(isinstance(each, KeepBest) for each in nested(sampler)):
+        raise TypeError(
+            f"KeepBest: expected a rule whose field says what it bends, got {type(steered).__name__}, whose "
+            "base is not the policy's field; give it a property base that returns field.base"
+        )
     action = sampler(steered, value, noise).detach()
     if displacement_wanted():
         twin = chain_of(sampler)(field, None, noise)
@@ -100,9 +107,14 @@ def steered_action(
 
 def chain_of(sampler: Any) -> Euler:
     """Return the innermost Euler chain of a sampler; if it has none, the host's own."""
-    while not isinstance(sampler, Euler | None):
+    return next((each for each in nested(sampler) if isinstance(each, Euler)), Euler())
+
+
+def nested(sampler: Any) -> Iterator[Any]:
+    """Yield a sampler, and what lies inside it."""
+    while sampler is not None:
+        yield sampler
         sampler = getattr(sampler, "inner", None)
-    return sampler or Euler()
 
 
 def rms(x: Float[Tensor, "B H A"], mask: Tensor | None) -> Float[Tensor, "B"]:

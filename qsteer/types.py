@@ -16,7 +16,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from qsteer.clock import PAPER, Clock, Time
+from qsteer.clock import PAPER, Chain, Clock, Time
 
 type Bounds = tuple[float, float] | None
 """Lowest and highest entry of a clean action in model space; None: it has no bounds."""
@@ -63,11 +63,12 @@ class Field(ABC):
         """The field before any rule: of an unsteered field, itself."""
         return self
 
-    def chain(self, steps: int | None, /) -> "Field":
+    def chain(self, steps: int | None, part: Chain | None = None, /) -> "Field":
         """Return the field for one Euler chain of ``steps`` steps from 0 to 1; None: the clock's number.
 
-        Samplers call it before the first step. A steered field counts steps, and forgets what its rule
-        remembers of an earlier chain; any other is itself.
+        A chain that begins later, or has another stride, is described by ``part``. Samplers call it before
+        the first step. A steered field counts steps, and forgets what its rule remembers of an earlier chain;
+        any other is itself.
         """
         return self
 

@@ -13,7 +13,7 @@ ORDER = (
     ("clock",),
     ("types",),
     ("plotting", "statistics", "files", "fingerprints", "checks"),
-    ("hub", "flow"),
+    ("hub", "flow", "contract"),
     ("trace",),
     ("critics",),
     ("maps",),

@@ -12,7 +12,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_hook
 
-from qsteer.clock import Clock, Time
+from qsteer.clock import Chain, Clock, Time
 from qsteer.maps.networks import ChunkNetwork
 from qsteer.samplers import Euler
 from qsteer.sampling import sample
@@ -114,9 +114,9 @@ class WatchedField(Field):
         """Return the field with a truncated gradient, watched together with this one."""
         return replace(self, inner=self.inner.truncated(layers))
 
-    def chain(self, steps: int | None) -> "WatchedField":
+    def chain(self, steps: int | None, part: Chain | None = None) -> "WatchedField":
         """Return the field for one chain, watched together with this one."""
-        return replace(self, inner=self.inner.chain(steps))
+        return replace(self, inner=self.inner.chain(steps, part))
 
     @property
     def base(self) -> "WatchedField":

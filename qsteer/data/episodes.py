@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_map
 
 from qsteer.checks import check_finite
+from qsteer.contract import Contract
 from qsteer.critics.targets import chunk_return, monte_carlo_target
 from qsteer.fingerprints import fingerprint
 
@@ -31,7 +32,7 @@ class Episodes:
     Attributes:
         observations: (N, O), state before the step.
         next_observations: (N, O), state after the step; at an end it is stored nowhere else.
-        actions: (N, A), action of the step, in [-1, 1].
+        actions: (N, A), action of the step, in the units and bounds of the policy that is to be steered.
         rewards: (N,), reward of the step.
         terminals: (N,), bool: the task is over after this step.
         ends: (N,), bool: this row is the last of its trajectory.
@@ -97,6 +98,22 @@ class Episodes:
     def to(self, device: torch.device | str) -> "Episodes":
         """Return the episodes on another device."""
         return Episodes(**{f.name: getattr(self, f.name).to(device) for f in fields(self)})
+
+    @property
+    def contract(self) -> Contract:
+        """Scale of the observations, and range of the actions.
+
+        Cost: a pass over both.
+        """
+        std, mean = torch.std_mean(self.observations.double(), dim=0, correction=0)
+        low, high = self.actions.aminmax(dim=0)
+        return Contract(
+            observation_mean=mean.tolist(),
+            observation_std=std.clamp(min=0.01).tolist(),  # as the networks' normalisation
+            action_dim=self.actions.shape[1],
+            action_low=low.tolist(),
+            action_high=high.tolist(),
+        )
 
     def fingerprint(self) -> str:
         """Return a hash of the content: a resumed run must see the data that it started with."""

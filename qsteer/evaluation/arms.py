@@ -87,6 +87,13 @@ def _whole(number: float) -> int:
     return int(number)
 
 
+def _numberless(number: float, inner: Sampler) -> Sampler:
+    """Return the inner sampler of one whose name takes no number."""
+    if not math.isnan(number):
+        raise ValueError(f"expected no number, got {number:g}")
+    return inner
+
+
 RULES: dict[str, Callable[[Any, Maps], Rule]] = {
     "tweedie": lambda s, _: Tweedie(alpha=s),
     "tweedie-raw": lambda s, _: Tweedie(alpha=s, scaling="raw"),
@@ -109,7 +116,7 @@ SAMPLERS: dict[str, Callable[[float, Sampler, Maps], Sampler]] = {
     "random-of": lambda n, inner, _: RandomOfN(_whole(n), inner),
     "trust-region": lambda eta, inner, _: TrustRegion(eta, inner=inner),
     "trust-region-adaptive": lambda eta, inner, _: TrustRegion(eta, beta=0.3, inner=inner),
-    "keep-best": lambda _, inner, __: KeepBest(inner),
+    "keep-best": lambda number, inner, _: KeepBest(_numberless(number, inner)),
     "beam-search": lambda eta, inner, _: BeamSearch(eta=eta, inner=inner),
     "beam-search-map": lambda eta, inner, maps: BeamSearch(eta=eta, flow_map=maps.need("flow"), inner=inner),
     "beam-search-fmq": lambda eta, inner, maps: BeamSearch(eta=eta, flow_map=maps.need("fmq"), inner=inner),
@@ -279,7 +286,7 @@ def parse(spec: str, maps: Maps | None = None) -> Arm:
     ``trust-region=0.3``, ``beam-search=0.3`` (``-map``: on the flow map, ``-fmq``: on the adapted one),
     ``map-best-of-8``, ``fmq-best-of-8``, ``keep-best``; each goes around what precedes it:
     ``tweedie=0.2+best-of-8+keep-best``.
-    Actions are clipped to [-1, 1].
+    Actions are clipped to the policy's bounds.
 
     Args:
         spec: the name.
@@ -290,7 +297,7 @@ def parse(spec: str, maps: Maps | None = None) -> Arm:
         FileNotFoundError: it needs a map which was not loaded.
     """
     rule: Rule | None = None
-    sampler: Sampler = Euler(clip=(-1.0, 1.0))
+    sampler: Sampler = Euler(clip="policy")
     maps = maps or Maps()
     for part in () if spec == "base" else spec.split("+"):
         name, number = split_part(part)

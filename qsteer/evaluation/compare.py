@@ -52,7 +52,11 @@ def compare(
         from their unsteered twins, per entry: median, 10 and 90 %) and more (rates in [0, 1] with 95 %
         Wilson intervals; ``difference`` with Tango's paired interval; evaluations and milliseconds per
         action of one observation).
+
+    Raises:
+        ValueError: the critic is of other sizes than the policy, or was trained for another contract.
     """
+    policy.check_critic(critic.config)
     kept = {arm.spec: Trace(steps=False, displacement=True) for arm in arms} | dict(traces or {})
     with Simulators(make_env, horizon=policy.config.horizon, num_envs=min(num_envs, episodes)) as simulators:
         runs = [

@@ -14,6 +14,7 @@ moving average of the policy while the critic learns; networks are as qsteer bui
 
 from collections.abc import Sequence
 from dataclasses import replace
+from difflib import get_close_matches
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -45,7 +46,9 @@ def find_domain(name: str) -> Task:
         ValueError: there is none of that name.
     """
     if name not in DOMAINS:
-        raise ValueError(f"domain: expected one of {', '.join(DOMAINS)}, got {name!r}")
+        near = get_close_matches(name, DOMAINS, n=1, cutoff=0.5)
+        hint = f"; the nearest name is {near[0]!r}" if near else ""
+        raise ValueError(f"domain: expected one of {', '.join(DOMAINS)}, got {name!r}{hint}")
     return DOMAINS[name]
 
 
@@ -152,7 +155,7 @@ def run_protocol(
     learning = replace(plan_critic(task, seeds[0]), steps=steps(OFFLINE_STEPS))
     config = learning.critic_config(episodes.observations.shape[1], episodes.actions.shape[1])
     actor = StateActor(policies, fresh_critic(config, seeds))
-    act = actor.sample_under(task.rule, Euler(steps=EULER_STEPS, clip=(-1.0, 1.0)))
+    act = actor.sample_under(task.rule, Euler(steps=EULER_STEPS, clip="policy"))
     critic = train_critic(
         episodes, out / "offline", learning, act=act, seeds=seeds, device=device, progress=progress
     )

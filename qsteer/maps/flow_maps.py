@@ -10,7 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from qsteer.checks import check_at_least, check_choice, check_widths
-from qsteer.clock import Time
+from qsteer.clock import Chain, Time
 from qsteer.flow import expand_time, factor, normal, read_features, repeat_rows
 from qsteer.hub import HubModule
 from qsteer.maps.networks import ChunkMLP, ChunkNetwork, ChunkTransformer
@@ -212,8 +212,8 @@ class EulerMap(Jump):
 
         With times per row the longest jump is read from the device.
         """
-        field = self.field.chain(self.steps)
-        clock, steps = field.clock, field.clock.steps if self.steps is None else self.steps
+        clock = self.field.clock
+        steps = clock.steps if self.steps is None else self.steps
         if isinstance(r, Tensor) or isinstance(t, Tensor):
             wide = torch.float32 if x.device.type == "mps" else torch.float64
             r, t = expand_time(r, x).to(wide), expand_time(t, x).to(wide)
@@ -222,6 +222,8 @@ class EulerMap(Jump):
             longest = abs(t - r)
         n = max(1, math.ceil(longest * steps - 1e-4))  # float32 times miss the grid by an ulp
         step = (t - r) / n
+        whole = not isinstance(r, Tensor) and (r, n) == (0, steps)
+        field = self.field.chain(self.steps, None if whole else Chain(r, step))
         for i in range(n):
             x = x + factor(step, x) * field(x, clock.snap(r + i * step))
         return x

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.func import jvp
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from qsteer.flow import factor, interpolate, norm
+from qsteer.flow import factor, interpolate, nonzero, norm, spread, times
 
 type AverageVelocity = Callable[[Tensor, Tensor, Tensor], Tensor]
 
@@ -149,11 +149,12 @@ def fmq_target(
         u_ref: average velocity of the offline map from r to 1.
         grad: gradient of the critic at a1.
         eta: radius; one, or one per sample (:func:`trust_radius`).
-        kappa: keeps a vanishing gradient finite.
+        kappa: keeps a vanishing gradient finite; with 0 a gradient of exactly 0 moves nothing, any other as
+            far.
     """
-    length = norm(grad) + kappa
+    length = nonzero(norm(grad) + kappa)
     eta = torch.as_tensor(eta, dtype=length.dtype, device=grad.device).expand(len(grad))
-    return u_ref + factor(eta / length, grad) * grad
+    return u_ref + times(eta / length, grad)
 
 
 def trust_radius(
@@ -171,10 +172,9 @@ def trust_radius(
         typical: disagreement that counts as 1; None: the batch's mean, as in the paper, where a batch of one
             always shrinks to ``eta / (1 + beta)``.
     """
-    q_members = q_members.to(torch.promote_types(q_members.dtype, torch.float32))
-    disagreement = 2**0.5 * q_members.std(0, unbiased=False)
+    disagreement = 2**0.5 * spread(q_members)
     unit = disagreement.nanmean() if typical is None else typical
-    return eta / (1 + beta * disagreement / (unit + 1e-8))
+    return eta / (1 + beta * disagreement / nonzero(torch.as_tensor(unit)))
 
 
 def _derivative(

@@ -8,6 +8,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from qsteer.adapters import contract_of
+from qsteer.contract import Contract, agreed
 from qsteer.critics.critic import Critic, CriticConfig
 from qsteer.critics.encoders import to_unit_view
 from qsteer.critics.live import LiveCritic
@@ -60,7 +62,7 @@ class Actor(Protocol):
 
 
 class StateActor:
-    """Acts with :class:`~qsteer.policies.FlowPolicy` on states; actions are clipped to [-1, 1].
+    """Acts with :class:`~qsteer.policies.FlowPolicy` on states; actions are clipped to its bounds.
 
     Args:
         policies: one frozen policy for all, or one for each critic of a stack.
@@ -74,9 +76,14 @@ class StateActor:
         self.trace = Trace(steps=False)
         self.steer(None, None)
 
+    @property
+    def contract(self) -> Contract:
+        """What all policies' observations and actions are."""
+        return agreed([policy.contract for policy in self.policies])
+
     def steer(self, rule: Rule | None, sampler: Sampler | None) -> None:
         """Choose how to act from now on."""
-        self.rule, self.sampler = rule, sampler or Euler(clip=(-1.0, 1.0))
+        self.rule, self.sampler = rule, sampler or Euler(clip="policy")
 
     def act(self, obs: Tensor, noise: Float[Tensor, "N H A"]) -> Decision:
         """Return a chunk for each observation."""
@@ -170,6 +177,11 @@ class HostActor:
         self.noise_shape: tuple[int, ...] = (policy.config.chunk_size, policy.config.max_action_dim)
         self._critic = _RememberingCritic(critic)
         self.handle = steer(policy, self._critic, critic_inputs=self._select_inputs)
+
+    @property
+    def contract(self) -> Contract:
+        """What the policy gets and gives; of a chunk, the steps that the critic sees are executed."""
+        return contract_of(self.handle.policy) | Contract(horizon=self._critic.config.horizon)
 
     @property
     def trace(self) -> Trace:

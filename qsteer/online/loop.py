@@ -4,7 +4,7 @@ import json
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from copy import deepcopy
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from operator import itemgetter
 from pathlib import Path
@@ -16,7 +16,8 @@ from torch import Tensor
 from torch.utils._pytree import tree_map
 from tqdm import tqdm
 
-from qsteer.critics.critic import Critic
+from qsteer.contract import Contract, check_contract
+from qsteer.critics.critic import Critic, CriticConfig
 from qsteer.critics.live import LiveCritic
 from qsteer.data.episodes import Chunks
 from qsteer.data.replay import Replay
@@ -36,7 +37,7 @@ from qsteer.online.rewards import RewardGuard
 from qsteer.online.settings import OnlineTraining
 from qsteer.online.sources import StackedSource, make_layout
 from qsteer.trace import Trace
-from qsteer.training.critic import LEARNERS, SteeredPolicy
+from qsteer.training.critic import LEARNERS, CriticTraining, SteeredPolicy
 from qsteer.training.loop import METRICS, SPEED, descend, list_generators, resume, save
 from qsteer.types import Observation, Rule, Sampler
 
@@ -48,6 +49,27 @@ CHECK_EVERY = 10
 
 LOSSES = "refused", "failed"
 """What the simulators lost so far: rows that were refused, and simulators that were replaced."""
+
+
+def add_contract(
+    config: CriticConfig, actor: Actor, settings: CriticTraining, offline: Chunks | None
+) -> CriticConfig:
+    """Return a critic's configuration with what it will have been trained on.
+
+    Raises:
+        ValueError: the critic, or the offline data, are of another contract than the actor's policy, or the
+            critic learnt with another discount.
+    """
+    policy: Contract = getattr(actor, "contract", Contract())
+    before = config.contract or Contract()
+    check_contract(before, policy)
+    if before.discount not in (None, settings.gamma):
+        raise ValueError(
+            f"critic: expected one that learnt with the discount gamma = {settings.gamma} of its further "
+            f"training, got {before.discount}; train with gamma={before.discount}, or a new critic"
+        )
+    data = Contract() if offline is None else offline.episodes.contract
+    return replace(config, contract=before | settings.contract(config, data, policy))
 
 
 class OnlineLoop:
@@ -66,7 +88,8 @@ class OnlineLoop:
     ) -> None:
         self.actor, self.live, self.out, self.training = actor, critic, out, training
         self.rule, self.sampler = rule, sampler
-        config, settings = critic.config, training.critic
+        settings = training.critic
+        critic.critic.config = config = add_contract(critic.config, actor, settings, offline)
         self.stack = config.stack
         out.mkdir(parents=True, exist_ok=True)
         kind = LEARNERS[settings.target]

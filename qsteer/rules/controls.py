@@ -1,7 +1,7 @@
 """Baselines, which are known to be worse, and control arms: what guidance gains without its estimate."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from dataclasses import field as attribute
 from functools import partial
 
@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from qsteer.clock import Time
+from qsteer.clock import Chain, Time
 from qsteer.flow import ask, clip_through, denoise
 from qsteer.rules.guidance import EDGE, Ascent, Estimate, Guidance, Steered, gradient
 from qsteer.rules.strength import Strength
@@ -62,12 +62,18 @@ class ThroughTime(Guidance):
         """``alpha``."""
         return self.alpha
 
-    def begin(self, field: Field, value: Value, steps: int) -> Estimate:
+    def begin(self, field: Field, value: Value, chain: Chain) -> Estimate:
         """Return :meth:`ascent` along the sampler's own chain."""
-        rule = replace(self, steps=steps) if self.steps is None else self
-        return partial(rule.ascent, field, value)
+        return partial(self.ascent, field, value, chain=chain)
 
-    def ascent(self, field: Field, value: Value, x: Float[Tensor, "B H A"], t: Time) -> Ascent:
+    def ascent(
+        self,
+        field: Field,
+        value: Value,
+        x: Float[Tensor, "B H A"],
+        t: Time,
+        chain: Chain | None = None,
+    ) -> Ascent:
         """Differentiate the value of the chain's end with respect to x."""
         if isinstance(t, Tensor) and t.unique().numel() > 1:
             raise ValueError(
@@ -75,8 +81,10 @@ class ThroughTime(Guidance):
                 "each time apart"
             )
         now = float(t[0]) if isinstance(t, Tensor) else t
-        rest = [(s, dt) for s, dt in field.clock.grid(self.steps) if s >= now - EDGE]
-        if not rest or rest[0][0] > now + EDGE:
+        if self.steps is not None or chain is None:
+            chain = Chain(0.0, 1 / (self.steps or field.clock.steps))
+        rest = chain.rest(now, field.clock)
+        if not rest or abs(rest[0][0] - now) > EDGE:
             raise ValueError(
                 f"ThroughTime: expected the chain's own number of steps, got t = {now:.3f} off the "
                 f"grid of steps={self.steps}; give ThroughTime(steps=...) the sampler's"
@@ -169,7 +177,7 @@ class RandomDirection(Guidance):
         """Return the generator of the directions."""
         return self._directions.generators(device)
 
-    def begin(self, field: Field, value: Value, steps: int) -> Estimate:
+    def begin(self, field: Field, value: Value, chain: Chain) -> Estimate:
         """Return :meth:`ascent` along one chain's directions."""
         return partial(self.ascent, field, value, direction=self._directions.chain(self.redraw))
 

@@ -1,6 +1,5 @@
 """What every guidance rule is made of: an estimate of the ascent, a strength, a window; a steered field."""
 
-import math
 import os
 import warnings
 from abc import abstractmethod
@@ -14,8 +13,21 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from qsteer.checks import check_clip, unwrap_numbers
-from qsteer.clock import PAPER, Clock, Time
-from qsteer.flow import ask, ask_members, clip_actions, denoise, expand_time, factor, finite_rows, hypot, norm
+from qsteer.clock import PAPER, Chain, Clock, Time
+from qsteer.flow import (
+    ask,
+    ask_members,
+    clip_actions,
+    denoise,
+    expand_time,
+    factor,
+    finite_rows,
+    hypot,
+    nonzero,
+    norm,
+    spread,
+    times,
+)
 from qsteer.rules.strength import Auto, Scaling, Strength, improvements, scale
 from qsteer.trace import Step, find_recorder, report_fallbacks, report_gated
 from qsteer.types import Bounds, Clip, Field, Rule, Value, clip_of
@@ -139,8 +151,8 @@ class Guidance(Rule):
         """Return a rule that is bound, for ``k`` rows per observation."""
         return self
 
-    def begin(self, field: Field, value: Value, steps: int) -> Estimate:
-        """Return :meth:`ascent` for one chain of so many Euler steps.
+    def begin(self, field: Field, value: Value, chain: Chain) -> Estimate:
+        """Return :meth:`ascent` for one Euler chain.
 
         A rule that remembers something of a chain, or looks ahead along it, overrides this.
         """
@@ -150,16 +162,24 @@ class Guidance(Rule):
         """Return the steered field; of strength 0 it is ``field`` itself, bit for bit and at no cost."""
         return Steered(self.on(field), field, value) if self.strength else field
 
-    def guides(self, t: Time, steps: int = PAPER.steps) -> bool | Bool[Tensor, "B"]:
-        """Return whether ``t`` is guided, or which rows are; ``every`` counts the chain's ``steps``."""
+    def guides(
+        self, t: Time, steps: int = PAPER.steps, chain: Chain | None = None
+    ) -> bool | Bool[Tensor, "B"]:
+        """Return whether ``t`` is guided, or which rows are; ``every`` counts the steps of the chain.
+
+        Args:
+            t: time.
+            steps: of a chain from 0 to 1.
+            chain: another chain; None: that of ``steps``.
+        """
         inside = (t >= self.start - EDGE) & (t <= self.stop + EDGE)
         if not self.at_noise:
             inside = inside & (t > 0)
         if self.every == 1:
             return inside
-        first = max(math.ceil((self.start - EDGE) * steps), 0 if self.at_noise else 1)
-        step = (t * steps).round() if isinstance(t, Tensor) else round(t * steps)
-        return inside & (step % self.every == first % self.every)
+        chain = chain or Chain(0.0, 1 / steps)
+        first = chain.first(self.start - EDGE if self.at_noise else max(self.start - EDGE, EDGE))
+        return inside & ((chain.index(t) - first) % self.every == 0)
 
     def scale(self, v_norm: Float[Tensor, "B"], g_norm: Float[Tensor, "B"], t: Time) -> Float[Tensor, "B"]:
         """Return the factor of the direction for each row; an automatic strength counts as 1."""
@@ -175,7 +195,8 @@ class Steered(Field):
         rule: bound to the observations.
         field: the velocity that it bends.
         value: what it follows.
-        steps: of the chain that this field is for; None: the clock's number.
+        steps: of a chain from 0 to 1; None: the clock's number.
+        part: the chain that this field is for; None: that one.
         sign: 1 uphill, -1 downhill.
         limit: see :class:`~qsteer.Gated`; inf: nothing is gated.
         directions: makes one chain's random directions, see :class:`~qsteer.Randomized`; None: there are
@@ -186,6 +207,7 @@ class Steered(Field):
     field: Field
     value: Value
     steps: int | None = None
+    part: Chain | None = None
     sign: int = 1
     limit: float = float("inf")
     directions: Callable[[], Callable[[Tensor], Tensor]] | None = None
@@ -193,7 +215,7 @@ class Steered(Field):
     def __call__(self, x: Float[Tensor, "B H A"], t: Time) -> Float[Tensor, "B H A"]:
         """Return the guided velocity; rows where anything is not finite keep the base velocity."""
         t = t if isinstance(t, Tensor) else float(t)
-        guided = self.rule.guides(t, self.clock.steps)
+        guided = self.rule.guides(t, self.clock.steps, self.part)
         if not (guided.any() if isinstance(guided, Tensor) else guided):
             return self.field(x, t)
         x = x.detach()
@@ -216,17 +238,16 @@ class Steered(Field):
     ) -> Float[Tensor, "B H A"]:
         """Step 2: return the direction, scaled; an automatic strength is chosen along it."""
         v_norm, g_norm = norms
-        push = factor(self.rule.scale(v_norm, g_norm, t), x) * found.gradient
+        push = times(self.rule.scale(v_norm, g_norm, t), found.gradient)
         if (auto := self.rule.auto) is None:
             return push
         start, ray = denoise(x, found.velocity, t), factor(1 - t, x) * push
         if found.action_gradient is None:
             deviations = expand_time(hypot(1 - t, t), x).to(x.dtype) * v_norm
         else:
-            slope = torch.where(found.gradient == 0, 0.0, found.gradient * found.action_gradient)
-            slope = slope.flatten(1).sum(1).clamp(min=0)
-            deviations = (expand_time(t, x).to(x.dtype) * slope).sqrt() * v_norm
-            deviations = deviations / torch.where(g_norm == 0, 1.0, g_norm)  # where it is flat, stay
+            unit = times(1 / nonzero(g_norm), found.gradient)
+            slope = torch.where(unit == 0, 0.0, unit * found.action_gradient).flatten(1).sum(1).clamp(min=0)
+            deviations = (expand_time(t, x).to(x.dtype) * slope / nonzero(g_norm)).sqrt() * v_norm
         return factor(auto.choose(self.value, start, ray, deviations, self.rule.bounds(self.field)), x) * push
 
     def turn(self, push: Float[Tensor, "B H A"]) -> Float[Tensor, "B H A"]:
@@ -234,7 +255,7 @@ class Steered(Field):
         if self.directions is None:
             return self.sign * push
         direction = self.seen(self.direction(push))
-        return factor(norm(push) / norm(direction), push) * direction
+        return times(norm(push) / norm(direction), direction)
 
     def keep_finite(
         self, guided: bool | Tensor, found: Ascent, push: Float[Tensor, "B H A"]
@@ -257,7 +278,7 @@ class Steered(Field):
             return guided
         ends = torch.stack([denoise(x, w, t) for w in (found.velocity, found.velocity + push)])
         gain = improvements(self.value, clip_actions(ends, self.rule.bounds(self.field)))[:, 1]
-        sure = gain.std(0, correction=0) <= self.limit * gain.mean(0).abs()
+        sure = spread(gain) <= self.limit * gain.mean(0).abs()
         report_gated(guided & ~sure)
         return guided & sure
 
@@ -285,7 +306,7 @@ class Steered(Field):
     @cached_property
     def estimate(self) -> Estimate:
         """The rule's estimate of the ascent, and whatever it remembers of this chain."""
-        return self.rule.begin(self.field, self.value, self.clock.steps)
+        return self.rule.begin(self.field, self.value, self.part or Chain(0.0, 1 / self.clock.steps))
 
     @cached_property
     def direction(self) -> Callable[[Tensor], Tensor]:
@@ -305,13 +326,13 @@ class Steered(Field):
         """Return the field steered where the members agree, see :class:`~qsteer.Gated`."""
         return replace(self, limit=limit)
 
-    def chain(self, steps: int | None) -> "Steered":
+    def chain(self, steps: int | None, part: Chain | None = None) -> "Steered":
         """Return the steered field for one chain of ``steps`` steps; what a rule remembers begins anew.
 
         Warns once for each rule and number of steps if it guides none of them.
         """
-        chain = replace(self, steps=self.steps if steps is None else steps)
-        if not any(self.rule.guides(t, chain.clock.steps) for t, _ in chain.clock.grid()):
+        chain = replace(self, steps=self.steps if steps is None else steps, part=part)
+        if part is None and not any(self.rule.guides(t, chain.clock.steps) for t, _ in chain.clock.grid()):
             warnings.warn(
                 f"{type(self.rule).__name__}: expected at least one guided step, got none of "
                 f"{chain.clock.steps}: the policy acts unsteered; widen start, stop and every, or take more "

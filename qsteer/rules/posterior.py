@@ -11,10 +11,10 @@ from torch import Tensor
 
 from qsteer.checks import check_function
 from qsteer.clock import Time
-from qsteer.flow import FunctionPosterior, ask, clip_through, factor
+from qsteer.flow import FunctionPosterior, ask, clip_through, factor, nonzero, spread
 from qsteer.maps.meta import MetaFlowMap
 from qsteer.rules.guidance import Ascent, Guidance, gradient
-from qsteer.rules.strength import EPS, Strength
+from qsteer.rules.strength import Strength
 from qsteer.types import Field, PosteriorSampler, Value
 
 
@@ -81,7 +81,7 @@ class PosteriorGuidance(Guidance):
     def tilt(self, q: Float[Tensor, "N B"]) -> Float[Tensor, "N B"]:
         """Return psi, the log-weights of the samples."""
         if self.standardize and self.samples > 1:
-            q = (q - q.mean(0)) / (q.std(0, unbiased=False) + EPS)
+            q = (q - q.mean(0)) / nonzero(spread(q)).to(q.dtype)
         return self.tau * q
 
 

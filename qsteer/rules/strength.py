@@ -10,12 +10,10 @@ from torch import Tensor
 
 from qsteer.checks import unwrap_numbers
 from qsteer.clock import Time
-from qsteer.flow import ask_members, clamp_time, clip_actions
+from qsteer.flow import ask_members, clamp_time, clip_actions, nonzero, spread
 from qsteer.types import Bounds, Value
 
 Scaling = Literal["match_norm", "raw", "clip_norm", "sigma"]
-EPS = 1e-8
-"""Keeps the inverse of a vanishing norm finite."""
 
 
 def scale(
@@ -32,9 +30,9 @@ def scale(
     """
     match scaling:
         case "match_norm":
-            return strength * v_norm / (g_norm + EPS)
+            return strength * v_norm / nonzero(g_norm)
         case "clip_norm":
-            return strength * (v_norm / (g_norm + EPS)).clamp(max=1.0)
+            return strength * (v_norm / nonzero(g_norm)).clamp(max=1.0)
         case "raw":
             return torch.full_like(g_norm, strength)
         case "sigma":
@@ -117,7 +115,7 @@ class Auto:
         steps = torch.linspace(0, 1, self.candidates, dtype=ray.dtype, device=ray.device) ** 2
         grid = steps[:, None] * (self.trust / deviations).clamp(max=self.largest)
         rise = improvements(value, clip_actions(start + grid[..., None, None] * ray, bounds)).to(ray.dtype)
-        bound = rise.mean(0) - self.caution * rise.std(0, correction=0)
+        bound = rise.mean(0) - self.caution * spread(rise)
         best, last = bound.argmax(0, keepdim=True), self.candidates - 1
         around = best.clamp(1, last - 1) + torch.arange(-1, 2, device=ray.device)[:, None]
         (x0, x1, x2), (y0, y1, y2) = grid.gather(0, around), bound.gather(0, around)

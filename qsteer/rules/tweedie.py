@@ -9,10 +9,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from qsteer.clock import Time
-from qsteer.flow import ask, clip_through, denoise, expand_time, factor, repeat_time
+from qsteer.clock import Chain, Time
+from qsteer.flow import ask, clip_through, denoise, expand_time, nonzero, norm, repeat_time, times
 from qsteer.rules.guidance import Ascent, Estimate, Guidance, at_denoised, gradient
-from qsteer.rules.strength import EPS, Strength
+from qsteer.rules.strength import Strength
 from qsteer.types import Field, Value
 
 
@@ -122,13 +122,13 @@ class ForwardTweedie(Guidance):
         q, a, g = at_denoised(value, x, v, t, self.bounds(field))
         with torch.no_grad():
             h = self.reach(field, g)
-            there = field(x + factor(h, x) * g, t)
-            return Ascent(v, g + factor(expand_time(1 - t, x) / h, x) * (there - v), q, a, g)
+            there = field(x + times(h, g), t)
+            return Ascent(v, g + times(expand_time(1 - t, x) / h, there - v), q, a, g)
 
-    def begin(self, field: Field, value: Value, steps: int) -> Estimate:
+    def begin(self, field: Field, value: Value, chain: Chain) -> Estimate:
         """Return :meth:`ascent`; with ``stale``, one that keeps the chain's last gradient as direction."""
         if not self.stale:
-            return super().begin(field, value, steps)
+            return super().begin(field, value, chain)
         last: Tensor | None = None
 
         def estimate(x: Tensor, t: Time) -> Ascent:
@@ -153,17 +153,16 @@ class ForwardTweedie(Guidance):
         """Perturb along a direction that is known already; return the value's gradient for the next step."""
         with torch.no_grad():
             h = self.reach(field, along)
-            both = torch.stack([x, x + factor(h, x) * along], 1).flatten(0, 1)
+            both = torch.stack([x, x + times(h, along)], 1).flatten(0, 1)
             v, there = field.repeat(2)(both, repeat_time(t, 2)).unflatten(0, (-1, 2)).unbind(1)
         q, a, g = at_denoised(value, x, v, t, self.bounds(field))
-        return Ascent(v, along + factor(expand_time(1 - t, x) / h, x) * (there - v), q, a, along), g
+        return Ascent(v, along + times(expand_time(1 - t, x) / h, there - v), q, a, along), g
 
     def reach(self, field: Field, g: Float[Tensor, "B H A"]) -> Float[Tensor, "B"]:
         """Return h, the step along g."""
         coarse = max(torch.finfo(dtype).eps for dtype in (g.dtype, field.dtype or g.dtype))
         eps = 2 * math.sqrt(coarse) if self.eps is None else self.eps
-        flat = g.flatten(1)
-        return eps * flat.count_nonzero(1).clamp(min=1).sqrt() / (flat.norm(dim=1) + EPS)
+        return eps * g.flatten(1).count_nonzero(1).clamp(min=1).sqrt() / nonzero(norm(g))
 
 
 def warn_if_constant(v: Float[Tensor, "B H A"]) -> None:

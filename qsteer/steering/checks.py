@@ -2,10 +2,13 @@
 
 import os
 import warnings
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 from torch import nn
 
+from qsteer.adapters import contract_of
+from qsteer.contract import Contract, check_contract
 from qsteer.hosts import Host, parameters_of
 from qsteer.samplers import Euler
 from qsteer.types import Bindable, Rule, Sampler
@@ -65,8 +68,33 @@ def warn_of_dropout(policy: Any) -> None:
         )
 
 
-def check_critic(critic: Any, policy: Any, host: Host) -> None:
-    """Raise unless the critic can be bound, sits where the policy sits, and sees what the policy executes."""
+def check_executed(executed: Any, policy: Any, host: Host) -> None:
+    """Raise unless a chunk has as many steps; None passes."""
+    if executed is None:
+        return
+    if not isinstance(executed, int) or isinstance(executed, bool):
+        raise TypeError(f"executed: expected a whole number of steps, got {executed!r}; pass an int")
+    chunk = None if host.chunk is None else host.read(policy, host.chunk)
+    if executed < 1 or (chunk is not None and executed > chunk):
+        most = "" if chunk is None else f" to {chunk}, the steps of the policy's chunk"
+        raise ValueError(f"executed: expected 1{most or ' or more'}, got {executed}")
+
+
+def check_num_steps(name: str, steps: Any) -> None:
+    """Raise unless it is a number of Euler steps."""
+    if not isinstance(steps, int) or isinstance(steps, bool):
+        raise TypeError(f"{name}: expected a whole number of Euler steps, got {steps!r}; pass an int")
+    if steps < 1:
+        raise ValueError(f"{name}: expected at least 1 Euler step, got {steps}")
+
+
+def check_critic(
+    critic: Any, policy: Any, host: Host, executed: int | None = None, own_inputs: bool = False
+) -> None:
+    """Raise unless the critic can be bound, sits where the policy sits, and was trained for such a policy.
+
+    With ``own_inputs`` the critic's observations do not come from the policy's batch.
+    """
     if isinstance(critic, type) or not isinstance(critic, Bindable):
         raise TypeError(
             f"critic: expected an object with bind(obs) -> Value, got {critic!r}; use a qsteer.Critic, or "
@@ -82,7 +110,20 @@ def check_critic(critic: Any, policy: Any, host: Host) -> None:
         raise ValueError(
             f"critic: expected it on the policy's device, {mine[0].device}, got {its[0].device}; move either"
         )
-    read_sizes(critic, policy, host)
+    read_sizes(critic, policy, host, executed)
+    theirs = contract_of(policy)
+    if executed is not None:
+        theirs = replace(theirs, horizon=executed)
+    if own_inputs:
+        theirs = replace(theirs, observations=None, observation_normalisation=None)
+        theirs = replace(theirs, observation_mean=None, observation_std=None)
+    check_contract(read_contract(critic), theirs)
+
+
+def read_contract(critic: Bindable) -> Contract | None:
+    """Return the contract in a critic's configuration, if there is one."""
+    found = getattr(getattr(critic, "config", None), "contract", None)
+    return found if isinstance(found, Contract) else None
 
 
 class CriticInputs(NamedTuple):
@@ -100,15 +141,34 @@ def read_inputs(critic: Bindable) -> CriticInputs:
     return CriticInputs(*(getattr(config, name, getattr(silent, name)) for name in silent._fields))
 
 
-def read_sizes(critic: Bindable, policy: Any, host: Host) -> tuple[int, int]:
-    """Return how many steps and dimensions the critic sees: those executed, unless its horizon is less."""
-    executed, dim = host.read(policy, host.executed), host.read(policy, host.action_shape)[-1]
+def read_sizes(critic: Bindable, policy: Any, host: Host, executed: int | None = None) -> tuple[int, int]:
+    """Return how many steps and dimensions the critic sees: those executed, unless its horizon is less.
+
+    Args:
+        critic: what sees.
+        policy: what acts.
+        host: where it keeps its loop.
+        executed: number of steps executed, all of which the critic is to see; None: the policy's own number,
+            of which it may see less.
+
+    Raises:
+        ValueError: the critic sees other ones.
+    """
+    limit = host.read(policy, host.executed) if executed is None else executed
+    dim = host.read(policy, host.action_shape)[-1]
     inputs = read_inputs(critic)
-    steps = executed if inputs.horizon is None else inputs.horizon
+    steps = limit if inputs.horizon is None else inputs.horizon
     width = dim if inputs.action_dim is None else inputs.action_dim
-    if steps > executed or width != dim:
+    if steps > limit or width != dim:
         raise ValueError(
-            f"critic: expected one that sees at most the {executed} executed steps and all {dim} dimensions, "
-            f"got {steps} steps and {width} dimensions; train one for this policy's {host.executed}"
+            f"critic: expected one that sees at most the {limit} executed steps and all {dim} dimensions, "
+            f"got {steps} steps and {width} dimensions; train one for this policy's "
+            + (host.executed if executed is None else f"executed={executed}")
+        )
+    if executed is not None and steps < executed:
+        raise ValueError(
+            f"critic: expected one that sees all {executed} executed steps, got a horizon of {steps}, with "
+            "which the steps after it are not steered; train one of that horizon, or leave executed out to "
+            "accept it"
         )
     return steps, dim

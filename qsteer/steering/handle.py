@@ -1,5 +1,7 @@
 """Steer a pretrained policy in place."""
 
+import os
+import warnings
 from collections.abc import Callable
 from dataclasses import is_dataclass
 from functools import partial
@@ -11,12 +13,13 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from qsteer.adapters import host_of
+from qsteer.adapters import unwrapped
 from qsteer.flow import normal
 from qsteer.hosts import Host, HostField, parameters_of
 from qsteer.sampling import acting, outside_inference_mode, sample
 from qsteer.steering.checks import (
     check_critic,
+    check_executed,
     check_methods,
     check_rtc,
     checked_rule,
@@ -30,6 +33,8 @@ from qsteer.steering.opening import Executed, Interception, bind_critic, interce
 from qsteer.trace import Trace
 from qsteer.types import Bindable, Rule, Sampler, Value
 
+IDLE = 3
+"""Actions without a guided step after which a handle whose trace records them warns."""
 _frozen_by = WeakTensorKeyDictionary()
 """How many handles keep a parameter frozen: two policies may share a module."""
 
@@ -44,6 +49,8 @@ class Handle(Interception):
         rule: bends the velocity; None: nothing does.
         sampler: makes the action.
         critic_inputs: turns the host's batch into what the critic is bound to; None: nothing does.
+        executed: number of steps executed; None: the policy's own.
+        wrappers: names of what was around the policy, outermost first.
         trace: what the rule did, and how often anything fell back to the base policy since ``steer``.
     """
 
@@ -57,7 +64,10 @@ class Handle(Interception):
         critic_inputs: Callable[[Any], Any] | None,
         trace: Trace,
         compiled: Compiled | None,
+        executed: int | None = None,
+        wrappers: tuple[str, ...] = (),
     ) -> None:
+        self.executed, self.wrappers, self._acted = executed, wrappers, 0
         self.critic, self.rule, self.sampler = critic, rule, sampler
         self.critic_inputs, self.trace, self._compiled = critic_inputs, trace, compiled
         self._frozen = [p for p in parameters_of(policy) if p.requires_grad or p in _frozen_by]
@@ -65,10 +75,19 @@ class Handle(Interception):
         for parameter in self._frozen:
             _frozen_by[parameter] = _frozen_by.get(parameter, 0) + 1
             parameter.requires_grad_(False)
+        host.empty_queue(policy)
 
     def __repr__(self) -> str:
-        state = "" if self._replaced else ", removed"
-        return f"Handle({self.host.serves}, {self.rule}, {self.sampler}{state})"
+        state = self._extent() if self._replaced else "removed"
+        policy = " in ".join((self.host.serves, *reversed(self.wrappers)))
+        return f"Handle({policy}, {self.rule}, {self.sampler}, {state})"
+
+    def _extent(self) -> str:
+        """Say which part of a chunk is steered."""
+        steps, dim = read_sizes(self.critic, self.policy, self.host, self.executed)
+        chunk = self.host.chunk
+        of = "" if chunk is None else f" of {self.host.read(self.policy, chunk)}"
+        return f"steers the first {steps}{of} steps, {dim} dimensions"
 
     def __enter__(self) -> "Handle":
         self._check_live()
@@ -78,7 +97,14 @@ class Handle(Interception):
         self.remove()
 
     def remove(self) -> None:
-        """Restore the policy exactly; removing twice does nothing."""
+        """Restore the policy exactly, without the actions it has queued; removing twice does nothing."""
+        if self._replaced:
+            if self.trace.steps and not self._acted:
+                self._warn(
+                    "an action of the policy to record before the handle is removed, got none; call the "
+                    "policy that was steered (handle.policy), not a copy"
+                )
+            self.host.empty_queue(self.policy)
         self._restore()
         for parameter in self._frozen:
             others = _frozen_by.pop(parameter, 1) - 1
@@ -98,6 +124,9 @@ class Handle(Interception):
     ) -> None:
         """Change the method from the next action on; what is not named stays.
 
+        Actions that the policy has queued for ``select_action`` are dropped, for they are of the former
+        method: it plans anew at its next call. Call it from the thread that does.
+
         Args:
             rule: the new rule; None: no rule.
             sampler: the new sampler; None: the host's own Euler chain.
@@ -112,11 +141,13 @@ class Handle(Interception):
         new_rule = self.rule if rule is ... else checked_rule(rule)
         new_sampler = self.sampler if sampler is ... else checked_sampler(sampler)
         if critic is not ...:
-            check_critic(critic, self.policy, self.host)
+            inputs = self.critic_inputs if critic_inputs is ... else critic_inputs
+            check_critic(critic, self.policy, self.host, self.executed, inputs is not None)
             self.critic = critic
         if critic_inputs is not ...:
             self.critic_inputs = critic_inputs
         self.rule, self.sampler = new_rule, new_sampler
+        self.host.empty_queue(self.policy)
 
     def _act(self, batch: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Float[Tensor, "B H A"]:
         """Stand in for the host's entry: encode, then rule and sampler."""
@@ -125,14 +156,30 @@ class Handle(Interception):
             args, kwargs, batch = normal((args, kwargs, batch))
             field, value, noise = self._encoded(critic, batch, args, kwargs)
             if self._compiled is None:
-                return sample(field, value, noise, rule=self.rule, sampler=self.sampler, trace=self.trace)
-            return self._compiled(field, value, noise, self.rule, self.sampler, self.trace)
+                action = sample(field, value, noise, rule=self.rule, sampler=self.sampler, trace=self.trace)
+            else:
+                action = self._compiled(field, value, noise, self.rule, self.sampler, self.trace)
+            self._acted += len(action) > 0
+            if self._acted == IDLE and self.rule and self.trace.steps and not self.trace.actions:
+                self._warn(
+                    f"guided steps after {IDLE} actions, got none; the rule's start, stop and every leave no "
+                    f"step of the {field.clock.steps}, or the sampler runs without it"
+                )
+            return action
+
+    @staticmethod
+    def _warn(expected: str) -> None:
+        warnings.warn(
+            f"trace: expected {expected}",
+            RuntimeWarning,
+            skip_file_prefixes=(os.path.dirname(os.path.dirname(__file__)),),
+        )
 
     def _encoded(
         self, critic: Bindable, batch: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[HostField, Executed, Float[Tensor, "B H A"]]:
         """Encode the observation for policy and critic; before a graph, each on a stream of its own."""
-        sizes = read_sizes(critic, self.policy, self.host)
+        sizes = read_sizes(critic, self.policy, self.host, self.executed)
         if self._compiled is None or self._compiled.mode != "graph" or read_inputs(critic).features:
             field, noise = self._encode(args, kwargs)
             value = self._bind(critic, batch, field)
@@ -172,11 +219,15 @@ def steer(
     critic_inputs: Callable[[Any], Any] | None = None,
     trace: bool = False,
     compile: Mode | None = None,
+    executed: int | None = None,
 ) -> Handle:
     """Steer a pretrained policy in place: it keeps its identity and type, and follows the critic from now on.
 
-    The critic sees the host's model space, without padding, up to the steps that are executed. While steered,
-    the policy's parameters are frozen and a compiled entry runs uncompiled.
+    The critic sees the host's model space, without padding, up to the steps that are executed; the steps
+    after those are the policy's own, as the handle's repr says. While steered, the policy's parameters are
+    frozen, and its steered methods run uncompiled whoever compiles them. Actions that it has queued for
+    ``select_action`` are dropped. In a wrapper (``torch.compile``, ``DistributedDataParallel``, PEFT) the
+    policy inside is steered.
 
     Cost per action: the host's prefix once, then what rule and sampler say; nothing else is evaluated.
 
@@ -200,6 +251,9 @@ def steer(
             when it first comes. All that depends on the observation must be in tensors of the value that
             ``critic.bind`` returns, a frozen dataclass such as ``qsteer.value(fn, context=obs)``, with the
             same ``fn`` each time. None: the host's own step, bit for bit.
+        executed: number of steps of each chunk that are executed, where it is not the policy's own number:
+            lerobot's asynchronous inference executes ``actions_per_chunk``. The critic must see all of them.
+            None: the policy's own (``n_action_steps``), of which a critic's horizon may cover the first only.
 
     Returns:
         The handle that changes the method or takes it away; also a context manager.
@@ -207,8 +261,8 @@ def steer(
     Raises:
         TypeError: an argument is of the wrong kind, no Host record describes the policy, or its step cannot
             be prepared for ``compile``; (the first action of a kind) a tensor that is no input enters it.
-        ValueError: the critic is on another device, or sees more than the policy executes; ``compile`` is
-            unknown, or "graph" without CUDA.
+        ValueError: the critic is on another device, or sees more than the policy executes, or less than
+            ``executed``; that is more than a chunk has; ``compile`` is unknown, or "graph" without CUDA.
         MismatchError: (the first action of a kind) the fast path is not what the host does.
         RuntimeError: the policy is steered already, or has real-time chunking enabled.
 
@@ -217,7 +271,7 @@ def steer(
         >>> with qsteer.steer(policy, critic, qsteer.Tweedie(alpha=0.2)):  # doctest: +SKIP
         ...     action = policy.select_action(batch)
     """
-    host = host_of(policy)
+    policy, host, wrappers = unwrapped(policy)
     if isinstance(rule_or_sampler, Sampler):
         if sampler is not None:
             raise TypeError(
@@ -233,15 +287,19 @@ def steer(
         )
     check_methods(policy, host)
     check_rtc(policy, host)
-    check_critic(critic, policy, host)
+    check_executed(executed, policy, host)
+    check_critic(critic, policy, host, executed, critic_inputs is not None)
     warn_of_dropout(policy)
     compiled = checked_compile(compile, policy, host)
-    return Handle(policy, host, critic, rule, sampler, critic_inputs, Trace(steps=trace), compiled)
+    return Handle(
+        policy, host, critic, rule, sampler, critic_inputs, Trace(steps=trace), compiled, executed, wrappers
+    )
 
 
 def unsteer(policy: Any) -> None:
     """Remove what :func:`steer` installed on ``policy``; a policy that is not steered is left as it is."""
-    if (handle := handle_of(policy, host_of(policy))) is not None:
+    policy, host, _ = unwrapped(policy)
+    if (handle := handle_of(policy, host)) is not None:
         handle.remove()
 
 

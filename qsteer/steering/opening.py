@@ -23,12 +23,19 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from qsteer.adapters import host_of
+from qsteer.adapters import unwrapped
 from qsteer.critics.encoders import FEATURES, pooled
 from qsteer.flow import normal
 from qsteer.hosts import Host, HostField
 from qsteer.sampling import acting, outside_inference_mode
-from qsteer.steering.checks import check_critic, check_methods, check_rtc, read_inputs, read_sizes
+from qsteer.steering.checks import (
+    check_critic,
+    check_methods,
+    check_num_steps,
+    check_rtc,
+    read_inputs,
+    read_sizes,
+)
 from qsteer.types import Bindable, Value
 
 
@@ -68,6 +75,12 @@ class _Interruption(BaseException):
         self.content = content
 
 
+uncompiled = torch.compiler.disable(
+    reason="a steered action interrupts the host's loop; compile the policy's parts, or steer(compile=...)"
+)
+"""What stands in runs as it is where somebody compiles the policy's methods."""
+
+
 class Interception(ABC):
     """Stands in for a policy's batch, entry and step methods until :meth:`_restore`.
 
@@ -103,6 +116,12 @@ class Interception(ABC):
     ) -> tuple[HostField, Float[Tensor, "B H A"]]:
         """Encode the observation by the host's own entry, given its arguments; return velocity and noise."""
         entry, step = (self.host.own(self.policy, path) for path in (self.host.entry, self.host.step))
+        steps = inspect.signature(entry).bind(*args, **kwargs).arguments.get(self.host.num_steps)
+        if steps is None:
+            steps = self.host.read(self.policy, self.host.steps)
+            check_num_steps(self.host.steps, steps)
+        else:
+            check_num_steps(self.host.num_steps, steps)
         token = _call.set(Call(self, self._act, None, [], encoding=True))
         try:
             entry(*args, **kwargs)
@@ -117,8 +136,6 @@ class Interception(ABC):
             _call.reset(token)
         noise = context.pop(self.host.x)
         del context[self.host.t]
-        override = inspect.signature(entry).bind(*args, **kwargs).arguments.get(self.host.num_steps)
-        steps = self.host.read(self.policy, self.host.steps) if override is None else override
         clock = replace(self.host.clock, steps=steps)
         return HostField(self.host, step, context, self.policy, clock), noise
 
@@ -139,8 +156,11 @@ class Interception(ABC):
             "there; let BaseException pass"
         )
 
+    @uncompiled
     def _run(self, act: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Any:
         """Run the class's own batch method, with ``act`` in the entry's place."""
+        if not self._replaced:  # somebody has kept it, for example compiled
+            return self.host.read(self.policy, self.host.batch)(*args, **kwargs)
         own = self.host.own(self.policy, self.host.batch)
         batch = next(iter(inspect.signature(own).bind(*args, **kwargs).arguments.values()))
         call = Call(self, act, batch, [])
@@ -163,6 +183,7 @@ class Interception(ABC):
         """Stand in for the host's batch method: remember the batch while the class's own runs."""
         return self._run(self._act, *args, **kwargs)
 
+    @uncompiled
     def _step(self, *args: Any, **kwargs: Any) -> Any:
         """Stand in for the host's step: interrupt the entry that waits for it, else run the class's own."""
         step, call = self.host.own(self.policy, self.host.step), _call.get()
@@ -170,6 +191,7 @@ class Interception(ABC):
             return step(*args, **kwargs)
         raise _Interruption(dict(inspect.signature(step).bind(*args, **kwargs).arguments))
 
+    @uncompiled
     def _entry(self, *args: Any, **kwargs: Any) -> Float[Tensor, "B H A"]:
         """Stand in for the host's entry."""
         check_rtc(self.policy, self.host)
@@ -177,7 +199,8 @@ class Interception(ABC):
         if call is None or call.by is not self:
             raise RuntimeError(
                 f"{self.host.entry}: expected a call by {self.host.batch}, which has the critic's batch, "
-                f"got a direct one; call policy.{self.host.batch}(batch), or remove the handle first"
+                f"got a direct one; call policy.{self.host.batch}(batch), looked up or compiled after "
+                "steering, or remove the handle first"
             )
         call.entered.append(True)
         return call.act(call.batch, args, kwargs)
@@ -232,7 +255,7 @@ def open_action(
         >>> field(noise, 0.5).shape, value
         (torch.Size([3, 5, 2]), None)
     """
-    host = host_of(policy)
+    policy, host, _ = unwrapped(policy)
     if critic is not None:
         check_critic(critic, policy, host)
     with _opening:
@@ -323,7 +346,11 @@ class Executed(Value):
     @classmethod
     def of(cls, value: Value, chunk: Float[Tensor, "B H A"], steps: int, dim: int) -> "Executed":
         """Return the value for chunks like ``chunk``; a mask of the value's own is kept."""
-        mask = torch.zeros_like(chunk[0])
+        if steps > chunk.shape[1]:
+            raise ValueError(
+                f"executed: expected at most the {chunk.shape[1]} steps of the policy's chunk, got {steps}"
+            )
+        mask = chunk.new_zeros(chunk.shape[1:])
         mask[:steps, :dim] = 1.0 if value.mask is None else value.mask
         return cls(value, steps, dim, mask)
 

@@ -3,7 +3,7 @@
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from copy import deepcopy
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from inspect import getclosurevars
 from pathlib import Path
@@ -16,8 +16,9 @@ from torch import Tensor
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 from torch.utils._pytree import tree_map
 
-from qsteer.checks import check_choice, check_fraction
-from qsteer.critics.critic import Critic, CriticConfig
+from qsteer.checks import check_bounds, check_choice, check_fraction
+from qsteer.contract import Contract, check_contract
+from qsteer.critics.critic import Critic, CriticConfig, warn_of_few_members
 from qsteer.critics.networks import EnsembleMLP
 from qsteer.critics.targets import (
     expectile_loss,
@@ -27,9 +28,10 @@ from qsteer.critics.targets import (
     td_target,
 )
 from qsteer.data.episodes import Chunks, Episodes, Need, Source, Transitions
+from qsteer.flow import clip_actions
 from qsteer.maps.flow_maps import FlowMap, MapConfig
 from qsteer.training.loop import Learner, Training, fit
-from qsteer.types import Observation, Rule, Sampler
+from qsteer.types import Bounds, Observation, Rule, Sampler
 
 type SteeredPolicy = Callable[[Critic, Any, Tensor], Tensor]
 """``(critic, obs, noise: (B, H, A)) -> a: (B, H, A)``: what a policy does under a critic."""
@@ -46,6 +48,7 @@ class CriticTraining(Training):
         ema: step of the target critic's moving average, in (0, 1].
         expectile: of IQL's V, in (0, 1].
         distilled: rows per update on which FQL's student follows the steered policy.
+        bounds: of the policy's actions, to which FQL's student is clipped; None: they have none.
         members: J, size of the ensemble.
         rho: pessimism, in the targets and of the finished critic.
         hidden: widths of the hidden layers.
@@ -59,6 +62,7 @@ class CriticTraining(Training):
     ema: float = 0.02
     expectile: float = 0.9
     distilled: int = 32
+    bounds: Bounds = (-1.0, 1.0)
     members: int = 4
     rho: float = 0.5
     hidden: Sequence[int] = (256, 256, 256)
@@ -69,6 +73,29 @@ class CriticTraining(Training):
         super().__post_init__()
         check_choice(self, "target", LEARNERS)
         check_fraction(self, "gamma", "ema", "expectile")
+        check_bounds(self.bounds)
+
+    def contract(self, config: CriticConfig, data: Contract, policy: Contract | None = None) -> Contract:
+        """Return the contract of a critic trained like this.
+
+        Args:
+            config: of the critic.
+            data: of what it is trained on.
+            policy: of the policy that gave the actions; None: not known.
+
+        Raises:
+            ValueError: the data are not of such a policy.
+        """
+        policy = policy or Contract()
+        own = data | Contract(
+            observations=[(config.observation_key, (config.obs_dim,))] if config.obs_dim else None,
+            horizon=config.horizon,
+            action_dim=config.action_dim,
+            discount=self.gamma,
+            target=self.target,
+        )
+        check_contract(own, policy)
+        return replace(policy, action_low=None, action_high=None) | own
 
     def critic_config(self, obs_dim: int, action_dim: int) -> CriticConfig:
         """Return the shape of a critic of states."""
@@ -102,6 +129,7 @@ class CriticLearner(Learner):
                 f"{type(self).__name__}: expected chunks for need={self.need!r}, got need={given!r}; build "
                 f"Chunks(..., need={self.need!r})"
             )
+        warn_of_few_members(settings.rho, critic.config.members)
         self.critic, self.target = critic, deepcopy(critic).requires_grad_(False)
         self.source, self.settings, self.stack = source, settings, critic.config.stack
         self.frozen = (act,)  # in a tuple: a module is no part of what is learnt and stored
@@ -198,7 +226,7 @@ class FQL(TD):
     @override
     def next_actions(self, batch: Transitions, generator: torch.Generator) -> Float[Tensor, "B H A"]:
         noise = torch.randn(batch.actions.shape, generator=generator, device=batch.actions.device)
-        return self.mu(batch.next_observations, noise).clamp(-1, 1)
+        return clip_actions(self.mu(batch.next_observations, noise), self.settings.bounds)
 
     @override
     def batch_loss(self, batch: Transitions, generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
@@ -322,6 +350,7 @@ def train_critic(
     *,
     act: SteeredPolicy | None = None,
     seeds: Sequence[int] | None = None,
+    contract: Contract | None = None,
     device: torch.device | str = "cpu",
     progress: bool = True,
 ) -> Critic:
@@ -340,12 +369,15 @@ def train_critic(
             generators, or from those of a rule or sampler that it refers to, resumes to the bit.
         seeds: train a stack of critics at once, one per seed of initial weights, each on batches of its own;
             None: one, of ``training.seed``.
+        contract: of the policy that the critic is to steer, such as ``policy.contract`` or
+            ``qsteer.adapters.contract_of(policy)``; the data are compared with it, and it becomes part of the
+            critic's. None: the critic's has only what the data say.
         device: where to train.
         progress: show a progress bar.
 
     Raises:
         ValueError: ``act`` is missing or superfluous, or ``out`` holds a run with other settings or other
-            data.
+            data; or the data are not of a policy of that contract.
     """
     out, training = Path(out), training or CriticTraining()
     if (act is None) == (training.target in ACTING):
@@ -354,6 +386,7 @@ def train_critic(
             f"target {training.target!r}; the others need no actions but the stored ones"
         )
     config = training.critic_config(episodes.observations.shape[1], episodes.actions.shape[1])
+    config = replace(config, contract=training.contract(config, episodes.contract, contract))
     with torch.random.fork_rng(devices=[]):
         critic = fresh_critic(config, seeds or [training.seed], episodes.observations)
         kind = LEARNERS[training.target]

@@ -58,7 +58,17 @@ def test_controls_are_told_from_treatments(spec, kind):
 
 
 @pytest.mark.parametrize(
-    "spec", ["tweedy=0.2", "tweedie", "best-of-", "best-of-0", "tweedie=0.2+qgf=0.2", "tweedie=-1", ""]
+    "spec",
+    [
+        "tweedy=0.2",
+        "tweedie",
+        "best-of-",
+        "best-of-0",
+        "tweedie=0.2+qgf=0.2",
+        "tweedie=-1",
+        "keep-best=3",
+        "",
+    ],
 )
 def test_a_wrong_name_says_what_names_there_are(spec):
     with pytest.raises(ValueError, match="expected"):

@@ -69,6 +69,8 @@ class TestTable:
     def test_mistakes(self) -> None:
         with pytest.raises(ValueError, match=r"one of antmaze-large, .*, got 'scene'"):
             find_domain("scene")
+        with pytest.raises(ValueError, match="got 'cube-dubble'; the nearest name is 'cube-double'"):
+            find_domain("cube-dubble")
         with pytest.raises(ValueError, match="1 to 5, got 0"):
             find_domain("cube-double").environment(0)
         for wrong in ({"horizon": 0}, {"gamma": 1.0}, {"rho": -0.1}, {"alpha": -1.0}):

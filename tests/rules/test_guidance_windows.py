@@ -14,6 +14,7 @@ from fields import (
     Host,
     as_installed,
     bumpy,
+    differences,
     guidance,
     noise,
     nonlinear,
@@ -23,7 +24,7 @@ from guidance_rules import ALL, BY_VALUE, by_name
 
 import qsteer
 from qsteer.bench.counting import count
-from qsteer.clock import MIRRORED
+from qsteer.clock import MIRRORED, Chain
 from qsteer.maps import EulerMap
 
 
@@ -155,9 +156,10 @@ def test_times_per_row_that_are_all_outside_the_window_cost_nothing(rule):
     x, value, state = noise(3, 2, 2), CountingValue(bumpy), torch.get_rng_state()
     method = rule(0.5, start=0.5)
     times = torch.tensor([0.1, 0.2, 0.3], dtype=DOUBLE)
+    own = [each.get_state() for each in method.generators(x.device)]
     assert torch.equal(method(BASE, value)(x, times), nonlinear(x, times))
     assert value.tally.calls == 0 and torch.equal(state, torch.get_rng_state())
-    assert not method.generators(x.device)
+    assert all(map(torch.equal, own, [each.get_state() for each in method.generators(x.device)]))
 
 
 @pytest.mark.parametrize("t", [1, np.float32(0.5), np.float64(0.5)], ids=str)
@@ -192,3 +194,31 @@ def test_a_critic_that_detaches_the_action_is_named():
     value = qsteer.value(lambda a: weight * a.detach().flatten(1).sum(1))
     with pytest.raises(ValueError, match="expected a score that is differentiable in the action"):
         qsteer.sample(BASE, value, noise(1, 2, 2), rule=qsteer.QGF())
+
+
+@pytest.mark.parametrize("snr", [1.5, 2.0, 3.0])
+@pytest.mark.parametrize("every", [2, 3])
+def test_a_beams_completions_are_guided_at_every_kth_step_of_their_own_length(snr, every):
+    """They begin at t' = snr / (1 + snr), on the grid of the whole chain or off it."""
+    trace, x = qsteer.Trace(), noise(1, 2, 2)
+    beam = qsteer.BeamSearch(2, 2, 1, snr=snr)
+    qsteer.sample(BASE, VALUE, x, rule=qsteer.Tweedie(0.1, every=every), sampler=beam, trace=trace)
+    start = snr / (1 + snr)
+    steps = math.ceil((1 - start) * 10 - 1e-4)
+    stride = (1 - start) / steps
+    before = round(start / stride)  # steps of this length from noise to there, of which the second is guided
+    times = [start + i * stride for i in range(steps) if (before + i - 1) % every == 0]
+    completion = [step.t for step in trace.actions[0] if len(step.value) == 4]
+    np.testing.assert_allclose(completion, times, atol=1e-6)
+
+
+@pytest.mark.parametrize("snr", [1.5, 2.0, 3.0])
+def test_through_time_follows_a_beams_completions(snr):
+    """The gradient of the value of the completion's own end, by finite differences."""
+    t = snr / (1 + snr)
+    jump, x = EulerMap(BASE), noise(3, 2, 2)
+    steps = math.ceil((1 - t) * 10 - 1e-4)
+    rule = qsteer.ThroughTime(1.0, scaling="raw", clip=None)
+    steered = rule(BASE, VALUE).chain(None, Chain(t, (1 - t) / steps))
+    pushed = steered(x, BASE.clock.snap(t)) - BASE(x, t)
+    torch.testing.assert_close(pushed, differences(lambda a: VALUE(jump(a, t, 1.0)), x), rtol=1e-5, atol=1e-5)
