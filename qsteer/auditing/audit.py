@@ -91,6 +91,10 @@ def audit(
             stack.enter_context(acting(one)) if one is not None else None
         torch.manual_seed(seed)
         found = read_batches(batches)
+        contract = check_contract(policy, critic, critic_inputs is not None)
+        if contract.verdict == "fail":  # which steer refuses
+            took = time.perf_counter() - started
+            return Audit((contract,), None, _own(rule, alphas), type(rule).__name__, 0, samples, seed, took)
         probes = []
         for batch in found:
             field, value, like = open_batch(policy, critic, batch, critic_inputs)
@@ -105,7 +109,18 @@ def audit(
                 "states"
             )
         checks, advice = _ask_all(
-            policy, critic, found[0], probes, episodes, rule, alphas, gamma, critic_inputs, generator, seed
+            contract,
+            policy,
+            critic,
+            found[0],
+            probes,
+            episodes,
+            rule,
+            alphas,
+            gamma,
+            critic_inputs,
+            generator,
+            seed,
         )
     failed = any(check.verdict == "fail" for check in checks)
     return Audit(
@@ -121,6 +136,7 @@ def audit(
 
 
 def _ask_all(
+    contract: Check,
     policy: Any,
     critic: Bindable,
     batch: Any,
@@ -134,7 +150,7 @@ def _ask_all(
     seed: int,
 ) -> tuple[tuple[Check, ...], tuple[tuple[float, float], float] | None]:
     """Return the checks, and what strengths are recommended; with numbers not finite, no more is asked."""
-    contract, numbers = check_contract(None), check_numbers(policy, critic, probes)
+    numbers = check_numbers(policy, critic, probes)
     if numbers.verdict == "fail":
         return (contract, numbers), None
     ranked = None

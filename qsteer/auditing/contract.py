@@ -1,31 +1,44 @@
 """Is the critic made for this policy, and does the policy's time run as qsteer believes?"""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from qsteer.adapters import contract_of
 from qsteer.auditing.page import Check, Verdict
 from qsteer.auditing.probes import Probe
+from qsteer.contract import differences
 from qsteer.flow import denoise, interpolate
 from qsteer.hosts import parameters_of
+from qsteer.policies import FlowPolicy
+from qsteer.steering.checks import read_contract
 
 FOLLOWS, OVERSHOOTS, SLOPES = 0.5, 1.3, (1 / 1.4, 1.4)
 BEYOND = 0.02, 0.15
 
 
-def check_contract(differences: Mapping[str, Any] | Sequence[str] | None) -> Check:
+def check_contract(policy: Any, critic: Any, own_inputs: bool = False) -> Check:
     """Compare what the critic was trained for with what the policy is.
 
     Args:
-        differences: found ones; None: the critic carries no contract.
+        policy: a host, or a FlowPolicy.
+        critic: whose configuration may hold a :class:`~qsteer.contract.Contract`.
+        own_inputs: the critic's observations do not come from the policy's batch, and are not compared.
     """
-    verdict: Verdict = "not known" if differences is None else "fail" if differences else "pass"
+    its = read_contract(critic)
+    mine = policy.contract if isinstance(policy, FlowPolicy) else contract_of(policy)
+    if own_inputs:
+        mine = replace(mine, observations=None, observation_normalisation=None)
+        mine = replace(mine, observation_mean=None, observation_std=None)
+    found = None if its is None else differences(its, mine)
+    verdict: Verdict = "not known" if found is None else "fail" if found else "pass"
     finding = {
-        "not known": "the critic carries no record of its inputs, or the policy none of its own",
+        "not known": "the critic carries no record of what it was trained on",
         "pass": "the critic was trained for this policy's observations, actions and normalisation",
-        "fail": f"the critic was trained for something else: {_list(differences or ())}",
+        "fail": f"the critic was trained for something else: {'. '.join(found or ())}",
     }[verdict]
     return Check(
         "contract",
@@ -34,7 +47,7 @@ def check_contract(differences: Mapping[str, Any] | Sequence[str] | None) -> Che
         finding,
         "Fails at any difference: critics that differ in normalisation alone disagree on the direction of a "
         "push while their values look right.",
-        {"differences": None if differences is None else _list(differences)},
+        {"differences": found},
     )
 
 
@@ -154,9 +167,3 @@ def _slope(probes: Sequence[Probe], t: float) -> float:
 def _denoised(probe: Probe, x: Tensor, t: float) -> Tensor:
     with torch.no_grad():
         return denoise(x, probe.field(x, t), t)
-
-
-def _list(differences: Mapping[str, Any] | Sequence[str]) -> str:
-    if isinstance(differences, Mapping):
-        return "; ".join(f"{name}: {value}" for name, value in differences.items())
-    return "; ".join(map(str, differences))

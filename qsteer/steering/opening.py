@@ -257,7 +257,7 @@ def open_action(
     """
     policy, host, _ = unwrapped(policy)
     if critic is not None:
-        check_critic(critic, policy, host)
+        check_critic(critic, policy, host, own_inputs=critic_inputs is not None)
     with _opening:
         if (present := interception_of(policy, host)) is not None:
             field, noise, batch = present._open(batch)

@@ -235,6 +235,19 @@ def test_a_flow_policy_and_a_critic_of_ours_with_data(tmp_path):
     assert found["clock"].verdict == "fail"  # no trained velocity
 
 
+def test_a_critic_of_another_contract_fails_and_nothing_else_is_asked():
+    from qsteer.contract import Contract
+
+    config = qsteer.CriticConfig(obs_dim=2, action_dim=2, horizon=2, hidden=(16,))
+    critics = [
+        qsteer.Critic(replace(config, contract=Contract(horizon=horizon, action_dim=2))) for horizon in (2, 5)
+    ]
+    right, wrong = (qsteer.audit(policy(), critic, [states()], **FEW) for critic in critics)
+    assert right["contract"].verdict == "pass" and len(right.checks) == 9
+    assert wrong["contract"].verdict == "fail" and wrong.status == 1 and len(wrong.checks) == 1
+    assert "horizon: expected 2, got 5" in str(wrong)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
