@@ -10,7 +10,7 @@ from qsteer.policies import FlowPolicy, FlowPolicyConfig
 
 def test_an_arm_is_what_its_name_says():
     arm = parse("tweedie=0.3+best-of-4+keep-best")
-    euler = qsteer.Euler(clip=(-1.0, 1.0))
+    euler = qsteer.Euler(clip="policy")
     assert arm.rule == qsteer.Tweedie(alpha=0.3)
     assert arm.sampler == qsteer.KeepBest(qsteer.BestOfN(4, euler))
     assert (arm.name, arm.kind) == ("tweedie+best-of-4+keep-best", "steered")
@@ -25,7 +25,7 @@ def test_arms_on_learnt_maps_take_them_from_where_they_lie(tmp_path):
     flow, fmq = (FlowMap(MapConfig(4, 2, 16, hidden=(8,), residual=True)) for _ in range(2))
     for name, model in ("meta", meta), ("flow", flow), ("fmq", fmq):
         model.save_pretrained(tmp_path / name)
-    maps, euler = Maps.load(tmp_path), qsteer.Euler(clip=(-1.0, 1.0))
+    maps, euler = Maps.load(tmp_path), qsteer.Euler(clip="policy")
     assert parse("posterior=0.3", maps).rule == qsteer.Posterior(maps.meta, alpha=0.3)
     raw = qsteer.Posterior(maps.meta, alpha=0.06, scaling="raw", standardize=False)
     assert parse("posterior-raw=0.06", maps).rule == raw
