@@ -168,11 +168,15 @@ from breaking import Breaking
 from qsteer.envs.limits import Limits
 from qsteer.envs.rollouts import Simulators
 
+def act(obs, noise):
+    Path(sys.argv[1]).with_name("acting").touch()
+    return noise
+
 if __name__ == "__main__":
     make_env = partial(Breaking, sys.argv[2], None, 2, None, Path(sys.argv[1]))
     with Simulators(make_env, horizon=1, num_envs=2, limits=Limits(step_s=None)) as simulators:
         while True:
-            simulators.rollout(lambda obs, noise: noise, episodes=8, progress=False)
+            simulators.rollout(act, episodes=8, progress=False)
 """
 
 
@@ -191,7 +195,7 @@ def test_nothing_is_left_after_an_interruption(way: str, sent: signal.Signals, t
         stderr=(tmp_path / "said").open("w"),
         start_new_session=True,
     )
-    assert wait_for(lambda: pids.exists() and len(read_pids(pids)) == 6)
+    assert wait_for(lambda: (tmp_path / "acting").exists() and len(read_pids(pids)) == 6)
     time.sleep(2.0)
     (os.killpg if sent == signal.SIGINT else os.kill)(process.pid, sent)
     assert process.wait(timeout=60) == -sent

@@ -46,7 +46,9 @@ def test_actions_are_those_of_the_eager_path(
         randoms.append(torch.get_rng_state())
     if name == "plain":
         assert torch.equal(*actions), "no step was prepared: the buffers alone change nothing"
-    torch.testing.assert_close(*actions, rtol=1e-4, atol=1e-4)
+    # a difference of velocities over h of 7e-4 makes their rounding larger
+    tolerance = 5e-4 if isinstance(method[0], qsteer.ForwardTweedie) else 1e-4
+    torch.testing.assert_close(*actions, rtol=tolerance, atol=tolerance)
     torch.testing.assert_close(*map(torch.from_numpy, traces), rtol=1e-3, atol=1e-4, equal_nan=True)
     assert torch.equal(*randoms), "the host's own random stream"
 
