@@ -194,11 +194,15 @@ def test_nothing_is_left_after_an_interruption(way: str, sent: signal.Signals, t
         stdout=subprocess.DEVNULL,
         stderr=(tmp_path / "said").open("w"),
         start_new_session=True,
+        preexec_fn=partial(signal.signal, signal.SIGINT, signal.SIG_DFL),  # a shell's background ignores it
     )
-    assert wait_for(lambda: (tmp_path / "acting").exists() and len(read_pids(pids)) == 6)
-    time.sleep(2.0)
-    (os.killpg if sent == signal.SIGINT else os.kill)(process.pid, sent)
-    assert process.wait(timeout=60) == -sent
+    try:
+        assert wait_for(lambda: (tmp_path / "acting").exists() and len(read_pids(pids)) == 6)
+        time.sleep(2.0)
+        (os.killpg if sent == signal.SIGINT else os.kill)(process.pid, sent)
+        assert process.wait(timeout=60) == -sent
+    finally:
+        process.kill()
     if sent == signal.SIGINT:  # one of the script, and none of its simulators
         assert (tmp_path / "said").read_text().count("Traceback") == 1
     assert wait_for(lambda: not any(map(alive, read_pids(pids))))
