@@ -27,7 +27,7 @@ from qsteer.envs.rollouts import Simulators
 from qsteer.experiments.tasks import RECIPES, run_directory
 from qsteer.files import write_json
 from qsteer.policies import FlowPolicy
-from qsteer.statistics import paired_bootstrap, wilson_interval
+from qsteer.statistics import paired_interval, wilson_interval
 from qsteer.training import train_critic
 
 TASK = RECIPES["pointmaze-medium"]
@@ -207,7 +207,7 @@ def table(out: Path) -> None:
         shown = ("base", row.get("steered"), row.get("random"))
         cells += [_rate(arms[name]) if name in arms else "" for name in shown]
         if row.get("steered") in arms:
-            gain = paired_bootstrap(arms[row["steered"]], arms["base"])
+            gain = paired_interval(arms[row["steered"]], arms["base"])
             cells.append(f"{gain.difference:+.0%} ({gain.low:+.0%} to {gain.high:+.0%})")
         print("| " + " | ".join(map(str, cells)) + " |")
 
