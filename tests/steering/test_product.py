@@ -28,6 +28,7 @@ RULES: dict[type[Rule] | None, tuple[Rule | None, ...]] = {
     qsteer.RandomDirection: (qsteer.RandomDirection(),),
     qsteer.Posterior: (qsteer.Posterior(GLASS, samples=2),),
     qsteer.GradientFreePosterior: (qsteer.GradientFreePosterior(GLASS, samples=2),),
+    qsteer.Randomized: (qsteer.Randomized(qsteer.QGF()),),
     qsteer.Negated: (qsteer.Negated(qsteer.Tweedie()),),
     qsteer.Gated: (qsteer.Gated(qsteer.Tweedie()),),
 }
