@@ -19,7 +19,7 @@ from qsteer.critics import Critic, CriticConfig, LiveCritic
 from qsteer.data import Chunks, Episodes
 from qsteer.evaluation.arms import parse
 from qsteer.evaluation.compare import compare
-from qsteer.online.loop import train_online
+from qsteer.online.run import train_online
 from qsteer.policies import FlowPolicy, FlowPolicyConfig
 from qsteer.testing.lerobot import processors
 from qsteer.training import train_critic
