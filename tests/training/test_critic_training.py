@@ -148,3 +148,9 @@ def test_iql_trains_its_value_on_the_expectile_of_the_target_critic() -> None:
 def test_impossible_settings_are_refused(changes: dict[str, object]) -> None:
     with pytest.raises(ValueError, match=rf"{next(iter(changes))}: expected"):
         replace(CRITIC, **changes)
+
+
+def test_pessimism_of_two_members_is_warned_of_in_the_targets_too() -> None:
+    few = Critic(CriticConfig(S, A, H, hidden=(8,), members=2))
+    with pytest.warns(UserWarning, match="expected 3 or more members for a pessimism of rho = 0.5, got 2"):
+        Sarsa(few, chunks("sarsa"), CriticTraining(target="sarsa", horizon=H, members=2, rho=0.5))
