@@ -12,6 +12,9 @@ type Normalisation = Literal["identity", "min_max", "mean_std", "quantiles", "qu
 RANGE_SLACK = 0.5
 """How far trained actions may lie outside of the policy's range, in half-widths of it."""
 
+FILL = 0.05
+"""Least share of the policy's range that trained actions take up, in the median over dimensions."""
+
 SHIFT = 20.0
 """Largest distance between two means of an observation's entry, in the larger of its two deviations."""
 
@@ -104,8 +107,8 @@ def differences(critic: Contract, policy: Contract) -> list[str]:
 
     A line for each entry: its name, what was expected (the policy's), got (the critic's), and the remedy.
     Observation means and deviations are estimates, and need only be of one scale (:data:`SHIFT`,
-    :data:`SCALE`); trained actions may exceed the policy's range by :data:`RANGE_SLACK`. The policy has no
-    discount and no target.
+    :data:`SCALE`); trained actions may exceed the policy's range by :data:`RANGE_SLACK`, and must take up
+    :data:`FILL` of it. The policy has no discount and no target.
     """
     found = []
     seen, offered = critic.observations, policy.observations
@@ -179,12 +182,19 @@ def _compare_ranges(critic: Contract, policy: Contract) -> list[str]:
     low, high, least, most = critic.action_low, critic.action_high, policy.action_low, policy.action_high
     if low is None or high is None or least is None or most is None or len(low) != len(least):
         return []  # of another size: action_dim says it
-    for i, (a, b, bottom, top) in enumerate(zip(low, high, least, most, strict=True)):
+    rows = list(zip(low, high, least, most, strict=True))
+    remedy = "train the critic on the policy's normalised actions, not on the robot's"
+    for i, (a, b, bottom, top) in enumerate(rows):
         slack = RANGE_SLACK * (top - bottom) / 2
         if a < bottom - slack or b > top + slack:
             return [
                 f"action range: expected trained actions within [{bottom:.4g}, {top:.4g}] in dimension {i}, "
-                f"got [{a:.4g}, {b:.4g}]; train the critic on the policy's normalised actions, not on the "
-                "robot's"
+                f"got [{a:.4g}, {b:.4g}]; {remedy}"
             ]
+    filled = median((b - a) / (top - bottom) for a, b, bottom, top in rows)
+    if filled < FILL:
+        return [
+            f"action range: expected trained actions to take up at least {FILL:.0%} of the policy's range, got "
+            f"{filled:.2%} in the median dimension; {remedy}"
+        ]
     return []

@@ -4,6 +4,7 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
+import bandit
 import hosts
 import online_runs
 import pytest
@@ -80,6 +81,13 @@ def test_a_critic_of_raw_actions_is_refused(tmp_path: Path):
     critic.config = replace(critic.config, contract=None)  # as the error says
     with qsteer.steer(plain(), critic, RULE):
         pass
+
+
+def test_a_critic_of_actions_in_metres_is_refused(tmp_path: Path):
+    critic = train_critic(scaled(0.02), tmp_path, CRITIC, progress=False)
+    refused(plain(), critic, r"action range: expected trained actions to take up at least 5% .*robot's")
+    still = replace(episodes(), actions=episodes().actions * torch.tensor([1.0] + [0.0] * (A - 1)))
+    assert A == 2 and not differences(still.contract, plain().contract), "a gripper that stays closed"
 
 
 def test_raw_actions_are_refused_before_a_critic_is_trained_on_them(tmp_path: Path):
@@ -232,10 +240,10 @@ def test_online_critics_carry_it(tmp_path: Path):
     actor, live = online_runs.parts()
     live.critic.config = replace(live.config, contract=replace(last, discount=0.5))
     with pytest.raises(ValueError, match=r"discount gamma = 0.9 of its further training, got 0.5"):
-        train_online(online_runs.ThreeSteps, actor, live, tmp_path / "b", training, progress=False)
+        train_online(bandit.ThreeSteps, actor, live, tmp_path / "b", training, progress=False)
     live.critic.config = replace(live.config, contract=replace(last, horizon=7))
     with pytest.raises(ValueError, match="horizon: expected 1, got 7"):
-        train_online(online_runs.ThreeSteps, actor, live, tmp_path / "c", training, progress=False)
+        train_online(bandit.ThreeSteps, actor, live, tmp_path / "c", training, progress=False)
 
 
 def test_offline_data_of_raw_actions_are_not_mixed_in(tmp_path: Path):
@@ -248,7 +256,7 @@ def test_offline_data_of_raw_actions_are_not_mixed_in(tmp_path: Path):
     chunks = Chunks(raw, 1, 0.9, "next_actions")
     with pytest.raises(ValueError, match="action range"):
         train_online(
-            online_runs.ThreeSteps,
+            bandit.ThreeSteps,
             actor,
             live,
             tmp_path,

@@ -107,6 +107,9 @@ class FMQ(Learner):
         replay: what they do.
         chunks: the offline data.
         source: of batches: the data, and the replay if there is one.
+
+    Raises:
+        ValueError: the critic is of another contract than the policy's.
     """
 
     step: Tensor
@@ -120,6 +123,7 @@ class FMQ(Learner):
         settings: FMQTraining,
     ) -> None:
         super().__init__()
+        policy.check_critic(critic.config)
         self.settings = settings
         self.collector: Collector | None = None
         self.replay: Replay | None = None
@@ -130,7 +134,7 @@ class FMQ(Learner):
             deepcopy(critic).requires_grad_(settings.learn_critic),
             chunks,
             CriticTraining(
-                target="td", horizon=critic.config.horizon, gamma=settings.gamma, ema=settings.ema
+                target="td", horizon=critic.config.horizon, gamma=settings.gamma, ema=settings.ema, rho=0.0
             ),
             lambda _, obs, noise: self.act(obs, noise),
         )

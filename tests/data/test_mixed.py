@@ -54,6 +54,10 @@ def test_mixed_is_offline_alone_until_there_is_something_else() -> None:
         Mixed(chunks, replay, 2)
     with pytest.raises(ValueError, match="same horizon and gamma"):
         Mixed(offline(gamma=0.5), replay)
+    with pytest.raises(
+        ValueError, match=r"need='next_actions' of both, got need='returns' offline; .*need='n"
+    ):
+        Mixed(Chunks(chunks.episodes, 2, GAMMA, "returns"), replay)
 
 
 def part(batch: Transitions, mask: Tensor) -> Transitions:

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
-from walks import SEED, A, H, Walk, follow
+from walk import A, Walk
+from walks import SEED, H, follow
 
 from qsteer.envs.chunked import ChunkedAction
 from qsteer.envs.rollouts import (

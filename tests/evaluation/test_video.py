@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
-from walks import SEED, H, Longer, Walk, follow
+from walk import Longer, Walk
+from walks import SEED, H, follow
 
 from qsteer.envs.rollouts import Rollouts, Simulators
 from qsteer.evaluation.video import RenderError, _Film, find_gl_backend, side_by_side

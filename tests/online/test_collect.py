@@ -5,8 +5,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from bandit import Bandit
-from online_runs import ThreeSteps
+from bandit import Bandit, ThreeSteps
 from torch import Tensor
 
 from qsteer.online.actors import Decision

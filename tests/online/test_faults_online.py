@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from bandit import Bandit
-from online_runs import TRAINING, Blind, Dead, Faulty, metrics, run
+from bandit import Bandit, Blind, Dead, Faulty
+from online_runs import TRAINING, metrics, run
 
 from qsteer.online.actors import Decision
 from qsteer.online.collect import Collector

@@ -11,6 +11,7 @@ import torch
 from bandit import Bandit
 from torch import Tensor, nn
 
+from qsteer.contract import Contract
 from qsteer.critics import Critic, CriticConfig
 from qsteer.data import Chunks, Episodes
 from qsteer.evaluation.plots import plot_adaptation
@@ -129,6 +130,33 @@ def test_the_gradient_of_a_quadratic_critic_points_at_its_top() -> None:
     expected = ETA * inside / inside.flatten(1).norm(dim=1)[:, None, None]
     torch.testing.assert_close(found.target, expected)
     torch.testing.assert_close(found.offline, torch.zeros(3, H, A))
+
+
+@pytest.mark.parametrize("bounds", [(-0.3, 0.2), None])
+def test_actions_are_clipped_to_the_policys_bounds(bounds: tuple[float, float] | None) -> None:
+    """The critic's gradient is taken at what can be executed, and nothing else is executed."""
+    mine = policy()
+    mine.config = replace(mine.config, bounds=bounds)
+    learner = FMQ(flow_map(), uphill(), mine, data(), FIXED)
+    asked: list[Tensor] = []
+    members = learner.q.critic.members
+    learner.q.critic.members = lambda z, a: (asked.append(a.detach()), members(z, a))[1]
+    obs, noise = torch.zeros(64, S), torch.randn(64, H, A, generator=torch.Generator().manual_seed(0))
+    learner.improvement(obs, noise, torch.full((64,), 0.25))
+    asked.append(learner.act(obs, noise).detach())
+    assert len(asked) == 2
+    for a in asked:
+        if bounds is None:
+            assert a.amax() > 0.9
+        else:
+            assert (a.amin(), a.amax()) == pytest.approx(bounds)
+
+
+def test_a_critic_of_another_contract_is_refused() -> None:
+    other = critic()
+    other.config = replace(other.config, contract=Contract(action_low=[-265.0], action_high=[265.0]))
+    with pytest.raises(ValueError, match="action range"):
+        FMQ(flow_map(), other, policy(), data(), FIXED)
 
 
 def test_disagreement_shrinks_the_radius_and_the_displacement() -> None:

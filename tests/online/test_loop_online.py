@@ -14,7 +14,8 @@ import numpy as np
 import online_runs
 import pytest
 import torch
-from online_runs import CRITIC, RULE, TRAINING, ThreeSteps, metrics, offline, parts, policy, run
+from bandit import ThreeSteps
+from online_runs import CRITIC, RULE, TRAINING, metrics, offline, parts, policy, run
 from torch import Tensor
 
 import qsteer

@@ -3,30 +3,15 @@
 import json
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from online_runs import TRAINING, ThreeSteps, metrics, offline, run
+from bandit import SPIKES, Spiked
+from online_runs import TRAINING, metrics, offline, run
 
 from qsteer.data import Chunks
 from qsteer.data.outliers import RewardScale
-
-SPIKES = (5, 130, 333)
-"""Steps of the sensor's mistakes; the first long before anything can be known of rewards."""
-
-
-class Spiked(ThreeSteps):
-    """In some steps the reward is -1e6."""
-
-    count = 0
-
-    def step(self, action: np.ndarray) -> tuple[np.ndarray, float, bool, bool, dict[str, Any]]:
-        obs, reward, *rest = super().step(action)
-        self.count += 1
-        return obs, -1e6 if self.count in SPIKES else reward, *rest
-
 
 LONG = replace(TRAINING, env_steps=1600, warmup=480, evaluate_every=1600, log_every=80)
 

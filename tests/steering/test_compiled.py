@@ -2,6 +2,7 @@
 
 from collections import OrderedDict
 from copy import deepcopy
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import hosts
@@ -17,7 +18,8 @@ from qsteer.adapters import PlainPolicy
 from qsteer.adapters.pi import PiExpert, PiField
 from qsteer.critics import LiveCritic
 from qsteer.maps import FlowMap, MapConfig, MetaFlowMap, MetaMapConfig
-from qsteer.steering.compiled import KEPT
+from qsteer.policies import FlowPolicy, FlowPolicyConfig
+from qsteer.steering.compiled import KEPT, MismatchError, check_field
 from qsteer.steering.handle import steer
 from qsteer.steering.kinds import rebuilt, signature, tensors_in
 
@@ -266,6 +268,14 @@ def test_a_prepared_step_that_is_not_the_hosts_is_refused(
             pytest.raises(RuntimeError, match=f"expected {what} to be .* leave compile out"),
         ):
             policy.predict_action_chunk(hosts.observe(policy))
+
+
+def test_a_prepared_step_of_other_bounds_is_refused() -> None:
+    policy = FlowPolicy(FlowPolicyConfig(3, 2, 4, (8,), bounds=(-1.0, 1.0)))
+    mine, noise = policy.field(torch.zeros(1, 3)), torch.zeros(1, 4, 2)
+    check_field(replace(mine), mine, noise)
+    with pytest.raises(MismatchError, match=r"bounds to be the host's \(-1.0, 1.0\), got \(-1.0, 0.5\)"):
+        check_field(replace(mine, bounds=(-1.0, 0.5)), mine, noise)
 
 
 def test_a_value_that_hides_the_observation_is_refused() -> None:

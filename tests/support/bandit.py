@@ -1,9 +1,12 @@
-"""A toy environment for the loops that learn while they act."""
+"""Toy environments for the loops that learn while they act. Without torch: simulators start sooner."""
 
 from typing import Any
 
 import gymnasium
 import numpy as np
+
+SPIKES = (5, 130, 333)
+"""Steps of the sensor's mistakes; the first long before anything can be known of rewards."""
 
 
 class Bandit(gymnasium.Env):
@@ -24,3 +27,60 @@ class Bandit(gymnasium.Env):
         self.clock += 1
         cost = float((action[0] - 0.6) ** 2)
         return np.array([self.place, float(self.clock)]), -cost, self.clock == self.steps, False, {}
+
+
+class ThreeSteps(Bandit):
+    """Three steps; one near the goal is a success."""
+
+    steps = 3
+
+    def step(self, action: np.ndarray) -> tuple[np.ndarray, float, bool, bool, dict[str, Any]]:
+        *outcome, _ = super().step(action)
+        return *outcome, {"success": outcome[1] > -0.02}
+
+
+class Faulty(ThreeSteps):
+    """Now and then a reward or an observation is not finite."""
+
+    count = 0
+
+    def reset(self, **options: Any) -> tuple[np.ndarray, dict[str, Any]]:
+        obs, info = super().reset(**options)
+        Faulty.count += 1
+        return (obs * np.nan, info) if Faulty.count % 9 == 8 else (obs, info)
+
+    def step(self, action: np.ndarray) -> tuple[np.ndarray, float, bool, bool, dict[str, Any]]:
+        obs, reward, *rest = super().step(action)
+        Faulty.count += 1
+        return (
+            obs * (np.inf if Faulty.count % 11 == 3 else 1),
+            np.nan if Faulty.count % 13 == 5 else reward,
+            *rest,
+        )
+
+
+class Dead(ThreeSteps):
+    """Its reward is never a number."""
+
+    def step(self, action: np.ndarray) -> tuple[np.ndarray, float, bool, bool, dict[str, Any]]:
+        obs, _, *rest = super().step(action)
+        return obs, np.nan, *rest
+
+
+class Blind(ThreeSteps):
+    """It sees nothing."""
+
+    def reset(self, **options: Any) -> tuple[np.ndarray, dict[str, Any]]:
+        obs, info = super().reset(**options)
+        return obs * np.nan, info
+
+
+class Spiked(ThreeSteps):
+    """In some steps the reward is -1e6."""
+
+    count = 0
+
+    def step(self, action: np.ndarray) -> tuple[np.ndarray, float, bool, bool, dict[str, Any]]:
+        obs, reward, *rest = super().step(action)
+        self.count += 1
+        return obs, -1e6 if self.count in SPIKES else reward, *rest

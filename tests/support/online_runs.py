@@ -5,9 +5,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from bandit import Bandit
+from bandit import ThreeSteps
 
 import qsteer
 from qsteer.critics import Critic, LiveCritic
@@ -29,16 +28,6 @@ TRAINING = OnlineTraining(
 )  # fmt: skip
 KILL = replace(TRAINING, env_steps=600, warmup=40, evaluate_every=0, log_every=40, checkpoint_every=40)
 """For a run that is killed again and again."""
-
-
-class ThreeSteps(Bandit):
-    """Three steps; one near the goal is a success."""
-
-    steps = 3
-
-    def step(self, action: np.ndarray) -> tuple[np.ndarray, float, bool, bool, dict[str, Any]]:
-        *outcome, _ = super().step(action)
-        return *outcome, {"success": outcome[1] > -0.02}
 
 
 def policy(seed: int = 0) -> FlowPolicy:
@@ -74,39 +63,3 @@ def offline() -> Episodes:
         terminals=torch.arange(30) % 3 == 2,
         ends=torch.arange(30) % 3 == 2,
     )
-
-
-class Faulty(ThreeSteps):
-    """Now and then a reward or an observation is not finite."""
-
-    count = 0
-
-    def reset(self, **options: Any) -> tuple[np.ndarray, dict[str, Any]]:
-        obs, info = super().reset(**options)
-        Faulty.count += 1
-        return (obs * np.nan, info) if Faulty.count % 9 == 8 else (obs, info)
-
-    def step(self, action: np.ndarray) -> tuple[np.ndarray, float, bool, bool, dict[str, Any]]:
-        obs, reward, *rest = super().step(action)
-        Faulty.count += 1
-        return (
-            obs * (np.inf if Faulty.count % 11 == 3 else 1),
-            np.nan if Faulty.count % 13 == 5 else reward,
-            *rest,
-        )
-
-
-class Dead(ThreeSteps):
-    """Its reward is never a number."""
-
-    def step(self, action: np.ndarray) -> tuple[np.ndarray, float, bool, bool, dict[str, Any]]:
-        obs, _, *rest = super().step(action)
-        return obs, np.nan, *rest
-
-
-class Blind(ThreeSteps):
-    """It sees nothing."""
-
-    def reset(self, **options: Any) -> tuple[np.ndarray, dict[str, Any]]:
-        obs, info = super().reset(**options)
-        return obs * np.nan, info

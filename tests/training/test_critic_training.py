@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import torch
@@ -12,8 +13,9 @@ from training_runs import CRITIC, act, train
 
 from qsteer.critics import Critic, CriticConfig, monte_carlo_target
 from qsteer.data import Chunks, Episodes
+from qsteer.data.episodes import Need
 from qsteer.training import CriticTraining, train_critic
-from qsteer.training.critic import ACTING, IQL, LEARNERS, CriticLearner, Sarsa
+from qsteer.training.critic import ACTING, FQL, IQL, LEARNERS, CriticLearner, Sarsa
 
 
 def test_what_is_saved_is_the_target_critic(tmp_path: Path) -> None:
@@ -97,6 +99,27 @@ def test_a_target_evaluates_the_next_action_in_the_next_state(target: str) -> No
     following = batch.next_observations.sum(1) + a.sum((1, 2))
     y = learner.y(batch, torch.Generator().manual_seed(3))
     torch.testing.assert_close(y, batch.rewards + CRITIC.gamma**H * batch.masks * following)
+
+
+@pytest.mark.parametrize("target", LEARNERS)
+def test_chunks_for_another_need_are_refused(target: str) -> None:
+    kind = LEARNERS[target]
+    other = next(need for need in get_args(Need.__value__) if need != kind.need)
+    source = Chunks(episodes(), H, CRITIC.gamma, other)
+    with pytest.raises(ValueError, match=f"{kind.__name__}: .*need='{kind.need}', got need='{other}'; build"):
+        kind(Critic(CriticConfig(S, A, H, (8,))), source, replace(CRITIC, target=target), act)
+
+
+@pytest.mark.parametrize("bounds", [(-1.0, 1.0), (-0.3, 0.2), None])
+def test_fqls_student_acts_within_the_policys_bounds(bounds: tuple[float, float] | None) -> None:
+    settings = replace(CRITIC, target="fql", bounds=bounds)
+    learner = FQL(Critic(CriticConfig(S, A, H, (8,))), chunks("fql"), settings, act)
+    batch = learner.source.sample(64, torch.Generator().manual_seed(0))
+    a = learner.next_actions(batch, torch.Generator().manual_seed(1))
+    noise = torch.randn(a.shape, generator=torch.Generator().manual_seed(1))
+    free = learner.mu(batch.next_observations, noise)
+    low, high = bounds or (-torch.inf, torch.inf)
+    assert free.amax() > 1 and torch.equal(a, free.clamp(low, high))
 
 
 def test_td_asks_the_given_actor_with_the_target_critic(tmp_path: Path) -> None:
