@@ -48,9 +48,12 @@ class RewardScale:
         """Return which new rewards are outliers; they, and only they, are taken in."""
         if not bool(self.find(rewards).any()):  # more of them are no more
             return torch.zeros_like(rewards, dtype=torch.bool)
-        suspected = rewards[self.find(rewards)]
-        self.observe(suspected)
-        return self.find(rewards)
+        before = dict(self._sizes)
+        self.observe(rewards[self.find(rewards)])
+        found = self.find(rewards)
+        self._sizes = before
+        self.observe(rewards[found])
+        return found
 
     @property
     def limit(self) -> float:

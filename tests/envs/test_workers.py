@@ -181,9 +181,16 @@ if __name__ == "__main__":
 
 
 @linux
-@pytest.mark.parametrize("way", ["never", "hang"])
-@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGKILL])
-def test_nothing_is_left_after_an_interruption(way: str, sent: signal.Signals, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("sent", "way"),
+    [
+        (signal.SIGINT, "hang"),
+        pytest.param(signal.SIGINT, "never", marks=pytest.mark.slow),
+        (signal.SIGKILL, "never"),
+        pytest.param(signal.SIGKILL, "hang", marks=pytest.mark.slow),
+    ],
+)
+def test_nothing_is_left_after_an_interruption(sent: signal.Signals, way: str, tmp_path: Path) -> None:
     """Ctrl-C goes to the whole group of processes, a kill to the script alone."""
     script, pids = tmp_path / "script.py", tmp_path / "pids"
     script.write_text(SCRIPT)

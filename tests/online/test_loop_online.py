@@ -62,11 +62,13 @@ def test_a_finished_run_does_nothing_more(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("target", LEARNERS)
 def test_every_target_learns_online(target: str, tmp_path: Path) -> None:
-    training = replace(TRAINING, critic=replace(CRITIC, target=target), env_steps=160, evaluate_every=0)
+    training = replace(
+        TRAINING, critic=replace(CRITIC, target=target), env_steps=80, warmup=40, evaluate_every=0
+    )
     actor, live = parts(settings=training.critic)
     act = actor.sample_under(RULE, qsteer.Euler(clip=(-1.0, 1.0))) if target in ("td", "fql") else None
     train_online(ThreeSteps, actor, live, tmp_path, training, rule=RULE, act=act, progress=False)
-    assert metrics(tmp_path)[-1]["step"] == 160
+    assert metrics(tmp_path)[-1]["step"] == 80
     assert live.version > 0
 
 
