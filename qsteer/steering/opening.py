@@ -11,11 +11,13 @@
 """
 
 import inspect
+import sys
 import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
+from functools import wraps
 from types import MethodType
 from typing import Any, NamedTuple, NoReturn
 
@@ -75,10 +77,21 @@ class _Interruption(BaseException):
         self.content = content
 
 
-uncompiled = torch.compiler.disable(
-    reason="a steered action interrupts the host's loop; compile the policy's parts, or steer(compile=...)"
-)
-"""What stands in runs as it is where somebody compiles the policy's methods."""
+def uncompiled[**P, R](method: Callable[P, R]) -> Callable[P, R]:
+    """Let a method run as it is where somebody compiles the policy's: ``torch.compiler.disable``, when needed.
+
+    That imports the compiler, which takes seconds.
+    """
+
+    reason = "a steered action interrupts the host's loop; compile the policy's parts, or steer(compile=...)"
+
+    @wraps(method)
+    def run(*args: P.args, **kwargs: P.kwargs) -> R:
+        if "torch._dynamo" not in sys.modules:
+            return method(*args, **kwargs)
+        return torch.compiler.disable(method, reason=reason)(*args, **kwargs)
+
+    return run
 
 
 class Interception(ABC):
