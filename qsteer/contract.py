@@ -194,7 +194,7 @@ def _compare_ranges(critic: Contract, policy: Contract) -> list[str]:
     filled = median((b - a) / (top - bottom) for a, b, bottom, top in rows)
     if filled < FILL:
         return [
-            f"action range: expected trained actions to take up at least {FILL:.0%} of the policy's range, got "
-            f"{filled:.2%} in the median dimension; {remedy}"
+            f"action range: expected trained actions to take up at least {FILL:.0%} of the policy's range, "
+            f"got {filled:.2%} in the median dimension; {remedy}"
         ]
     return []

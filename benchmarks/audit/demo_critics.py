@@ -1,9 +1,12 @@
 """Are the audit's verdicts right where steering can hurt? The demonstration's critic, whole and spoilt.
 
-python benchmarks/audit/demo_critics.py    # in a checkout; goes on where it was interrupted, prints the table
+python benchmarks/audit/demo_critics.py          # in a checkout; goes on where it was interrupted
+python benchmarks/audit/demo_critics.py DATA     # once more, with held-out data:
+                                                 # qsteer generate --transitions 20000 --seed 7 --data DATA
 """
 
 import json
+import sys
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -16,6 +19,7 @@ from torch import Tensor
 import qsteer
 from qsteer.cli.audit import visit
 from qsteer.critics import Critic
+from qsteer.data import Episodes
 from qsteer.envs import ogbench
 from qsteer.envs.rollouts import Simulators
 from qsteer.experiments.tasks import RECIPES
@@ -85,6 +89,8 @@ def critics(critic: Critic) -> dict[str, Any]:
 def main() -> None:
     """Audit each critic, roll out its arms, print the table."""
     torch.set_num_threads(1)
+    path = Path(sys.argv[1]) if sys.argv[1:] else None
+    data = None if path is None else Episodes.from_ogbench(ogbench.load(TASK.environment(), path)[0])
     source = Path("examples/checkpoints") / TASK.name
     policy, critic = FlowPolicy.from_pretrained(source / "policy"), Critic.from_pretrained(source / "critic")
     states = visit(TASK.environment(), policy, 128, seed=0)
@@ -114,6 +120,10 @@ def main() -> None:
                 result["rows"][name] = {"critic": name, "seed": "demo", "audit": found.to_dict()}
                 print(f"{name}: {found.summary}", flush=True)
             row = result["rows"][name]
+            if data is not None and "with data" not in row:
+                row["with data"] = qsteer.audit(policy, each, [states], data=data, seed=AUDIT_SEED).to_dict()
+                write_json(result, OUT)
+                print(f"{name}: {row['with data']['verdict']}", flush=True)
             alpha = row["audit"]["alpha"]
             row |= {"steered": f"{name}, tweedie={alpha:g}", "random": f"random={alpha:g}"}
             roll(row["steered"], qsteer.Tweedie(alpha), each)

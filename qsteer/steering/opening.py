@@ -78,11 +78,7 @@ class _Interruption(BaseException):
 
 
 def uncompiled[**P, R](method: Callable[P, R]) -> Callable[P, R]:
-    """Let a method run as it is where somebody compiles the policy's: ``torch.compiler.disable``, when needed.
-
-    That imports the compiler, which takes seconds.
-    """
-
+    """Let a method run as it is where somebody compiles it; the compiler is imported by whoever does."""
     reason = "a steered action interrupts the host's loop; compile the policy's parts, or steer(compile=...)"
 
     @wraps(method)
