@@ -16,6 +16,7 @@ from qsteer.types import Bindable, Bounds, Field, Value
 
 ROWS, ACTIONS = 512, 4
 BLIND, DIM = 0.25, 0.4
+AGAINST = -0.25
 
 
 def check_rank(probes: Sequence[Probe], data: Mapping[str, Any] | None) -> Check:
@@ -41,8 +42,8 @@ def check_rank(probes: Sequence[Probe], data: Mapping[str, Any] | None) -> Check
     unsure = [name for name, value in worse.items() if value[1] < 0.5 and name not in failed]
     returns = figures.get("returns")
     if returns is not None:
-        failed += ["returns"] * (returns[2] < 0)
-        unsure += ["returns"] * (returns[1] <= 0 <= returns[2])
+        failed += ["returns"] * (returns[2] < AGAINST)
+        unsure += ["returns"] * (returns[1] <= 0 and returns[2] >= AGAINST)
     if (foresight := figures.get("foresight")) is not None:
         failed += ["foresight"] * (foresight[0] < BLIND)
         unsure += ["foresight"] * (BLIND <= foresight[0] < DIM)
@@ -54,8 +55,9 @@ def check_rank(probes: Sequence[Probe], data: Mapping[str, Any] | None) -> Check
         verdict,
         said,
         "Fails where the critic prefers noise or the actions of other states (95 % interval below 0.5): its "
-        "gradient then leads away from what was ever tried. With data, fails where values fall with returns, "
-        f"and where foresight (what it prefers against what came of it) is below {BLIND}, warns below {DIM}: "
+        "gradient then leads away from what was ever tried. With data, fails where values fall with returns "
+        f"(interval below {AGAINST}; those of play are another behaviour's, and warn), and where foresight "
+        f"(what it prefers against what came of it) is below {BLIND}, warns below {DIM}: "
         "it judges actions apart from states. Warns where an interval holds chance.",
         figures,
     )

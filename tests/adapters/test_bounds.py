@@ -26,6 +26,7 @@ RULES = (
 @pytest.fixture(params=hosts.LEROBOT)
 def policy(request: pytest.FixtureRequest) -> Iterator[nn.Module]:
     policy = hosts.shared(request.param)
+    hosts.set_steps(policy, 3)
     former = dict(policy.config.normalization_mapping)
     yield policy
     policy.config.normalization_mapping = former

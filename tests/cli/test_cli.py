@@ -22,8 +22,8 @@ def test_a_missing_data_set_ends_with_the_command_that_makes_it(tmp_path, capsys
 
 def test_from_nothing_to_a_comparison(tmp_path, capsys):
     """The README's commands, in small: data, policy, critic, comparison."""
-    task, data = ["--task", "pointmaze-medium"], ["--data", str(tmp_path / "maze.npz")]
-    main(["generate", *task, *data, "--transitions", "600", "--workers", "1"])
+    task, data = ["--task", "cube-single"], ["--data", str(tmp_path / "cube.npz")]  # episodes of 200 steps
+    main(["generate", *task, *data, "--transitions", "400", "--workers", "1"])
     for kind, shape in ("policy", ["--residual-layers", "2"]), ("critic", []):
         main([f"train-{kind}", *task, *data, *shape, "--steps", "30", "--out", str(tmp_path / kind)])
     evaluate = ["evaluate", *task, "--policy", str(tmp_path / "policy"), "--critic", str(tmp_path / "critic")]
