@@ -276,3 +276,27 @@ def test_what_is_not_finite_is_refused_by_name_and_lane(column: str, bad: float)
     with pytest.raises(ValueError, match=rf"expected finite {column}, got NaN or infinity first in lane 1"):
         replay.add(row)
     assert replay.added == 3
+
+
+@pytest.mark.parametrize("need", NEEDS)
+@pytest.mark.parametrize("horizon", [1, 3])
+def test_dropped_rows_leave_what_is_left_when_their_episodes_are_cut_there(horizon: int, need: str) -> None:
+    """Before and after them, bit for bit what Chunks has; and so in a replay that is opened again."""
+    replay, history = filled(layout(lanes=1, capacity=200, horizon=horizon, need=need), 120, seed=7)
+    rows = history.log[0]
+    limit = sorted(abs(row["reward"]) for row in rows)[-6]
+    wrong = [i for i, row in enumerate(rows) if abs(row["reward"]) >= limit]
+    spared = [i for i in wrong if rows[i]["terminal"] and rows[i]["reward"] > 0]
+    found = replay.drop(lambda rewards: rewards.abs() >= float(limit))
+    expected = sorted(float(rows[i]["reward"]) for i in wrong if i not in spared)
+    assert sorted(reward for _, _, reward in found) == expected
+    assert replay.drop(lambda rewards: rewards.abs() >= float(limit)) == [], "they are gone"
+    for i in reversed([i for i in wrong if i not in spared]):
+        if i and not rows[i - 1]["end"]:
+            rows[i - 1] |= {"end": True, "cut": True}
+        del rows[i]
+    data = episodes(rows, need)
+    assert data is not None
+    chunks = Chunks(data, horizon, GAMMA, need)
+    assert len(replay.starts) == replay.size() == len(chunks)
+    assert_same(replay.gather(replay.starts), chunks.gather(chunks.starts))

@@ -1,6 +1,7 @@
 """Rollouts of a toy environment: one episode at a time gives the same, and arms are paired."""
 
 import json
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -187,6 +188,16 @@ class TestRollouts:
 
 
 class TestChunkedAction:
+    @pytest.mark.parametrize("shape", [(), (1,), (1, A + 1), (A,)])
+    def test_an_observation_that_would_be_broadcast_is_refused(self, shape: tuple[int, ...]) -> None:
+        class Other(Walk):
+            def _observe(self) -> np.ndarray:
+                return np.zeros(shape)
+
+        expected = rf"observation: expected the shape of its space, \({A + 1},\), got {re.escape(str(shape))}"
+        with pytest.raises(ValueError, match=expected):
+            ChunkedAction(Other(), 2).reset(seed=0)
+
     def test_success_is_what_the_environment_says_at_any_step_or_else_termination(self) -> None:
         for says in ("success", "is_success"):
             env = ChunkedAction(Walk(says), 2)

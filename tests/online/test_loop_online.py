@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -58,6 +59,22 @@ def test_a_finished_run_does_nothing_more(tmp_path: Path) -> None:
     assert (tmp_path / "metrics.jsonl").read_text() == before
     for a, b in zip(first.parameters(), again.parameters(), strict=True):
         assert torch.equal(a, b)
+
+
+def test_a_last_critic_that_a_kill_has_torn_is_mended_by_a_rerun(tmp_path: Path) -> None:
+    """Between the two renames of the final save there is nothing at its place, but both beside it."""
+    training = replace(TRAINING, env_steps=48, warmup=20, evaluate_every=0)
+    critic = run(tmp_path, training)
+    last, new, former = (tmp_path / name for name in ("last", ".last.new", ".last.former"))
+    for new_is_whole in (True, False):
+        if new_is_whole:
+            shutil.copytree(last, new)
+        last.rename(former)
+        again = run(tmp_path, training)
+        assert not new.exists() and not former.exists()
+        for found in (again, Critic.from_pretrained(last)):
+            for p, q in zip(critic.parameters(), found.parameters(), strict=True):
+                assert torch.equal(p, q)
 
 
 @pytest.mark.parametrize("target", LEARNERS)
