@@ -44,7 +44,7 @@ def test_actions_are_those_of_the_eager_path(
     name: str, method: tuple[qsteer.Rule | None, qsteer.Sampler]
 ) -> None:
     policy, batches = hosts.shared(name), [hosts.observe(hosts.shared(name), 2, seed) for seed in range(3)]
-    hosts.set_steps(policy, 4)
+    hosts.set_steps(policy, 3)
     actions, traces, randoms = [], [], []
     for mode in (None, "static"):
         rule, sampler = deepcopy(method)

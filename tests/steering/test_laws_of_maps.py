@@ -171,6 +171,7 @@ def test_memory_is_flat(policy: nn.Module, name: str):
     def tensors() -> int:
         return sum(issubclass(type(o), Tensor) for o in gc.get_objects())
 
+    hosts.set_steps(policy, 3)
     methods = [case.make(name) for case in CASES.values()]
     with steer(policy, hosts.Target()) as handle:
 

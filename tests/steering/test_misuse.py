@@ -23,7 +23,9 @@ def call(method: Any, policy: nn.Module) -> torch.Tensor:
     return method(hosts.observe(policy, 2), noise=hosts.draw(policy, 2))
 
 
-@NAMES
+@pytest.mark.parametrize(
+    "name", ["plain", "pi05", *(pytest.param(name, marks=pytest.mark.slow) for name in ("pi0", "smolvla"))]
+)
 @as_installed()  # torch.compile cannot trace the checks of types that tests install
 def test_compiling_a_policys_methods_changes_nothing(policy: nn.Module, name: str):
     base, before = chunk(policy), torch.compile(policy.predict_action_chunk, backend="eager")

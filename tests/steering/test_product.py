@@ -67,7 +67,8 @@ def product() -> list[Any]:
             for rule in (rule for examples in RULES.values() for rule in examples):
                 for sampler in SAMPLERS.values():
                     central = type(rule) is qsteer.Tweedie or type(sampler) is qsteer.Euler
-                    quick = dtype == torch.float32 and (name == "plain" or (central and name == "pi05"))
+                    euler = type(sampler) is qsteer.Euler
+                    quick = dtype == torch.float32 and (name == "plain" or (euler and name == "pi05"))
                     quick = quick or (name == "plain" and central)
                     words = name, str(dtype).removeprefix("torch."), str(rule), type(sampler).__name__
                     marks = () if quick else pytest.mark.slow
