@@ -18,6 +18,9 @@ from qsteer.policies import FlowPolicy
 from qsteer.statistics import paired_interval, wilson_interval
 from qsteer.trace import Trace
 
+ROUNDS = 50
+"""Timed actions of each arm, for the milliseconds of a table."""
+
 
 def compare(
     make_env: MakeEnv,
@@ -84,7 +87,7 @@ def _report_arms(
     obs = torch.zeros(1, policy.config.obs_dim)
     noise = torch.randn(1, policy.config.horizon, policy.config.action_dim)
     agents = {arm.spec: arm.agent(policy, critic) for arm in arms}
-    times = time_calls({spec: partial(act, obs, noise) for spec, act in agents.items()}, repeats=50)
+    times = time_calls({spec: partial(act, obs, noise) for spec, act in agents.items()}, repeats=ROUNDS)
     rows = []
     for arm, run, moved in zip(arms, runs, displacements, strict=True):
         low, high = wilson_interval(int(run.success.sum()), len(run.success))

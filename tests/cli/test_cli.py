@@ -3,6 +3,7 @@ import json
 import pytest
 
 from qsteer.cli import main
+from qsteer.evaluation import compare
 
 
 def test_help_names_every_command(capsys):
@@ -20,8 +21,9 @@ def test_a_missing_data_set_ends_with_the_command_that_makes_it(tmp_path, capsys
     assert "generate" in capsys.readouterr().err
 
 
-def test_from_nothing_to_a_comparison(tmp_path, capsys):
+def test_from_nothing_to_a_comparison(tmp_path, capsys, monkeypatch):
     """The README's commands, in small: data, policy, critic, comparison."""
+    monkeypatch.setattr(compare, "ROUNDS", 3)
     task, data = ["--task", "cube-single"], ["--data", str(tmp_path / "cube.npz")]  # episodes of 200 steps
     main(["generate", *task, *data, "--transitions", "400", "--workers", "1"])
     for kind, shape in ("policy", ["--residual-layers", "2"]), ("critic", []):

@@ -2,13 +2,14 @@ import json
 
 import pytest
 
-from qsteer.evaluation import video
+from qsteer.evaluation import compare, video
 from qsteer.experiments.demo import demo
 
 
 def test_the_demo_of_a_checkout(tmp_path, monkeypatch, capsys):
     """The README's first command, an episode per arm, on a machine without OpenGL."""
     monkeypatch.setattr(video, "find_gl_backend", lambda: None)
+    monkeypatch.setattr(compare, "ROUNDS", 3)
     demo(out=tmp_path, episodes=1, num_envs=1)
     arms = json.loads((tmp_path / "results.json").read_text())["arms"]
     names = ["base", "best-of-8", "qgf", "tweedie", "random-direction", "random-qgf"]
