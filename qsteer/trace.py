@@ -176,6 +176,11 @@ class ActionRecord:
         copy.fell_back, copy.gated = self.fell_back, self.gated  # read when they are handed over
         return copy
 
+    def counted(self) -> tuple[Tensor | None, list[Step], list[Tensor], list[Tensor]]:
+        """Return displacement, steps, and in one number each how many rows fell back and were gated."""
+        fell_back, gated = ([torch.stack(c).sum()] if c else [] for c in (self.fell_back, self.gated))
+        return self.displacement, self.steps, fell_back, gated
+
     def hand_over(self, trace: Trace) -> None:
         """Add the action to a trace: the only place where tracing waits for the device."""
         if self.steps:

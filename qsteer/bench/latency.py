@@ -25,7 +25,8 @@ from qsteer.bench.roofline import Ceilings, Work, counted_work, measure_ceilings
 from qsteer.bench.timing import Latency, Timer, peak_memory, reserved_memory, time_calls
 from qsteer.flow import read_features
 from qsteer.maps import FlowMap, GlassPosterior, MapConfig, MetaFlowMap, MetaMapConfig
-from qsteer.steering.compiled import MismatchError, Mode
+from qsteer.steering.compiled import Mode
+from qsteer.steering.runs import EAGER, MismatchError
 from qsteer.testing.hosts import STATE, batch, make
 from qsteer.types import Bindable, Rule, Sampler
 
@@ -219,11 +220,19 @@ def steer_copy(
 
     Raises:
         TypeError, ValueError: the policy cannot be compiled so, see :func:`qsteer.steer`.
+        MismatchError: Inductor does not compile it.
     """
     rule, sampler = method
     policy, critic = copy_sharing_weights(subject.policy), subject.critic if critic is None else critic
-    qsteer.steer(policy, critic, rule, sampler=sampler, compile=mode)
-    return partial(policy.predict_action_chunk, subject.batch)
+    handle = qsteer.steer(policy, critic, rule, sampler=sampler, compile=mode)
+    act = partial(policy.predict_action_chunk, subject.batch)
+    if mode == "inductor":
+        act()
+        handle.finish_compiling()
+        act()  # which checks what was compiled
+        if failed := [state for state in handle.kinds if state.startswith(EAGER)]:
+            raise MismatchError(f"inductor: expected a compiled action, got one that {failed[0]}")
+    return act
 
 
 def choose_fast_mode(device: torch.device) -> Mode:
@@ -248,8 +257,8 @@ def measure(
     Args:
         subject: the policy, its critic and the observations.
         methods: rule and sampler by name.
-        mode: how the methods are compiled, ``"static"`` or ``"graph"``; None: not at all. One that cannot be
-            is left out with the reason.
+        mode: how the methods are compiled, ``"static"``, ``"graph"`` or ``"inductor"``; None: not at all. One
+            that cannot be is left out with the reason.
         repeats: timed rounds; a p99 takes 100 or more.
         warmup: rounds before them.
         timer: see :func:`~qsteer.bench.timing.time_calls`.

@@ -30,7 +30,9 @@ def add_parser(commands: Commands) -> None:
     latency.add_argument(
         "--arms", nargs="+", metavar="ARM", help="as for evaluate; default: those of QPILOTS' table and more"
     )
-    latency.add_argument("--compile", choices=["static", "graph"], help="how the arms are compiled")
+    latency.add_argument(
+        "--compile", choices=["static", "graph", "inductor"], help="how the arms are compiled"
+    )
     add_device_option(latency)
     latency.add_argument(
         "--dtype", choices=["float32", "bfloat16"], help="default: bfloat16 for full pi0 and pi05 on CUDA"

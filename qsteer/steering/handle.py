@@ -1,6 +1,7 @@
 """Steer a pretrained policy in place."""
 
 import os
+import time
 import warnings
 from collections.abc import Callable
 from dataclasses import is_dataclass
@@ -113,6 +114,23 @@ class Handle(Interception):
             else:
                 parameter.requires_grad_(True)
         self._frozen = []
+
+    @property
+    def kinds(self) -> list[str]:
+        """What has become of each kind of action that ``compile`` keeps, in words."""
+        return [] if self._compiled is None else [run.state for run in self._compiled.runs]
+
+    def finish_compiling(self, timeout_s: float = 600.0) -> bool:
+        """Wait for the kinds of action seen so far to be compiled (``compile="inductor"``).
+
+        Args:
+            timeout_s: for all together.
+
+        Returns whether there is nothing more to wait for; ``handle.kinds`` says what became of each.
+        """
+        until = time.monotonic() + timeout_s
+        runs = [] if self._compiled is None else self._compiled.runs
+        return all(run.finished.wait(max(0.0, until - time.monotonic())) for run in runs)
 
     def swap(
         self,
@@ -250,7 +268,10 @@ def steer(
             are prepared anew. A new kind of action (shapes, rule, sampler, critic) is captured and checked
             when it first comes. All that depends on the observation must be in tensors of the value that
             ``critic.bind`` returns, a frozen dataclass such as ``qsteer.value(fn, context=obs)``, with the
-            same ``fn`` each time. None: the host's own step, bit for bit.
+            same ``fn`` each time. ``"inductor"`` acts as ``"static"`` while the action is compiled to one
+            line of operators in another process (a minute on a CPU the first time, seconds once it is on the
+            disk), and then by that line, up to rounding; it needs a C++ compiler. None: the host's own step,
+            bit for bit.
         executed: number of steps of each chunk that are executed, where it is not the policy's own number:
             lerobot's asynchronous inference executes ``actions_per_chunk``. The critic must see all of them.
             None: the policy's own (``n_action_steps``), of which a critic's horizon may cover the first only.

@@ -19,9 +19,10 @@ from qsteer.adapters.pi import PiExpert, PiField
 from qsteer.critics import LiveCritic
 from qsteer.maps import FlowMap, MapConfig, MetaFlowMap, MetaMapConfig
 from qsteer.policies import FlowPolicy, FlowPolicyConfig
-from qsteer.steering.compiled import KEPT, MismatchError, check_field
+from qsteer.steering.compiled import KEPT, check_field
 from qsteer.steering.handle import steer
 from qsteer.steering.kinds import rebuilt, signature, tensors_in
+from qsteer.steering.runs import MismatchError
 
 
 @pytest.fixture(params=PI)
@@ -316,7 +317,10 @@ def test_what_cannot_be_is_refused() -> None:
         ValueError, match="expected a policy on one CUDA device for 'graph', got cpu; use compile='static'"
     ):
         steer(policy, hosts.Target(), compile="graph")
-    with as_installed(), pytest.raises(ValueError, match="expected one of static, graph or None, got 'max'"):
+    with (
+        as_installed(),
+        pytest.raises(ValueError, match="expected one of static, graph, inductor or None, got 'max'"),
+    ):
         steer(policy, hosts.Target(), compile="max")  # type: ignore[arg-type]
     with pytest.raises(TypeError, match=r"expected a policy whose step .*, got SmolVLAPolicy"):
         steer(hosts.shared("smolvla"), hosts.Target(), compile="static")

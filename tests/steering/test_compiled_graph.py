@@ -13,8 +13,9 @@ from compiled_cases import CASES, critic, runs
 
 import qsteer
 from qsteer.critics import LiveCritic
-from qsteer.steering.compiled import KEPT, GraphRun
+from qsteer.steering.compiled import KEPT
 from qsteer.steering.handle import steer
+from qsteer.steering.runs import GraphRun
 
 
 class Recorder:

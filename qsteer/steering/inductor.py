@@ -1,0 +1,256 @@
+"""Whole actions compiled by Inductor, while the eager ones go on.
+
+A new kind of action is written down as one line of operators (:mod:`qsteer.steering.lines`) in a thread of
+its own, and compiled in a process of its own, one after another, at low priority. What was compiled is kept
+in :func:`cache_directory`: the next run writes the line down and loads it.
+"""
+
+import atexit
+import hashlib
+import logging
+import os
+import queue
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import warnings
+import weakref
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from qsteer.steering.kinds import rebuilt
+from qsteer.steering.lines import Draw, Line, Recorded, Replayed, trace
+from qsteer.steering.runs import EAGER, MismatchError, Run, check_alike, unlike, unmoved
+from qsteer.trace import ActionRecord, Trace
+from qsteer.types import Field, Rule, Sampler, Value
+
+log = logging.getLogger(__name__)
+
+PATIENCE_S = 60.0
+"""How long the end of Python waits for an action that is being written down."""
+TRIES = 3
+"""Inputs of the check: where candidates have nearly the same value, rounding decides between them."""
+
+
+class InductorRun(Run):
+    """A :class:`Run` that is compiled while it runs eagerly.
+
+    Before the first compiled action it is compared with the eager one, on inputs like these. Where anything
+    goes wrong the eager action goes on, and a warning says why.
+
+    Args:
+        inputs, rule, sampler, wanted, weights: of the run.
+
+    Raises:
+        TypeError: as for :class:`Run`; or the action draws random numbers that depend on others.
+    """
+
+    def __init__(
+        self,
+        inputs: tuple[Field, Value, Tensor],
+        rule: Rule | None,
+        sampler: Sampler,
+        wanted: tuple[bool, bool],
+        weights: Sequence[Tensor],
+    ) -> None:
+        self.draws: list[Draw] = []
+        super().__init__(inputs, rule, sampler, wanted, weights)
+        self.finished.clear()
+        self.state = "waits to be compiled"
+        self._line: Line | None = None
+        self._compiled: Any = None
+        self._checked = False
+        self._failed: str | None = None
+        compiler.submit(self)
+
+    def rehearse(self) -> None:
+        """Run the action once, and note the random numbers that it draws."""
+        with Recorded() as recorded:
+            self.act()
+        self.draws = recorded.draws
+
+    def __call__(self, tensors: list[Tensor], trace: Trace) -> Float[Tensor, "B H A"]:
+        """Return the action for these tensors in the buffers."""
+        if self._failed is not None:
+            self.give_up(self._failed)
+        if self._compiled is None or not self.checked():
+            return super().__call__(tensors, trace)
+        self.fill(tensors)
+        action, record = self.compiled(self.buffers, [draw() for draw in self.draws])
+        record.hand_over(trace)
+        return action
+
+    def compiled(
+        self, buffers: Sequence[Tensor], drawn: Sequence[Tensor]
+    ) -> tuple[Float[Tensor, "B H A"], ActionRecord]:
+        """Return what the compiled action makes of buffers and random numbers."""
+        assert self._line is not None
+        made = self._compiled.run([*buffers, *drawn, *self._line.weights])
+        record = ActionRecord(*self.wanted)
+        action, record.displacement, record.steps, record.fell_back, record.gated = rebuilt(
+            self._line.outputs, iter(made)
+        )
+        return action, record
+
+    def checked(self) -> bool:
+        """Compare with the eager action, the first time; return whether the compiled one may act."""
+        if not self._checked:
+            self._checked = True
+            try:
+                self.check()
+            except MismatchError as error:
+                self.give_up(str(error))
+        return self._compiled is not None
+
+    def check(self) -> None:
+        """Compare the compiled action with the eager one on inputs that it was not traced on.
+
+        Raises:
+            MismatchError: they differ.
+        """
+        for left in reversed(range(TRIES)):
+            with unmoved(self.rule, self.device):
+                buffers = [unlike(buffer) for buffer in self.buffers]
+                drawn = [draw() for draw in self.draws]
+                with Replayed(drawn):
+                    eager, _ = self.act(buffers)
+                made, _ = self.compiled(buffers, drawn)
+            try:
+                check_alike("the compiled action", made, eager, self.buffers)
+            except MismatchError:
+                if not left:
+                    raise
+            else:
+                return
+
+    def compile(self) -> None:
+        """Write the action down and compile it, or find it compiled; called from the compiler's thread."""
+        began = time.perf_counter()
+        try:
+            self.state = "is being compiled"
+            line = trace(self.act, [buffer.clone() for buffer in self.buffers], self.draws)
+            written = time.perf_counter()
+            path, found = build(line, [*self.buffers, *(draw.like for draw in self.draws), *line.weights])
+            self._line, self._compiled = line, load(path, self.device)
+        except Exception as error:  # whatever the compiler says: the eager action goes on
+            self._failed = f"{type(error).__name__}: {error}"
+        else:
+            took = time.perf_counter() - began
+            how = "found on the disk" if found else "compiled"
+            self.state = f"{how} in {took:.1f} s, {written - began:.1f} s of them to write it down"
+            log.info("an action of %d operators was %s", line.source.count("\n"), self.state)
+        finally:
+            self.finished.set()
+
+    def give_up(self, why: str) -> None:
+        """Let the eager action go on, and say why."""
+        self._compiled, self._failed, self.state = None, None, f"{EAGER}: {why}"
+        warnings.warn(
+            f"compile: expected an action that Inductor compiles, got: {why}; the eager action goes on",
+            RuntimeWarning,
+            skip_file_prefixes=(os.path.dirname(os.path.dirname(__file__)),),
+        )
+
+
+class Compiler:
+    """A thread that compiles one action after another; those that nobody keeps any more are left out."""
+
+    def __init__(self) -> None:
+        self._waiting: queue.SimpleQueue[weakref.ref[InductorRun] | None] = queue.SimpleQueue()
+        self._started = threading.Lock()
+        self._thread: threading.Thread | None = None
+        self._stopped = False
+        self.process: subprocess.Popen[str] | None = None
+
+    def submit(self, run: InductorRun) -> None:
+        """Compile an action when those before it are done."""
+        self._waiting.put(weakref.ref(run))
+        with self._started:
+            if self._thread is None or not self._thread.is_alive():
+                self._thread = threading.Thread(target=self._work, name="qsteer compiles", daemon=True)
+                self._thread.start()
+
+    def _work(self) -> None:
+        while (waiting := self._waiting.get()) is not None:
+            if (run := waiting()) is not None and not self._stopped:
+                run.compile()
+            del run
+
+    def run(self, directory: Path) -> None:
+        """Compile the line in a directory.
+
+        Raises:
+            RuntimeError: it cannot be compiled.
+        """
+        command = [sys.executable, "-m", "qsteer.steering.compile_line", str(directory)]
+        paths = os.pathsep.join(path for path in sys.path if path)
+        self.process = subprocess.Popen(
+            command,
+            env=os.environ | {"PYTHONPATH": paths},
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        _, said = self.process.communicate()
+        if self.process.returncode:
+            raise RuntimeError(explain(said))
+
+    def stop(self) -> None:
+        """End what is being compiled, and wait for the thread: Python must not end in the middle of it."""
+        self._stopped = True
+        if self._thread is not None:
+            self._waiting.put(None)
+            if self.process is not None:
+                self.process.kill()
+            self._thread.join(PATIENCE_S)
+
+
+compiler = Compiler()
+atexit.register(compiler.stop)
+
+
+def build(line: Line, inputs: Sequence[Tensor]) -> tuple[Path, bool]:
+    """Return the shared library of a line, and whether it was on the disk already.
+
+    Raises:
+        RuntimeError: it cannot be compiled.
+    """
+    shapes = [(x.size(), x.stride(), x.dtype, x.device) for x in inputs]
+    settings = torch.__version__, torch.get_num_threads(), torch.backends.cpu.get_cpu_capability()
+    words = repr((line.source, shapes, settings))
+    path = cache_directory() / f"{hashlib.sha256(words.encode()).hexdigest()}.so"
+    if path.exists():
+        return path, True
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=path.parent) as directory:
+        torch.save((line.source, shapes, torch.get_num_threads()), Path(directory) / "line.pt")
+        compiler.run(Path(directory))
+        os.replace(Path(directory) / "line.so", path)
+    return path, False
+
+
+def load(path: Path, device: torch.device) -> Any:
+    """Return the compiled line: its ``run`` takes a list of tensors and returns one."""
+    if device.type == "cuda":
+        return torch._C._aoti.AOTIModelContainerRunnerCuda(str(path), 1, str(device))
+    return torch._C._aoti.AOTIModelContainerRunnerCpu(str(path), 1)
+
+
+def cache_directory() -> Path:
+    """Return where compiled actions are kept: beside torch's hub, which TORCH_HOME moves."""
+    return Path(torch.hub.get_dir()).parent / "qsteer" / "actions"
+
+
+def explain(said: str) -> str:
+    """Return what a process said last, in one line."""
+    if "InvalidCxxCompiler" in said or "No working C++ compiler" in said:
+        return "no working C++ compiler; install one (apt-get install g++), or name it in CXX"
+    return next((line.strip() for line in reversed(said.splitlines()) if line.strip()), "no message")
