@@ -20,8 +20,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from qsteer.clock import Clock, Time
+from qsteer.compiling.kinds import numerics
 from qsteer.flow import expand_time
-from qsteer.hosts import HostField, numerics
+from qsteer.hosts import HostField
 from qsteer.sampling import outside_inference_mode
 from qsteer.types import Bounds, Field
 

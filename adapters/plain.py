@@ -92,6 +92,7 @@ class PlainPolicy(nn.Module):
             chunk="horizon",
             features=itemgetter("obs"),
             prepare=prepare_plain,
+            whole=attrgetter("velocity", "action_shape", "steps", "executed", "clock", "bounds"),
             bounds=self.bounds,
             contract=attrgetter("contract"),
         )

@@ -4,7 +4,7 @@ A :class:`Host` is data: dotted names read from a policy, a clock, and how the a
 are repeated. A :class:`HostField` is the policy's own step, closed over one encoded observation.
 """
 
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from dataclasses import field as attribute
@@ -59,6 +59,9 @@ class Host:
         prepare: ``policy -> (HostField -> Field)``: the same velocity with all that stays the same between
             steps computed once, for ``steer(compile=...)``; a frozen dataclass whose tensors are all that
             depends on the observations. None: there is none.
+        whole: ``policy -> tree`` of what its actions are made with (networks, functions, numbers), if its own
+            code up to the first step may be compiled with the rest: it depends on its arguments and these
+            alone. None: what comes after is compiled.
         bounds: of the clean actions in model space, ``(low, high)``, or ``policy -> (low, high)``; None:
             they have none. Rules ask the critic within them.
         contract: ``policy -> Contract``: what the policy's observations and actions are, beyond its sizes;
@@ -84,6 +87,7 @@ class Host:
     layers: str | None = None
     reads: tuple[str, ...] = ("input_layernorm", "post_attention_layernorm")
     prepare: Callable[[Any], Callable[["HostField"], Field]] | None = None
+    whole: Callable[[Any], Any] | None = None
     bounds: Callable[[Any], Bounds] | Bounds = None
     contract: Callable[[Any], Contract] | None = None
 
@@ -219,15 +223,3 @@ def parameters_of(module: Any) -> list[nn.Parameter]:
     """Return the parameters of a module, or of what has them like one; anything else has none."""
     parameters = getattr(module, "parameters", None)
     return list(parameters()) if callable(parameters) else []
-
-
-def autocast(device: torch.device) -> tuple[bool, torch.dtype]:
-    """Return whether autocast is on for a device, and to which dtype."""
-    return torch.is_autocast_enabled(device.type), torch.get_autocast_dtype(device.type)
-
-
-def numerics(device: torch.device) -> Hashable:
-    """Return torch's switches by which the same code computes other numbers on a device."""
-    products = (getattr(torch.backends, name).matmul.fp32_precision for name in ("cuda", "mkldnn"))
-    deterministic = torch.are_deterministic_algorithms_enabled()
-    return autocast(device), torch.get_default_dtype(), deterministic, *products

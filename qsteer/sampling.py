@@ -2,12 +2,17 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import is_dataclass
+from functools import cache
 from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from qsteer.compiling.hidden import known
+from qsteer.compiling.kept import KEPT, Kept, Mode, check_mode
+from qsteer.compiling.runs import Kind
 from qsteer.flow import norm
 from qsteer.samplers import Euler, KeepBest
 from qsteer.trace import Trace, displacement_wanted, record_action, report_displacement
@@ -22,6 +27,7 @@ def sample(
     rule: Rule | Callable[[Field, Value], Field] | None = None,
     sampler: Sampler | Callable[[Field, Value | None, Tensor], Tensor] = Euler(),  # noqa: B008 (frozen)
     trace: Trace | None = None,
+    compile: "Mode | FastSampling | None" = None,
 ) -> Float[Tensor, "B H A"]:
     """Sample one action chunk per row of noise.
 
@@ -32,13 +38,19 @@ def sample(
         rule: how the value bends the field; None: not at all.
         sampler: how the field becomes an action.
         trace: records what the rule did.
+        compile: ``"inductor"``, ``"static"`` or ``"graph"`` (CUDA), see :func:`qsteer.steer`: how the whole
+            chain is made fast. Field and value must be frozen dataclasses, such as ``qsteer.field(fn,
+            context=obs)`` and ``critic.bind(obs)``, whose tensors are all that depends on the observation.
+            What is compiled is kept for the next call with the same functions, networks, rule and sampler;
+            a :class:`FastSampling` of your own says how many kinds, and whether to wait for the compiler.
 
     Returns:
         The actions (B, H, A), detached; differentiate through :class:`qsteer.ThroughTime` instead.
 
     Raises:
-        TypeError: field, rule or sampler is of another kind.
-        ValueError: noise is not three-dimensional, or a rule has no value to follow.
+        TypeError: field, rule or sampler is of another kind; with ``compile``, a tensor enters the action
+            that is no input.
+        ValueError: noise is not three-dimensional, a rule has no value to follow, or ``compile`` is unknown.
 
     Example:
         >>> import torch, qsteer
@@ -78,8 +90,78 @@ def sample(
         )
     if rule is not None and value is None:
         raise ValueError("value: expected a value for the rule to follow, got None; pass critic.bind(obs)")
+    noise = noise.clone() if noise.is_inference() else noise
+    if compile is not None:
+        fast = compile if isinstance(compile, FastSampling) else fast_sampling(compile)
+        with outside_inference_mode():
+            return fast(field, value, noise, rule, sampler, trace)
     with outside_inference_mode(), record_action(trace):
-        return steered_action(field, value, noise.clone() if noise.is_inference() else noise, rule, sampler)
+        return steered_action(field, value, noise, rule, sampler)
+
+
+class FastSampling:
+    """What :func:`sample` keeps ready with ``compile``: its actions on buffers of their own.
+
+    Args:
+        mode: see :func:`sample`.
+        most: how many kinds of action (shapes, networks, functions, rule, sampler) are kept.
+        wait: wait for the compiler (``"inductor"``) when a kind is new, so that rounding does not depend on
+            when it is done.
+
+    Raises:
+        ValueError: the mode is unknown.
+    """
+
+    def __init__(self, mode: Mode, *, most: int = KEPT, wait: bool = False) -> None:
+        check_mode(mode)
+        self.kept = Kept(mode, most, wait)
+
+    def __call__(
+        self,
+        field: Field,
+        value: Value | None,
+        noise: Float[Tensor, "B H A"],
+        rule: Any,
+        sampler: Any,
+        trace: Trace | None,
+    ) -> Float[Tensor, "B H A"]:
+        """Sample actions; arguments and errors as of :func:`sample`."""
+        for name, given in (("field", field), ("value", value)):
+            if given is not None and not is_dataclass(given):
+                raise TypeError(
+                    f"{name}: expected a frozen dataclass for compile, whose tensors are all that depends on "
+                    f"the observation, got {type(given).__name__}; use qsteer.{name}(fn, context=obs), or "
+                    "leave compile out"
+                )
+        if self.kept.mode == "graph" and not noise.is_cuda:
+            raise ValueError(
+                f"compile: expected noise on a CUDA device for 'graph', got {noise.device}; use 'inductor', "
+                "or leave compile out"
+            )
+        trace = Trace(steps=False) if trace is None else trace
+        inputs = field, value, noise
+
+        def act(inputs: tuple[Field, Value | None, Tensor]) -> Tensor:
+            return steered_action(*inputs, rule=rule, sampler=sampler)
+
+        def make() -> Kind:
+            weights = known(inputs, rule, sampler)
+            return Kind(
+                act, inputs, rule if isinstance(rule, Rule) else None, trace.wanted, weights, noise.device
+            )
+
+        return self.kept(inputs, (rule, sampler, id(rule), id(sampler)), noise.device, make, trace)
+
+    @property
+    def states(self) -> list[str]:
+        """What has become of each kind of action, in words."""
+        return [run.state for run in self.kept.runs]
+
+
+@cache
+def fast_sampling(mode: Mode) -> FastSampling:
+    """Return what is kept for all calls of :func:`sample` with a mode."""
+    return FastSampling(mode, most=4 * KEPT)
 
 
 def steered_action(

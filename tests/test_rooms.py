@@ -15,6 +15,7 @@ ORDER = (
     ("plotting", "statistics", "files", "fingerprints", "checks"),
     ("hub", "flow", "contract"),
     ("trace",),
+    ("compiling",),
     ("critics",),
     ("maps",),
     ("rules",),

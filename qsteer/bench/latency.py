@@ -23,10 +23,10 @@ from qsteer.bench.counting import Cost, PassesByRows, Saved, count_into, counted
 from qsteer.bench.parts import Marks, Timed, TimedCritic, measure_parts
 from qsteer.bench.roofline import Ceilings, Work, counted_work, measure_ceilings
 from qsteer.bench.timing import Latency, Timer, peak_memory, reserved_memory, time_calls
+from qsteer.compiling.kept import Mode
+from qsteer.compiling.runs import EAGER, MismatchError
 from qsteer.flow import read_features
 from qsteer.maps import FlowMap, GlassPosterior, MapConfig, MetaFlowMap, MetaMapConfig
-from qsteer.steering.compiled import Mode
-from qsteer.steering.runs import EAGER, MismatchError
 from qsteer.testing.hosts import STATE, batch, make
 from qsteer.types import Bindable, Rule, Sampler
 

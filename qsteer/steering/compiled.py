@@ -3,35 +3,26 @@
 An action is a function of tensors: the prefix, the critic's encoding of the observation, the noise. Given
 buffers for these, the same rule and sampler run the same kernels on the same addresses for every action, so
 that on CUDA they can be captured once and replayed as one graph, ten Euler steps, critic, backward passes and
-all. :class:`Compiled` keeps one :class:`Run` for each kind of action it meets.
+all. :class:`Compiled` keeps one :class:`~qsteer.compiling.runs.Run` for each kind of action it meets.
 
 Without a graph (``"static"``) the same code runs eagerly, on any device: the reference for the graph.
 """
 
-import os
-import threading
-import warnings
-from collections import OrderedDict
-from collections.abc import Callable, Hashable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Hashable
 from copy import deepcopy
-from functools import cached_property
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from qsteer.hosts import numerics
-from qsteer.steering.hidden import known
-from qsteer.steering.kinds import alike, signature, state_of, tensors_in
-from qsteer.steering.runs import GraphRun, MismatchError, Run, check_alike
+from qsteer.compiling.hidden import FAR, known, leaves_of
+from qsteer.compiling.kept import Kept, Mode
+from qsteer.compiling.kinds import behind, state_of, tensors_in
+from qsteer.compiling.runs import Kind, MismatchError, Run, check_alike
+from qsteer.sampling import steered_action
 from qsteer.trace import Trace
 from qsteer.types import Field, Rule, Sampler, Value
-
-Mode = Literal["static", "graph", "inductor"]
-KEPT = 4
-"""Kinds of action (shapes, method, critic) kept ready; a new one replaces the least recently used."""
 
 
 class Compiled:
@@ -41,8 +32,7 @@ class Compiled:
     parts (networks, numbers) make the kind of action; a kind that is new is captured anew.
 
     Args:
-        mode: ``graph``: replay a CUDA graph; ``static``: run the same code on the same buffers eagerly;
-            ``inductor``: the same, until it is compiled.
+        mode: see :class:`~qsteer.compiling.kept.Kept`.
         make_prepare: returns what makes of a field the same with all that does not change between steps
             computed once; called anew when the weights have changed.
         policy: whose fields they are.
@@ -56,18 +46,26 @@ class Compiled:
         policy: Any = None,
         device: torch.device | None = None,
     ) -> None:
-        self.mode, self.make_prepare, self.policy, self.device = mode, make_prepare, policy, device
+        self.kept = Kept(mode)
+        self.make_prepare, self.policy, self.device = make_prepare, policy, device
         self._prepare: Callable[[Any], Field] | None = None
         self._state: Hashable = None  # a policy that is being copied has none yet
-        self._turn, self._holder = threading.Lock(), 0
-        self._runs: OrderedDict[Hashable, Run] = OrderedDict()
-        self._warned = False
         self._beside: dict[Any, torch.cuda.Stream] = {}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Compiled":
         """Return one that has captured nothing: what was captured runs on this one's networks."""
         make, policy = deepcopy((self.make_prepare, self.policy), memo)
-        return Compiled(self.mode, make, policy, self.device)
+        return Compiled(self.kept.mode, make, policy, self.device)
+
+    @property
+    def mode(self) -> Mode:
+        """How actions are made."""
+        return self.kept.mode
+
+    @property
+    def runs(self) -> list[Run]:
+        """The kinds of action that are kept, least recently used first."""
+        return self.kept.runs
 
     @property
     def streams(self) -> tuple[torch.cuda.Stream, torch.cuda.Stream]:
@@ -96,97 +94,51 @@ class Compiled:
             RuntimeError: the action is part of another one of this policy.
             TypeError: a tensor enters the action that is none of its inputs, nor a network's.
         """
-        tensors: list[Tensor] = []
         prepared = self.prepare()(field)
-        inputs, switches = (prepared, value, noise), numerics(noise.device)
-        method = signature((rule, sampler), []), id(rule), id(sampler), trace.wanted, switches
-        kind = signature(inputs, tensors), method
-        with self._alone(), self._in_order(noise.device):
-            if kind not in self._runs:
-                check_field(prepared, field, noise)
-                family = signature(inputs, [], alike), method
-                self._warn_of_kinds(family)
-                self._runs[kind] = self._new(inputs, rule, sampler, trace.wanted)
-                self._runs[kind].family = family
-            self._runs.move_to_end(kind)
-            return self._runs[kind](tensors, trace)
+        inputs = prepared, value, noise
 
-    @property
-    def runs(self) -> "list[Run]":
-        """The kinds of action that are kept, least recently used first."""
-        return list(self._runs.values())
+        def act(inputs: tuple[Field, Value, Tensor]) -> Tensor:
+            return steered_action(*inputs, rule=rule, sampler=sampler)
+
+        def make() -> Kind:
+            check_field(prepared, field, noise)
+            made = [part for part in behind(self._prepare, FAR) if isinstance(part, Tensor)]
+            networks = known(self.policy, leaves_of(self.policy), self._prepare, inputs, rule, sampler)
+            return Kind(act, inputs, rule, trace.wanted, made + networks, noise.device)
+
+        return self.kept(inputs, (rule, sampler, id(rule), id(sampler)), noise.device, make, trace)
 
     def prepare(self) -> Callable[[Any], Field]:
         """Return what prepares a field; made anew if the policy has changed since."""
-        with self._alone():
+        with self.kept.alone():
             if self._prepare is None or state_of(self.policy) != self._state:
                 self._prepare = self.make_prepare()
                 self._state = state_of(self.policy)
-                self._runs.clear()
+                self.kept.clear()
             return self._prepare
 
-    @contextmanager
-    def _alone(self) -> Iterator[None]:
-        """Let one thread in at a time, and refuse one that is in already."""
-        if self._holder == threading.get_ident():
-            raise RuntimeError(
-                "compile: expected a critic that leaves its policy alone, got a call of the steered policy "
-                "inside its own action; give the critic a copy made before qsteer.steer, or leave compile out"
-            )
-        with self._turn:
-            self._holder = threading.get_ident()
-            try:
-                yield
-            finally:
-                self._holder = 0
+    def whole(
+        self, act: Callable[[Any], Tensor], inputs: Any, method: Any, rule: Rule | None, trace: Trace
+    ) -> Float[Tensor, "B H A"]:
+        """Make an action together with all that comes before its first step.
 
-    def _warn_of_kinds(self, family: Hashable) -> None:
-        """Warn once of actions that differ in functions or numbers only: each would be captured anew."""
-        if not self._warned and sum(run.family == family for run in self._runs.values()) >= 2:
-            self._warned = True
-            warnings.warn(
-                "compile: expected critic.bind to return the same function and numbers each time, got a "
-                "third that differs in them alone, and each is checked or captured anew; return qsteer.value("
-                "fn, context=obs) with one fn, made outside bind, and changing numbers as tensors in obs",
-                RuntimeWarning,
-                skip_file_prefixes=(os.path.dirname(os.path.dirname(__file__)),),
-            )
+        Args:
+            act: makes it of the inputs.
+            inputs: a tree, what the policy was given; with a tensor.
+            method: a tree of what it is made with: networks, functions, rule and sampler, numbers.
+            rule: of the method.
+            trace: is told what was done.
 
-    def _new(
-        self,
-        inputs: tuple[Field, Value, Tensor],
-        rule: Rule | None,
-        sampler: Sampler,
-        wanted: tuple[bool, bool],
-    ) -> "Run":
-        """Return a run that takes the place, and the stream, of the one unused for longest."""
-        oldest = self._runs.popitem(last=False)[1] if len(self._runs) == KEPT else None
-        weights = known(self.policy, self._prepare, inputs, rule, sampler)
-        if self.mode == "static":
-            return Run(inputs, rule, sampler, wanted, weights)
-        if self.mode == "inductor":
-            from qsteer.steering.inductor import InductorRun
+        Raises:
+            MismatchError, RuntimeError, TypeError: as for a call.
+        """
+        device = tensors_in(inputs)[0].device
 
-            return InductorRun(inputs, rule, sampler, wanted, weights)
-        stream = oldest.stream if isinstance(oldest, GraphRun) else torch.cuda.Stream(self.device)
-        del oldest
-        return GraphRun(inputs, rule, sampler, wanted, weights, stream)
+        def make() -> Kind:
+            weights = known(self.policy, leaves_of(self.policy), method)
+            return Kind(act, inputs, rule, trace.wanted, weights, device)
 
-    @contextmanager
-    def _in_order(self, device: torch.device) -> Iterator[None]:
-        """Keep an action on another stream from the buffers until the device has done this one."""
-        stream = torch.cuda.current_stream(device) if device.type == "cuda" else None
-        if stream is not None:
-            stream.wait_event(self._done)
-        try:
-            yield
-        finally:
-            if stream is not None:
-                stream.record_event(self._done)
-
-    @cached_property
-    def _done(self) -> torch.cuda.Event:
-        return torch.cuda.Event()
+        return self.kept(inputs, method, device, make, trace)
 
 
 def check_field(field: Field, host_field: Field, noise: Float[Tensor, "B H A"]) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import is_dataclass
 from functools import partial
 from types import EllipsisType
-from typing import Any, get_args
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -15,9 +15,12 @@ from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from qsteer.adapters import unwrapped
+from qsteer.compiling.kept import Mode, check_mode
+from qsteer.critics.critic import Critic
+from qsteer.critics.live import LiveCritic
 from qsteer.flow import normal
 from qsteer.hosts import Host, HostField, parameters_of
-from qsteer.sampling import acting, outside_inference_mode, sample
+from qsteer.sampling import acting, outside_inference_mode, sample, steered_action
 from qsteer.steering.checks import (
     check_critic,
     check_executed,
@@ -29,7 +32,7 @@ from qsteer.steering.checks import (
     read_sizes,
     warn_of_dropout,
 )
-from qsteer.steering.compiled import Compiled, Mode
+from qsteer.steering.compiled import Compiled
 from qsteer.steering.opening import Executed, Interception, bind_critic, interception_of
 from qsteer.trace import Trace
 from qsteer.types import Bindable, Rule, Sampler, Value
@@ -172,18 +175,47 @@ class Handle(Interception):
         critic = self.critic
         with acting(critic), outside_inference_mode():
             args, kwargs, batch = normal((args, kwargs, batch))
-            field, value, noise = self._encoded(critic, batch, args, kwargs)
-            if self._compiled is None:
-                action = sample(field, value, noise, rule=self.rule, sampler=self.sampler, trace=self.trace)
+            if (network := self._compiled_whole(critic)) is not None:
+                action = self._whole(network, batch, args, kwargs)
             else:
-                action = self._compiled(field, value, noise, self.rule, self.sampler, self.trace)
+                field, value, noise = self._encoded(critic, batch, args, kwargs)
+                if self._compiled is None:
+                    action = sample(
+                        field, value, noise, rule=self.rule, sampler=self.sampler, trace=self.trace
+                    )
+                else:
+                    action = self._compiled(field, value, noise, self.rule, self.sampler, self.trace)
             self._acted += len(action) > 0
             if self._acted == IDLE and self.rule and self.trace.steps and not self.trace.actions:
                 self._warn(
                     f"guided steps after {IDLE} actions, got none; the rule's start, stop and every leave no "
-                    f"step of the {field.clock.steps}, or the sampler runs without it"
+                    "step of the policy's, or the sampler runs without it"
                 )
             return action
+
+    def _compiled_whole(self, critic: Bindable) -> Critic | None:
+        """Return the network of a critic that is compiled with the policy's own code and the action."""
+        if self._compiled is None or self._compiled.mode != "inductor" or self.host.whole is None:
+            return None
+        network = critic.critic if isinstance(critic, LiveCritic) else critic
+        return network if isinstance(network, Critic) and self.critic_inputs is None else None
+
+    def _whole(
+        self, critic: Critic, batch: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Float[Tensor, "B H A"]:
+        """Return the action, made in one with the encodings for policy and critic."""
+        assert self._compiled is not None and self.host.whole is not None
+        rule, sampler = self.rule, self.sampler
+        sizes = read_sizes(critic, self.policy, self.host, self.executed)
+
+        def act(inputs: tuple[Any, tuple[Any, ...], dict[str, Any]]) -> Tensor:
+            batch, args, kwargs = inputs
+            field, noise = self._encode(args, kwargs)
+            value = Executed.of(bind_critic(critic, batch, None, field), noise, *sizes)
+            return steered_action(field, value, noise, rule, sampler)
+
+        method = self.host.whole(self.policy), critic, sizes, rule, sampler, id(rule), id(sampler)
+        return self._compiled.whole(act, (batch, args, kwargs), method, rule, self.trace)
 
     @staticmethod
     def _warn(expected: str) -> None:
@@ -334,8 +366,7 @@ def checked_compile(mode: Mode | None, policy: Any, host: Host) -> Compiled | No
     """Return the fast path of this mode, None for None."""
     if mode is None:
         return None
-    if mode not in get_args(Mode):
-        raise ValueError(f"compile: expected one of {', '.join(get_args(Mode))} or None, got {mode!r}")
+    check_mode(mode)
     if host.prepare is None:
         raise TypeError(
             "compile: expected a policy whose step can be prepared (PI0Policy, PI05Policy, PlainPolicy), got "

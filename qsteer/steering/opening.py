@@ -17,7 +17,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
-from functools import wraps
+from functools import cache, lru_cache, wraps
 from types import MethodType
 from typing import Any, NamedTuple, NoReturn
 
@@ -81,13 +81,32 @@ def uncompiled[**P, R](method: Callable[P, R]) -> Callable[P, R]:
     """Let a method run as it is where somebody compiles it; the compiler is imported by whoever does."""
     reason = "a steered action interrupts the host's loop; compile the policy's parts, or steer(compile=...)"
 
+    @cache
+    def disabled() -> Callable[P, R]:
+        return torch.compiler.disable(method, reason=reason)
+
     @wraps(method)
     def run(*args: P.args, **kwargs: P.kwargs) -> R:
         if "torch._dynamo" not in sys.modules:
             return method(*args, **kwargs)
-        return torch.compiler.disable(method, reason=reason)(*args, **kwargs)
+        return disabled()(*args, **kwargs)
 
     return run
+
+
+signature_of = lru_cache(64)(inspect.signature)
+"""The signature of a function, read once."""
+
+
+def named(method: MethodType, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Return the arguments of a call of a method by their names, in order.
+
+    Raises:
+        TypeError: they do not fit.
+    """
+    found = signature_of(method.__func__).bind(method.__self__, *args, **kwargs).arguments
+    found.pop(next(iter(found)))
+    return found
 
 
 class Interception(ABC):
@@ -125,7 +144,7 @@ class Interception(ABC):
     ) -> tuple[HostField, Float[Tensor, "B H A"]]:
         """Encode the observation by the host's own entry, given its arguments; return velocity and noise."""
         entry, step = (self.host.own(self.policy, path) for path in (self.host.entry, self.host.step))
-        steps = inspect.signature(entry).bind(*args, **kwargs).arguments.get(self.host.num_steps)
+        steps = named(entry, args, kwargs).get(self.host.num_steps)
         if steps is None:
             steps = self.host.read(self.policy, self.host.steps)
             check_num_steps(self.host.steps, steps)
@@ -171,7 +190,7 @@ class Interception(ABC):
         if not self._replaced:  # somebody has kept it, for example compiled
             return self.host.read(self.policy, self.host.batch)(*args, **kwargs)
         own = self.host.own(self.policy, self.host.batch)
-        batch = next(iter(inspect.signature(own).bind(*args, **kwargs).arguments.values()))
+        batch = next(iter(named(own, args, kwargs).values()))
         call = Call(self, act, batch, [])
         token = _call.set(call)
         try:
@@ -198,7 +217,7 @@ class Interception(ABC):
         step, call = self.host.own(self.policy, self.host.step), _call.get()
         if call is None or call.by is not self or not call.encoding:
             return step(*args, **kwargs)
-        raise _Interruption(dict(inspect.signature(step).bind(*args, **kwargs).arguments))
+        raise _Interruption(named(step, args, kwargs))
 
     @uncompiled
     def _entry(self, *args: Any, **kwargs: Any) -> Float[Tensor, "B H A"]:

@@ -20,7 +20,7 @@ from qsteer.bench.latency import (
 )
 from qsteer.bench.report import as_json
 from qsteer.bench.timing import Latency
-from qsteer.steering.runs import MismatchError
+from qsteer.compiling.runs import MismatchError
 
 torch.set_num_threads(1)
 

@@ -16,13 +16,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import qsteer
 from qsteer.adapters import PlainPolicy
 from qsteer.adapters.pi import PiExpert, PiField
+from qsteer.compiling.kept import KEPT
+from qsteer.compiling.kinds import rebuilt, signature, tensors_in
+from qsteer.compiling.runs import MismatchError
 from qsteer.critics import LiveCritic
 from qsteer.maps import FlowMap, MapConfig, MetaFlowMap, MetaMapConfig
 from qsteer.policies import FlowPolicy, FlowPolicyConfig
-from qsteer.steering.compiled import KEPT, check_field
+from qsteer.steering.compiled import check_field
 from qsteer.steering.handle import steer
-from qsteer.steering.kinds import rebuilt, signature, tensors_in
-from qsteer.steering.runs import MismatchError
 
 
 @pytest.fixture(params=PI)

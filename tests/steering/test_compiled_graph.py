@@ -12,10 +12,10 @@ import torch
 from compiled_cases import CASES, critic, runs
 
 import qsteer
+from qsteer.compiling.kept import KEPT
+from qsteer.compiling.runs import GraphRun
 from qsteer.critics import LiveCritic
-from qsteer.steering.compiled import KEPT
 from qsteer.steering.handle import steer
-from qsteer.steering.runs import GraphRun
 
 
 class Recorder:
@@ -80,7 +80,7 @@ def recorded(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_streams_of_graphs_that_are_gone_are_used_again(recorded: None) -> None:
     policy = hosts.shared("pi05")
     with steer(policy, hosts.Target(), qsteer.Tweedie(), compile="static") as handle:
-        handle._compiled.mode = "graph"
+        handle._compiled.kept.mode = "graph"
         streams = []
         for rows in range(1, 2 * KEPT):
             policy.predict_action_chunk(hosts.observe(policy, rows))
@@ -104,7 +104,7 @@ def test_a_replayed_action_is_the_static_one(
         rule, sampler = deepcopy(method)
         torch.manual_seed(3)
         with steer(policy, critic(policy), rule, sampler=sampler, compile="static", trace=True) as handle:
-            handle._compiled.mode = mode
+            handle._compiled.kept.mode = mode
             actions.append([policy.predict_action_chunk(hosts.observe(policy, 2, s)) for s in range(3)])
         traces.append(handle.trace.arrays()["strength"])
         randoms.append(torch.get_rng_state())
@@ -117,7 +117,7 @@ def test_a_graph_that_does_something_else_is_refused(recorded: None, monkeypatch
     monkeypatch.setattr(Recorder.CUDAGraph, "replay", lambda self: None)  # keeps the action of the capture
     policy = hosts.shared("pi05")
     with steer(policy, hosts.Target(), qsteer.Tweedie(), compile="static") as handle:
-        handle._compiled.mode = "graph"
+        handle._compiled.kept.mode = "graph"
         with pytest.raises(RuntimeError, match=r"expected the graph's action to be .* got"):
             policy.predict_action_chunk(hosts.observe(policy))
         assert not runs(handle)
@@ -145,7 +145,7 @@ def test_the_critic_encodes_its_observation_beside_the_prefix(
         ("graph", ["wait", "critic", "prefix", "wait"]),
     ):
         with steer(policy, hosts.Target(), qsteer.QGF(), compile="static") as handle:
-            handle._compiled.mode = mode
+            handle._compiled.kept.mode = mode
             policy.predict_action_chunk(hosts.observe(policy))  # with what a capture waits for
             seen.clear()
             torch.manual_seed(3)

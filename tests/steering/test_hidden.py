@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 import qsteer
 from qsteer.adapters import PlainPolicy
+from qsteer.compiling.hidden import Watch
 from qsteer.steering.handle import steer
-from qsteer.steering.hidden import Watch
 
 STATE = "observation.state"
 
@@ -64,7 +64,7 @@ def test_a_hidden_observation_is_refused_by_shape_and_dtype(name: str, how: str)
     with steer(policy, Hiding(how), qsteer.QGF(), compile="static") as handle:
         with pytest.raises(TypeError, match=r"got 1 other tensor.*: \(2, 4\) of float32; .*context=obs"):
             policy.predict_action_chunk(hosts.observe(policy, 2))
-        assert not handle._compiled._runs
+        assert not handle._compiled.runs
         handle.swap(critic=hosts.Target())
         policy.predict_action_chunk(hosts.observe(policy, 2))
 
@@ -188,7 +188,7 @@ def test_a_kind_for_each_action_is_said_once_and_they_are_bounded(how: str) -> N
             for _ in range(6):
                 policy.predict_action_chunk(hosts.observe(policy))
         assert len(said) == 1
-        assert len(handle._compiled._runs) == 4
+        assert len(handle._compiled.runs) == 4
 
 
 def test_other_shapes_rules_and_critics_are_no_such_kinds() -> None:

@@ -14,11 +14,11 @@ from compiled_cases import METHODS, PI, critic, runs
 from torch import Tensor, nn
 
 import qsteer
-from qsteer.steering import inductor
+from qsteer.compiling import inductor
+from qsteer.compiling.inductor import explain
+from qsteer.compiling.lines import Replayed, read, trace
+from qsteer.compiling.runs import unlike, unmoved
 from qsteer.steering.handle import steer
-from qsteer.steering.inductor import explain
-from qsteer.steering.lines import Replayed, read, trace
-from qsteer.steering.runs import unlike, unmoved
 
 CASES = [
     pytest.param(name, method, id=f"{name}-{method[0]}-{method[1]}", marks=marks)
@@ -48,7 +48,7 @@ def test_a_line_is_the_eager_action(name: str, method: tuple[qsteer.Rule | None,
             with torch.no_grad():
                 for weight in steering.parameters() if changed else ():
                     weight.mul_(1.1)  # it has learnt
-                with unmoved(rule, run.device):
+                with unmoved(rule, run.kind.device):
                     buffers = [unlike(buffer) for buffer in run.buffers]
                     drawn = [draw() for draw in run.draws]
                 with Replayed(drawn):

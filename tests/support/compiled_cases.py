@@ -53,4 +53,4 @@ def critic(policy: nn.Module, seed: int = 0) -> Critic:
 
 def runs(handle: Any) -> list[Any]:
     """The kinds of action that a handle has compiled."""
-    return list(handle._compiled._runs.values())
+    return list(handle._compiled.runs)

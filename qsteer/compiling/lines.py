@@ -19,7 +19,7 @@ from torch.fx.node import Node
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from qsteer.steering.kinds import tensors_in
+from qsteer.compiling.kinds import tensors_in
 from qsteer.trace import ActionRecord
 
 DRAWS = "rand", "randn", "randint", "randperm", "rand_like", "randn_like", "randint_like"

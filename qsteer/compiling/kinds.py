@@ -4,12 +4,15 @@ import inspect
 from collections.abc import Callable, Hashable, Iterable, Iterator
 from copy import copy
 from dataclasses import fields, is_dataclass, replace
-from functools import partial
+from functools import cache, partial
 from types import FunctionType, MethodType, ModuleType
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
+PLAIN = frozenset((int, float, bool, str, type(None)))
+"""Types of leaves that are told apart by equality alone."""
 DEPTH = 4
 """How far networks are looked for behind a function: its object's attributes, their attributes, ..."""
 
@@ -19,38 +22,51 @@ def signature(tree: Any, tensors: list[Tensor], leaf: Callable[[Any], Hashable] 
 
     A tree is made of tuples, lists, dicts and frozen dataclasses. Anything else is told apart by ``leaf``: by
     default by equality, or by identity if it has no hash. A network, or one behind a function, is told apart
-    also by where its weights are and in which mode it is, for a graph knows no other place or mode.
+    also by its state (:func:`state_of`), but for what its weights are: a graph knows no other place or mode.
     """
-    match tree:
-        case Tensor():
-            tensors.append(tree)
-            return tree.shape, tree.dtype, tree.device
-        case nn.Module():
-            return tree, places(tree)
-        case dict():
-            return tuple((key, signature(part, tensors, leaf)) for key, part in tree.items())
-        case tuple() | list():
-            return type(tree), *(signature(part, tensors, leaf) for part in tree)
-    if is_dataclass(tree) and not isinstance(tree, type):
-        return type(tree), *(signature(getattr(tree, f.name), tensors, leaf) for f in fields(tree) if f.init)
-    return exact(tree) if leaf is None else leaf(tree)
+    told: set[int] = set()
+
+    def place(network: nn.Module) -> Hashable:
+        if id(network) in told:
+            return id(network)
+        told.add(id(network))
+        return state_of(network, versions=False)
+
+    def walk(tree: Any) -> Hashable:
+        if leaf is None and type(tree) in PLAIN:
+            return type(tree), tree
+        match tree:
+            case Tensor():
+                tensors.append(tree)
+                return tree.shape, tree.dtype, tree.device
+            case nn.Module():
+                return place(tree)
+            case dict():
+                return tuple((key, walk(part)) for key, part in tree.items())
+            case tuple() | list():
+                return type(tree), *(walk(part) for part in tree)
+        if names := names_in(tree.__class__):
+            return type(tree), *(walk(getattr(tree, name)) for name in names)
+        return exact(tree, place) if leaf is None else leaf(tree)
+
+    return walk(tree)
 
 
-def exact(leaf: Any) -> Hashable:
+@cache
+def names_in(kind: Hashable) -> tuple[str, ...]:
+    """Return what a dataclass is made of; nothing else has any."""
+    return tuple(f.name for f in fields(kind) if f.init) if is_dataclass(kind) else ()
+
+
+def exact(leaf: Any, place: Callable[[nn.Module], Hashable]) -> Hashable:
     """Tell two leaves apart; 1, 1.0 and True are equal, and different kinds."""
-    networks = tuple(places(each) for each in modules_behind(leaf)) if callable(leaf) else ()
+    networks = tuple(place(each) for each in modules_behind(leaf)) if callable(leaf) else ()
     return type(leaf), (leaf if isinstance(leaf, Hashable) else id(leaf)), networks
 
 
 def alike(leaf: Any) -> Hashable:
     """Take functions of one name, and numbers of one type, for the same."""
     return getattr(leaf, "__qualname__", type(leaf).__qualname__)
-
-
-def places(module: nn.Module) -> Hashable:
-    """Return where the weights of a module are, and the mode of each part."""
-    weights = (weight.data_ptr() for weight in (*module.parameters(), *module.buffers()))
-    return *weights, *(part.training for part in module.modules())
 
 
 def tensors_in(tree: Any) -> list[Tensor]:
@@ -72,9 +88,8 @@ def rebuilt(tree: Any, tensors: Iterator[Tensor]) -> Any:
         case tuple() | list():
             parts = [rebuilt(part, tensors) for part in tree]
             return tree._make(parts) if hasattr(tree, "_make") else type(tree)(parts)  # a named tuple
-    if is_dataclass(tree) and not isinstance(tree, type):
-        changed = {f.name: rebuilt(getattr(tree, f.name), tensors) for f in fields(tree) if f.init}
-        return replace(tree, **changed)
+    if names := names_in(tree.__class__):
+        return replace(tree, **{name: rebuilt(getattr(tree, name), tensors) for name in names})
     return tree
 
 
@@ -108,16 +123,20 @@ def behind(thing: Any, depth: int = DEPTH) -> Iterator[Tensor | nn.Module]:
             yield from behind(part, depth - 1)
 
 
-def modules_behind(thing: Any) -> list[nn.Module]:
+def modules_behind(thing: Any, depth: int = DEPTH) -> list[nn.Module]:
     """Return the networks of :func:`behind`, each once."""
-    return list(dict.fromkeys(part for part in behind(thing) if isinstance(part, nn.Module)))
+    return list(dict.fromkeys(part for part in behind(thing, depth) if isinstance(part, nn.Module)))
 
 
-def state_of(module: Any) -> Hashable:
-    """Return what a change of a policy shows in: its parts, modes, hooks, adapters, and weights.
+def state_of(module: Any, versions: bool = True) -> Hashable:
+    """Return what a change of a network shows in: its parts, modes, hooks, adapters, and weights.
 
     A weight changes its count when it is written in place, its address or type when it is replaced. Torch
     does not count writes through ``weight.data``: they go unseen.
+
+    Args:
+        module: a network; anything else has no state.
+        versions: tell weights apart that were written in place.
 
     Cost: about a microsecond for each part and weight.
     """
@@ -126,10 +145,26 @@ def state_of(module: Any) -> Hashable:
     while waiting:
         part = waiting.pop()
         own = vars(part)
-        adapters = own.get("_disable_adapters"), str(own.get("_active_adapter"))  # PEFT's
-        hooks = *part._forward_hooks, None, *part._forward_pre_hooks
-        state.append((id(part), part.training, hooks, adapters))
-        weights = (*part._parameters.values(), *part._buffers.values())
-        state.extend((w.data_ptr(), w._version, w.dtype) for w in weights if w is not None)
-        waiting.extend(child for child in part._modules.values() if child is not None)
+        state += id(part), own["training"], own.get("_disable_adapters")
+        if adapters := own.get("_active_adapter"):  # PEFT's
+            state.append(str(adapters))
+        state += *own["_forward_hooks"], None, *own["_forward_pre_hooks"]
+        for weight in (*own["_parameters"].values(), *own["_buffers"].values()):
+            if weight is not None:
+                state += weight.data_ptr(), weight.dtype
+                if versions:
+                    state.append(weight._version)
+        waiting += [child for child in own["_modules"].values() if child is not None]
     return tuple(state)
+
+
+def autocast(device: torch.device) -> tuple[bool, torch.dtype]:
+    """Return whether autocast is on for a device, and to which dtype."""
+    return torch.is_autocast_enabled(device.type), torch.get_autocast_dtype(device.type)
+
+
+def numerics(device: torch.device) -> Hashable:
+    """Return torch's switches by which the same code computes other numbers on a device."""
+    products = (getattr(torch.backends, name).matmul.fp32_precision for name in ("cuda", "mkldnn"))
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    return autocast(device), torch.get_default_dtype(), deterministic, *products

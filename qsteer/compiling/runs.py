@@ -1,19 +1,18 @@
 """One kind of action, on buffers of its own: run eagerly, or captured as a CUDA graph."""
 
 import threading
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from qsteer.hosts import autocast
-from qsteer.sampling import steered_action
-from qsteer.steering.hidden import Watch, check_nothing_hidden
-from qsteer.steering.kinds import rebuilt, tensors_in
+from qsteer.compiling.hidden import Watch, check_nothing_hidden
+from qsteer.compiling.kinds import autocast, rebuilt, tensors_in
 from qsteer.trace import ActionRecord, Trace
-from qsteer.types import Field, Rule, Sampler, Value
+from qsteer.types import Rule
 
 TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-4, torch.bfloat16: 8e-2, torch.float16: 1e-2}
 """Largest relative difference from the host's velocity or its gradient, and of a graph's action.
@@ -33,18 +32,34 @@ class MismatchError(RuntimeError):
     """The fast path does not do what the host does."""
 
 
+class Kind(NamedTuple):
+    """A kind of action: a function, and what it is given.
+
+    Attributes:
+        act: makes the action of ``inputs``, or of a tree like it.
+        inputs: a tree (:func:`qsteer.compiling.kinds.signature`) whose tensors change between actions.
+        rule: its generators are part of the action.
+        wanted: by a trace, see :attr:`~qsteer.Trace.wanted`.
+        weights: all tensors that may enter beside the inputs'.
+        device: where it is made.
+    """
+
+    act: Callable[[Any], Tensor]
+    inputs: Any
+    rule: Rule | None
+    wanted: tuple[bool, bool]
+    weights: Sequence[Tensor]
+    device: torch.device
+
+
 class Run:
-    """One kind of action on buffers of its own.
+    """A kind of action on buffers of its own.
 
     Args:
-        inputs: field, value and noise; their tensors are copied.
-        rule: bends the field.
-        sampler: makes the action.
-        wanted: by a trace, see :attr:`~qsteer.Trace.wanted`.
-        weights: all tensors that may enter beside the buffers.
+        kind: the tensors of its inputs are copied.
 
     Raises:
-        TypeError: another one enters.
+        TypeError: a tensor enters the action that is none of the kind's.
     """
 
     finished: threading.Event
@@ -54,22 +69,13 @@ class Run:
     family: Hashable = None
     """What the run has in common with those of other functions or numbers."""
 
-    def __init__(
-        self,
-        inputs: tuple[Field, Value, Tensor],
-        rule: Rule | None,
-        sampler: Sampler,
-        wanted: tuple[bool, bool],
-        weights: Sequence[Tensor],
-    ) -> None:
+    def __init__(self, kind: Kind) -> None:
         self.finished = threading.Event()
         self.finished.set()
-        self.buffers = [tensor.clone() for tensor in tensors_in(inputs)]
-        self.inputs = rebuilt(inputs, iter(self.buffers))
-        self.rule, self.sampler, self.wanted = rule, sampler, wanted
-        self.device = inputs[-1].device
-        self.autocast = autocast(self.device)
-        with unmoved(rule, self.device), Watch([*self.buffers, *weights]) as watch:
+        self.buffers = [tensor.clone() for tensor in tensors_in(kind.inputs)]
+        self.kind = kind._replace(inputs=rebuilt(kind.inputs, iter(self.buffers)))
+        self.autocast = autocast(kind.device)
+        with unmoved(kind.rule, kind.device), Watch([*self.buffers, *kind.weights]) as watch:
             self.rehearse()
         check_nothing_hidden(watch.hidden)
 
@@ -91,11 +97,11 @@ class Run:
     def act(self, buffers: Sequence[Tensor] | None = None) -> tuple[Float[Tensor, "B H A"], ActionRecord]:
         """Compute the action of what is in the buffers, or in others, and what is reported of it."""
         tensors = self.buffers if buffers is None else buffers
-        field, value, noise = rebuilt(self.inputs, iter(tensors))  # which have cached nothing
+        inputs = rebuilt(self.kind.inputs, iter(tensors))  # which have cached nothing
         enabled, dtype = self.autocast
-        cast = torch.autocast(self.device.type, dtype, enabled, cache_enabled=False)
-        with cast, ActionRecord(*self.wanted).collect() as found:
-            return steered_action(field, value, noise, self.rule, self.sampler), found
+        cast = torch.autocast(self.kind.device.type, dtype, enabled, cache_enabled=False)
+        with cast, ActionRecord(*self.kind.wanted).collect() as found:
+            return self.kind.act(inputs), found
 
 
 class GraphRun(Run):
@@ -107,7 +113,7 @@ class GraphRun(Run):
     torch is in no state to go on.
 
     Args:
-        inputs, rule, sampler, wanted, weights: of the run.
+        kind: of the action.
         stream: where it is rehearsed and captured; no other living graph has been captured on it, for
             cuBLAS keeps a workspace for each stream, and graphs remember its address.
 
@@ -116,24 +122,17 @@ class GraphRun(Run):
         TypeError: as for :class:`Run`.
     """
 
-    def __init__(
-        self,
-        inputs: tuple[Field, Value, Tensor],
-        rule: Rule | None,
-        sampler: Sampler,
-        wanted: tuple[bool, bool],
-        weights: Sequence[Tensor],
-        stream: torch.cuda.Stream,
-    ) -> None:
-        super().__init__(inputs, rule, sampler, wanted, weights)
+    def __init__(self, kind: Kind, stream: torch.cuda.Stream) -> None:
+        super().__init__(kind)
         self.stream, self.graph = stream, torch.cuda.CUDAGraph()
-        current = torch.cuda.current_stream(self.device)
-        with _capturing, torch.cuda.device(self.device), unmoved(rule, self.device):
+        rule, device = kind.rule, kind.device
+        current = torch.cuda.current_stream(device)
+        with _capturing, torch.cuda.device(device), unmoved(rule, device):
             stream.wait_stream(current)
             with torch.cuda.stream(stream):
                 for _ in range(REHEARSALS):
                     self.act()
-                for generator in own_generators(rule, self.device):
+                for generator in own_generators(rule, device):
                     self.graph.register_generator_state(generator)
                 with torch.cuda.graph(self.graph, stream=stream, capture_error_mode="thread_local"):
                     self.action, self.found = self.act()
@@ -150,9 +149,9 @@ class GraphRun(Run):
     def check(self) -> None:
         """Compare the graph with the eager computation on inputs that it was not captured on."""
         self.fill([unlike(buffer) for buffer in self.buffers])
-        with unmoved(self.rule, self.device):
+        with unmoved(self.kind.rule, self.kind.device):
             eager, _ = self.act()
-        with unmoved(self.rule, self.device):
+        with unmoved(self.kind.rule, self.kind.device):
             self.graph.replay()
         check_alike("the graph's action", self.action, eager, self.buffers)
 

@@ -1,6 +1,6 @@
 """Whole actions compiled by Inductor, while the eager ones go on.
 
-A new kind of action is written down as one line of operators (:mod:`qsteer.steering.lines`) in a thread of
+A new kind of action is written down as one line of operators (:mod:`qsteer.compiling.lines`) in a thread of
 its own, and compiled in a process of its own, one after another, at low priority. What was compiled is kept
 in :func:`cache_directory`: the next run writes the line down and loads it.
 """
@@ -25,11 +25,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from qsteer.steering.kinds import rebuilt
-from qsteer.steering.lines import Draw, Line, Recorded, Replayed, trace
-from qsteer.steering.runs import EAGER, MismatchError, Run, check_alike, unlike, unmoved
+from qsteer.compiling.kinds import rebuilt
+from qsteer.compiling.lines import Draw, Line, Recorded, Replayed, trace
+from qsteer.compiling.runs import EAGER, Kind, MismatchError, Run, check_alike, unlike, unmoved
 from qsteer.trace import ActionRecord, Trace
-from qsteer.types import Field, Rule, Sampler, Value
 
 log = logging.getLogger(__name__)
 
@@ -46,22 +45,15 @@ class InductorRun(Run):
     goes wrong the eager action goes on, and a warning says why.
 
     Args:
-        inputs, rule, sampler, wanted, weights: of the run.
+        kind: of the action.
 
     Raises:
         TypeError: as for :class:`Run`; or the action draws random numbers that depend on others.
     """
 
-    def __init__(
-        self,
-        inputs: tuple[Field, Value, Tensor],
-        rule: Rule | None,
-        sampler: Sampler,
-        wanted: tuple[bool, bool],
-        weights: Sequence[Tensor],
-    ) -> None:
+    def __init__(self, kind: Kind) -> None:
         self.draws: list[Draw] = []
-        super().__init__(inputs, rule, sampler, wanted, weights)
+        super().__init__(kind)
         self.finished.clear()
         self.state = "waits to be compiled"
         self._line: Line | None = None
@@ -93,7 +85,7 @@ class InductorRun(Run):
         """Return what the compiled action makes of buffers and random numbers."""
         assert self._line is not None
         made = self._compiled.run([*buffers, *drawn, *self._line.weights])
-        record = ActionRecord(*self.wanted)
+        record = ActionRecord(*self.kind.wanted)
         action, record.displacement, record.steps, record.fell_back, record.gated = rebuilt(
             self._line.outputs, iter(made)
         )
@@ -116,7 +108,7 @@ class InductorRun(Run):
             MismatchError: they differ.
         """
         for left in reversed(range(TRIES)):
-            with unmoved(self.rule, self.device):
+            with unmoved(self.kind.rule, self.kind.device):
                 buffers = [unlike(buffer) for buffer in self.buffers]
                 drawn = [draw() for draw in self.draws]
                 with Replayed(drawn):
@@ -138,7 +130,7 @@ class InductorRun(Run):
             line = trace(self.act, [buffer.clone() for buffer in self.buffers], self.draws)
             written = time.perf_counter()
             path, found = build(line, [*self.buffers, *(draw.like for draw in self.draws), *line.weights])
-            self._line, self._compiled = line, load(path, self.device)
+            self._line, self._compiled = line, load(path, self.kind.device)
         except Exception as error:  # whatever the compiler says: the eager action goes on
             self._failed = f"{type(error).__name__}: {error}"
         else:
@@ -189,7 +181,7 @@ class Compiler:
         Raises:
             RuntimeError: it cannot be compiled.
         """
-        command = [sys.executable, "-m", "qsteer.steering.compile_line", str(directory)]
+        command = [sys.executable, "-m", "qsteer.compiling.compile_line", str(directory)]
         paths = os.pathsep.join(path for path in sys.path if path)
         self.process = subprocess.Popen(
             command,

@@ -13,7 +13,10 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from qsteer.steering.kinds import behind, modules_behind
+from qsteer.compiling.kinds import modules_behind
+
+FAR = 8
+"""How far networks are looked for."""
 
 
 class Watch(TorchDispatchMode):
@@ -48,17 +51,11 @@ class Watch(TorchDispatchMode):
         return result
 
 
-def known(policy: Any, prepare: Any, *trees: Any) -> list[Tensor]:
-    """Return the tensors which an action may read beside its buffers.
-
-    Args:
-        policy: its weights and constants.
-        prepare: what prepares its fields, and all tensors that it has made.
-        trees: the inputs, rule and sampler, for the weights and constants of networks in them.
-    """
-    found = [part for part in behind(prepare, 8) if isinstance(part, Tensor)]
-    for module in modules_behind((policy, prepare, *leaves_of(policy), *trees)):
-        found += [*module.parameters(), *module.buffers()]
+def known(*trees: Any) -> list[Tensor]:
+    """Return the weights and constants of all networks in and behind trees: an action may read them."""
+    found: list[Tensor] = []
+    for network in modules_behind(trees, FAR):
+        found += [*network.parameters(), *network.buffers()]
     return found
 
 

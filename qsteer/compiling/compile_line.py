@@ -1,6 +1,6 @@
-"""``python -m qsteer.steering.compile_line DIRECTORY``: compile an action in a process of its own.
+"""``python -m qsteer.compiling.compile_line DIRECTORY``: compile an action in a process of its own.
 
-The directory holds ``line.pt``: the source of the line (:class:`qsteer.steering.lines.Line`), its inputs as
+The directory holds ``line.pt``: the source of the line (:class:`qsteer.compiling.lines.Line`), its inputs as
 (size, stride, dtype, device), and the number of threads. ``line.so`` is written beside it.
 """
 
@@ -10,9 +10,11 @@ from pathlib import Path
 
 import torch
 import torch._dynamo  # before Inductor, which imports parts of it in another order
+from torch._functorch.compile_utils import fx_graph_cse
+from torch.fx import GraphModule
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from qsteer.steering.lines import read
+from qsteer.compiling.lines import read
 
 
 def main(directory: Path) -> None:
@@ -26,6 +28,7 @@ def main(directory: Path) -> None:
     )
     with torch.no_grad():
         graph = make_fx(read(source))(*examples)
+        graph = GraphModule(graph, fx_graph_cse(graph.graph))  # what each step computes anew, once
         for node in graph.graph.nodes:
             node.meta.clear()  # of other fake tensors than the compiler's
         made = torch._inductor.aot_compile(graph, examples)
