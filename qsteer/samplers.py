@@ -22,7 +22,7 @@ from qsteer.flow import FunctionJump, ask, ask_members, clip_actions, finite_row
 from qsteer.maps.flow_maps import EulerMap, FlowMap
 from qsteer.maps.losses import fmq_target, trust_radius
 from qsteer.rules.guidance import gradient
-from qsteer.trace import report_fallbacks
+from qsteer.trace import report_fallbacks, report_step
 from qsteer.types import Clip, Field, Jump, Rule, Sampler, Value, clip_of
 
 
@@ -58,7 +58,9 @@ class Euler(Sampler):
         """Integrate the field from ``noise``."""
         field, x = field.chain(self.steps), noise
         for t, dt in field.clock.grid(self.steps):
+            report_step()
             x = x + dt * field(x, t)
+        report_step()
         return clip_actions(x, clip_of(self.clip, field))
 
 

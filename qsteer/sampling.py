@@ -92,9 +92,11 @@ def sample(
         raise ValueError("value: expected a value for the rule to follow, got None; pass critic.bind(obs)")
     noise = noise.clone() if noise.is_inference() else noise
     if compile is not None:
-        fast = compile if isinstance(compile, FastSampling) else fast_sampling(compile)
+        if not isinstance(compile, FastSampling):
+            check_mode(compile)
+            compile = fast_sampling(compile)
         with outside_inference_mode():
-            return fast(field, value, noise, rule, sampler, trace)
+            return compile(field, value, noise, rule, sampler, trace)
     with outside_inference_mode(), record_action(trace):
         return steered_action(field, value, noise, rule, sampler)
 

@@ -7,7 +7,7 @@ tracing costs nothing when it is off.
 import os
 import warnings
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -150,9 +150,16 @@ class ActionRecord:
     Args:
         steps_wanted: collect the guided steps too, not only fallbacks.
         displacement_wanted: collect the displacement.
+        on_step: is called where a step of a chain begins or ends.
     """
 
-    def __init__(self, steps_wanted: bool, displacement_wanted: bool) -> None:
+    def __init__(
+        self,
+        steps_wanted: bool,
+        displacement_wanted: bool,
+        on_step: Callable[[], None] | None = None,
+    ) -> None:
+        self.on_step = on_step
         self.steps_wanted, self.displacement_wanted = steps_wanted, displacement_wanted
         self.displacement: Tensor | None = None
         self.steps: list[Step] = []
@@ -203,6 +210,12 @@ def record_action(trace: Trace | None) -> Iterator[None]:
             yield
     finally:
         record.hand_over(trace)
+
+
+def report_step() -> None:
+    """Say that a step of a chain begins or ends."""
+    if (action := _recording.get()) is not None and action.on_step is not None:
+        action.on_step()
 
 
 def report_fallbacks(fell_back: Tensor) -> None:

@@ -1,7 +1,7 @@
 """``python -m qsteer.compiling.compile_line DIRECTORY``: compile an action in a process of its own.
 
-The directory holds ``line.pt``: the source of the line (:class:`qsteer.compiling.lines.Line`), its inputs as
-(size, stride, dtype, device), and the number of threads. ``line.so`` is written beside it.
+The directory holds ``parts.pt``: the parts of the line (:class:`qsteer.compiling.cuts.Part`), and the number
+of threads. ``0.so``, ``1.so``, ... are written beside it.
 """
 
 import os
@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 import torch._dynamo  # before Inductor, which imports parts of it in another order
+from torch import Tensor
 from torch._functorch.compile_utils import fx_graph_cse
 from torch.fx import GraphModule
 from torch.fx.experimental.proxy_tensor import make_fx
@@ -17,22 +18,28 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from qsteer.compiling.lines import read
 
 
+def compiled(source: str, examples: tuple[Tensor, ...]) -> str:
+    """Compile a part; return where its library is."""
+    part = read(source)
+    graph = make_fx(lambda *tensors: part(tensors))(*examples)
+    graph = GraphModule(graph, fx_graph_cse(graph.graph))  # what each step computes anew, once
+    for node in graph.graph.nodes:
+        node.meta.clear()  # of other fake tensors than the compiler's
+    return str(torch._inductor.aot_compile(graph, examples))
+
+
 def main(directory: Path) -> None:
-    """Compile the line."""
+    """Compile the parts."""
     os.nice(10)  # what acts comes first
-    source, inputs, threads = torch.load(directory / "line.pt", weights_only=False)
+    parts, threads = torch.load(directory / "parts.pt", weights_only=False)
     torch.set_num_threads(threads)
-    examples = tuple(
-        torch.empty_strided(size, stride, dtype=dtype, device=device).zero_()
-        for size, stride, dtype, device in inputs
-    )
-    with torch.no_grad():
-        graph = make_fx(read(source))(*examples)
-        graph = GraphModule(graph, fx_graph_cse(graph.graph))  # what each step computes anew, once
-        for node in graph.graph.nodes:
-            node.meta.clear()  # of other fake tensors than the compiler's
-        made = torch._inductor.aot_compile(graph, examples)
-    os.replace(str(made), directory / "line.so")
+    for i, (source, inputs) in enumerate(parts):
+        examples = tuple(
+            torch.empty_strided(size, stride, dtype=dtype, device=device).zero_()
+            for size, stride, dtype, device in inputs
+        )
+        with torch.no_grad():
+            os.replace(compiled(source, examples), directory / f"{i}.so")
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ import threading
 import time
 import warnings
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from qsteer.compiling.kinds import rebuilt
+from qsteer.compiling.cuts import Part
 from qsteer.compiling.lines import Draw, Line, Recorded, Replayed, trace
 from qsteer.compiling.runs import EAGER, Kind, MismatchError, Run, check_alike, unlike, unmoved
 from qsteer.trace import ActionRecord, Trace
@@ -57,7 +57,7 @@ class InductorRun(Run):
         self.finished.clear()
         self.state = "waits to be compiled"
         self._line: Line | None = None
-        self._compiled: Any = None
+        self._compiled: list[Any] | None = None
         self._checked = False
         self._failed: str | None = None
         compiler.submit(self)
@@ -83,12 +83,10 @@ class InductorRun(Run):
         self, buffers: Sequence[Tensor], drawn: Sequence[Tensor]
     ) -> tuple[Float[Tensor, "B H A"], ActionRecord]:
         """Return what the compiled action makes of buffers and random numbers."""
-        assert self._line is not None
-        made = self._compiled.run([*buffers, *drawn, *self._line.weights])
+        assert self._line is not None and self._compiled is not None
+        made = self._line.run(self._compiled, [*buffers, *drawn])
         record = ActionRecord(*self.kind.wanted)
-        action, record.displacement, record.steps, record.fell_back, record.gated = rebuilt(
-            self._line.outputs, iter(made)
-        )
+        action, record.displacement, record.steps, record.fell_back, record.gated = made
         return action, record
 
     def checked(self) -> bool:
@@ -129,15 +127,15 @@ class InductorRun(Run):
             self.state = "is being compiled"
             line = trace(self.act, [buffer.clone() for buffer in self.buffers], self.draws)
             written = time.perf_counter()
-            path, found = build(line, [*self.buffers, *(draw.like for draw in self.draws), *line.weights])
-            self._line, self._compiled = line, load(path, self.kind.device)
+            paths, new = build(line.parts)
+            self._line, self._compiled = line, [load(path, self.kind.device) for path in paths]
         except Exception as error:  # whatever the compiler says: the eager action goes on
             self._failed = f"{type(error).__name__}: {error}"
         else:
             took = time.perf_counter() - began
-            how = "found on the disk" if found else "compiled"
+            how = "compiled" if new else "found on the disk"
             self.state = f"{how} in {took:.1f} s, {written - began:.1f} s of them to write it down"
-            log.info("an action of %d operators was %s", line.source.count("\n"), self.state)
+            log.info("an action was %s", self.state)
         finally:
             self.finished.set()
 
@@ -209,31 +207,32 @@ compiler = Compiler()
 atexit.register(compiler.stop)
 
 
-def build(line: Line, inputs: Sequence[Tensor]) -> tuple[Path, bool]:
-    """Return the shared library of a line, and whether it was on the disk already.
+def build(parts: Sequence[Part]) -> tuple[list[Path], int]:
+    """Return the shared libraries of parts of a line, and how many of them were not on the disk.
 
     Raises:
-        RuntimeError: it cannot be compiled.
+        RuntimeError: one cannot be compiled.
     """
-    shapes = [(x.size(), x.stride(), x.dtype, x.device) for x in inputs]
     settings = torch.__version__, torch.get_num_threads(), torch.backends.cpu.get_cpu_capability()
-    words = repr((line.source, shapes, settings))
-    path = cache_directory() / f"{hashlib.sha256(words.encode()).hexdigest()}.so"
-    if path.exists():
-        return path, True
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=path.parent) as directory:
-        torch.save((line.source, shapes, torch.get_num_threads()), Path(directory) / "line.pt")
-        compiler.run(Path(directory))
-        os.replace(Path(directory) / "line.so", path)
-    return path, False
+    words = [repr((part, settings)).encode() for part in parts]
+    paths = [cache_directory() / f"{hashlib.sha256(word).hexdigest()}.so" for word in words]
+    missing = {path: part for path, part in zip(paths, parts, strict=True) if not path.exists()}
+    if missing:
+        cache_directory().mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=cache_directory()) as directory:
+            plain = [tuple(part) for part in missing.values()]
+            torch.save((plain, torch.get_num_threads()), Path(directory) / "parts.pt")
+            compiler.run(Path(directory))
+            for i, path in enumerate(missing):
+                os.replace(Path(directory) / f"{i}.so", path)
+    return paths, len(missing)
 
 
-def load(path: Path, device: torch.device) -> Any:
-    """Return the compiled line: its ``run`` takes a list of tensors and returns one."""
+def load(path: Path, device: torch.device) -> Callable[[list[Tensor]], list[Tensor]]:
+    """Return a compiled part of a line."""
     if device.type == "cuda":
-        return torch._C._aoti.AOTIModelContainerRunnerCuda(str(path), 1, str(device))
-    return torch._C._aoti.AOTIModelContainerRunnerCpu(str(path), 1)
+        return torch._C._aoti.AOTIModelContainerRunnerCuda(str(path), 1, str(device)).run
+    return torch._C._aoti.AOTIModelContainerRunnerCpu(str(path), 1).run
 
 
 def cache_directory() -> Path:

@@ -13,19 +13,21 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
-from torch.fx.graph import CodeGen
 from torch.fx.graph_module import GraphModule
 from torch.fx.node import Node
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from qsteer.compiling.kinds import tensors_in
+from qsteer.compiling.cuts import Part, cut, mark
+from qsteer.compiling.kinds import rebuilt, tensors_in
 from qsteer.trace import ActionRecord
 
 DRAWS = "rand", "randn", "randint", "randperm", "rand_like", "randn_like", "randint_like"
 """Operators whose random numbers depend on no other numbers."""
 WRITES = "normal_", "uniform_", "random_", "exponential_"
 """The same, which write them into a tensor."""
+MANY = 1500
+"""Operators from which on a line is cut where its steps begin: compiled are those that differ."""
 
 
 class Draw(NamedTuple):
@@ -97,24 +99,45 @@ def name_of(func: Any) -> str:
 
 
 class Line(NamedTuple):
-    """The operators of an action: a function of buffers, then random numbers, then weights."""
+    """The operators of an action: a function of buffers, then random numbers.
 
-    source: str
-    """See :func:`read`."""
+    Attributes:
+        parts: what it is made of; steps that differ in numbers only are one part.
+        calls: of the parts, in order: which, and the places of what it is given among the line's inputs, the
+            weights, and all that the calls before have returned.
+        weights: networks' weights, which may go on learning, and the numbers in which steps differ.
+        results: places of what it returns.
+        outputs: the tree that this is: the action, and what is reported of it (``ActionRecord.counted``).
+    """
+
+    parts: list[Part]
+    calls: list[tuple[int, list[int]]]
     weights: list[Tensor]
+    results: list[int]
     outputs: Any
-    """The tree of what it returns: the action, and what is reported of it (``ActionRecord.counted``)."""
+
+    def run(self, parts: Sequence[Callable[[list[Tensor]], Sequence[Tensor]]], inputs: list[Tensor]) -> Any:
+        """Return the tree of what the line makes of its inputs.
+
+        Args:
+            parts: the functions that the parts are.
+            inputs: buffers, then random numbers.
+        """
+        known = [*inputs, *self.weights]
+        for part, given in self.calls:
+            known += parts[part]([known[place] for place in given])
+        return rebuilt(self.outputs, iter([known[place] for place in self.results]))
 
 
 def trace(
-    act: Callable[[Sequence[Tensor]], tuple[Tensor, ActionRecord]],
+    act: Callable[[Sequence[Tensor], Callable[[], None]], tuple[Tensor, ActionRecord]],
     buffers: Sequence[Tensor],
     draws: Sequence[Draw],
 ) -> Line:
     """Write down the operators of an action. No random number is drawn.
 
     Args:
-        act: makes an action of buffers.
+        act: makes an action of buffers, and calls a function at each step.
         buffers: like those to come.
         draws: the random numbers that it draws.
 
@@ -125,28 +148,31 @@ def trace(
     def line(buffers: list[Tensor], drawn: list[Tensor]) -> tuple[Tensor, ...]:
         nonlocal outputs
         with Replayed(drawn):
-            action, record = act(buffers)
+            action, record = act(buffers, mark)
         outputs = action, *record.counted()
         return tuple(tensors_in(outputs))
 
     with torch.no_grad():
-        graph = make_fx(line)(list(buffers), [torch.zeros_like(draw.like) for draw in draws])
-    return Line(*lift(graph), outputs)
+        module = make_fx(line)(list(buffers), [torch.zeros_like(draw.like) for draw in draws])
+    weights = lift(module)
+    module.graph.eliminate_dead_code()
+    parts, calls, numbers, results = cut(module.graph, marks=len(module.graph.nodes) > MANY)
+    return Line(parts, calls, weights + numbers, results, outputs)
 
 
-def read(source: str) -> Callable[..., tuple[Tensor, ...]]:
-    """Return the function that a line is, for it to be run eagerly or traced again."""
+def read(source: str) -> Callable[[Sequence[Tensor]], tuple[Tensor, ...]]:
+    """Return the function that a part is, for it to be run eagerly or traced again."""
     names: dict[str, Any] = {"torch": torch, "device": torch.device, "inf": math.inf, "nan": math.nan}
     exec(source, names)
 
-    def line(*tensors: Tensor) -> tuple[Tensor, ...]:
+    def part(tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
         return tuple(names["forward"](None, *tensors))
 
-    return line
+    return part
 
 
-def lift(module: GraphModule) -> tuple[str, list[Tensor]]:
-    """Return a graph's source with its constants as inputs, which follow its own, and them."""
+def lift(module: GraphModule) -> list[Tensor]:
+    """Make the constants of a graph inputs, which follow its own; return them."""
     graph = module.graph
     found: dict[int, Node] = {}
     inputs: list[Tensor] = []
@@ -154,13 +180,13 @@ def lift(module: GraphModule) -> tuple[str, list[Tensor]]:
     for node in list(graph.nodes):
         if node.op == "get_attr":
             constant: Any = module
-            for part in node.target.split("."):
-                constant = getattr(constant, part)
+            for name in node.target.split("."):
+                constant = getattr(constant, name)
             if id(constant) not in found:
                 with graph.inserting_after(last):
                     last = found[id(constant)] = graph.placeholder(f"constant_{len(inputs)}")
+                last.meta["val"] = constant.detach()
                 inputs.append(constant.detach())
             node.replace_all_uses_with(found[id(constant)])
             graph.erase_node(node)
-    graph.set_codegen(CodeGen())  # inputs and outputs one by one, not as trees
-    return graph.python_code("self").src, inputs
+    return inputs

@@ -94,13 +94,15 @@ class Run:
         """Run the action once, before the first."""
         self.act()
 
-    def act(self, buffers: Sequence[Tensor] | None = None) -> tuple[Float[Tensor, "B H A"], ActionRecord]:
+    def act(
+        self, buffers: Sequence[Tensor] | None = None, on_step: Callable[[], None] | None = None
+    ) -> tuple[Float[Tensor, "B H A"], ActionRecord]:
         """Compute the action of what is in the buffers, or in others, and what is reported of it."""
         tensors = self.buffers if buffers is None else buffers
         inputs = rebuilt(self.kind.inputs, iter(tensors))  # which have cached nothing
         enabled, dtype = self.autocast
         cast = torch.autocast(self.kind.device.type, dtype, enabled, cache_enabled=False)
-        with cast, ActionRecord(*self.kind.wanted).collect() as found:
+        with cast, ActionRecord(*self.kind.wanted, on_step).collect() as found:
             return self.kind.act(inputs), found
 
 

@@ -14,10 +14,15 @@ from compiled_cases import METHODS, PI, critic, runs
 from torch import Tensor, nn
 
 import qsteer
-from qsteer.compiling import inductor
+from qsteer.adapters import PlainPolicy
+from qsteer.compiling import inductor, lines
+from qsteer.compiling.cuts import Part
 from qsteer.compiling.inductor import explain
+from qsteer.compiling.kinds import tensors_in
 from qsteer.compiling.lines import Replayed, read, trace
 from qsteer.compiling.runs import unlike, unmoved
+from qsteer.policies import FlowPolicy, FlowPolicyConfig
+from qsteer.sampling import FastSampling
 from qsteer.steering.handle import steer
 
 CASES = [
@@ -36,7 +41,14 @@ def uncompiled(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("uncompiled")
 @pytest.mark.parametrize(("name", "method"), [*CASES, *QUICK])
-def test_a_line_is_the_eager_action(name: str, method: tuple[qsteer.Rule | None, qsteer.Sampler]) -> None:
+@pytest.mark.parametrize("many", [0, 10**9], ids=["cut", "whole"])
+def test_a_line_is_the_eager_action(
+    name: str,
+    method: tuple[qsteer.Rule | None, qsteer.Sampler],
+    many: int,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(lines, "MANY", many)
     policy, steering = hosts.shared(name), critic(hosts.shared(name))
     hosts.set_steps(policy, 2)
     rule, sampler = deepcopy(method)
@@ -44,6 +56,7 @@ def test_a_line_is_the_eager_action(name: str, method: tuple[qsteer.Rule | None,
         policy.predict_action_chunk(hosts.observe(policy, 2))
         (run,) = runs(handle)
         line = trace(run.act, run.buffers, run.draws)
+        assert (len(line.calls) > 2) == (many == 0)
         for changed in (False, True):
             with torch.no_grad():
                 for weight in steering.parameters() if changed else ():
@@ -53,9 +66,9 @@ def test_a_line_is_the_eager_action(name: str, method: tuple[qsteer.Rule | None,
                     drawn = [draw() for draw in run.draws]
                 with Replayed(drawn):
                     action, record = run.act(buffers)
-                found = read(line.source)(*buffers, *drawn, *line.weights)
+                found = line.run([read(part.source) for part in line.parts], [*buffers, *drawn])
             torch.testing.assert_close(found[0], action)
-            assert len(found) > 1 + 4 * len(record.steps) - 1
+            assert len(found[2]) == len(record.steps)
     hosts.set_steps(policy, 10)
 
 
@@ -159,12 +172,15 @@ def test_where_nothing_can_be_compiled_one_line_says_so_and_eager_goes_on(
 
 
 def test_a_compiled_action_that_differs_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
-    class Off:
-        def run(self, tensors: list[Tensor]) -> list[Tensor]:
-            return [torch.zeros_like(tensors[3]), torch.zeros((), dtype=torch.int64)]
+    def off(parts: list[Part]) -> tuple[list[Path], int]:
+        return [Path(part.source) for part in parts], 0
 
-    monkeypatch.setattr(inductor, "build", lambda line, inputs: (Path("line.so"), False))
-    monkeypatch.setattr(inductor, "load", lambda path, device: Off())
+    def load(path: Path, device: torch.device) -> Any:
+        part = read(str(path))
+        return lambda tensors: [1.1 * x if x.is_floating_point() else x for x in part(tensors)]
+
+    monkeypatch.setattr(inductor, "build", off)
+    monkeypatch.setattr(inductor, "load", load)
     policy = hosts.shared("plain")
     batch, noise = hosts.observe(policy, 1), hosts.draw(policy, 1, 0)
     with steer(policy, critic(policy), qsteer.QGF(), compile="inductor") as handle:
@@ -172,6 +188,86 @@ def test_a_compiled_action_that_differs_is_not_used(monkeypatch: pytest.MonkeyPa
         assert handle.finish_compiling()
         with pytest.warns(RuntimeWarning, match="expected the compiled action to be the host's"):
             assert torch.equal(policy.predict_action_chunk(batch, noise=noise), own)
+
+
+@pytest.fixture
+def interpreted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is compiled is run as it is written down."""
+    monkeypatch.setattr(inductor, "build", lambda parts: ([Path(part.source) for part in parts], 0))
+    monkeypatch.setattr(inductor, "load", lambda path, device: read(str(path)))
+
+
+@pytest.mark.usefixtures("interpreted")
+@pytest.mark.parametrize("live", [False, True], ids=["critic", "live critic"])
+def test_a_plain_policy_is_compiled_from_the_observation_on(live: bool) -> None:
+    """Its own noise, too; other observations and what the networks learn are seen."""
+    network = FlowPolicy(FlowPolicyConfig(3, 2, 5, (8, 8)))
+    policy = PlainPolicy(lambda x, t, obs: network(obs, x, t), 5, 2)
+    teacher = qsteer.Critic(qsteer.CriticConfig(3, 2, 5, (8, 8), 2))
+    judge = qsteer.LiveCritic(teacher) if live else teacher
+    rule, actions = qsteer.Randomized(qsteer.QGF(weight=0.5)), []
+    for mode in (None, "inductor"):
+        torch.manual_seed(0)
+        with torch.no_grad():
+            for weight in (*network.parameters(), *teacher.parameters()):
+                weight.copy_(torch.randn(weight.shape))
+        if live:
+            judge.publish(teacher)
+        with steer(policy, judge, deepcopy(rule), compile=mode) as handle:
+            policy.predict_action_chunk(torch.randn(4, 3))
+            assert handle.finish_compiling()
+            found = [policy.predict_action_chunk(torch.randn(4, 3)) for _ in range(2)]
+            with torch.no_grad():
+                for weight in (*network.parameters(), *teacher.parameters()):
+                    weight.mul_(1.3)
+            if live:
+                judge.publish(teacher)
+            found.append(policy.predict_action_chunk(torch.randn(4, 3)))
+            noise = torch.randn(4, 5, 2)
+            found.append(policy.predict_action_chunk(torch.randn(4, 3), noise=noise, num_steps=3))
+            found.append(torch.get_rng_state())
+            if mode is not None:
+                whole, given = runs(handle)
+                assert len(tensors_in(whole.kind.inputs)) == 2 and len(tensors_in(given.kind.inputs)) == 3
+                assert whole.state.startswith("found"), whole.state
+        actions.append(found)
+    for eager, compiled in zip(*actions, strict=True):
+        torch.testing.assert_close(compiled, eager)
+
+
+@pytest.mark.usefixtures("interpreted")
+@pytest.mark.parametrize("rule", [None, qsteer.Tweedie(0.4)], ids=["unsteered", "Tweedie"])
+def test_a_bare_chain_is_compiled(rule: qsteer.Rule | None) -> None:
+    policy = FlowPolicy(FlowPolicyConfig(3, 2, 5, (8, 8)))
+    judge = qsteer.Critic(qsteer.CriticConfig(3, 2, 5, (8, 8), 2))
+    fast = FastSampling("inductor", wait=True)
+    traces = [qsteer.Trace(), qsteer.Trace()]
+    for _ in range(3):
+        obs, noise = torch.randn(4, 3), torch.randn(4, 5, 2)
+        found = [
+            qsteer.sample(policy.field(obs), judge.bind(obs), noise, rule=rule, trace=trace, compile=compile)
+            for trace, compile in zip(traces, (None, fast), strict=True)
+        ]
+        torch.testing.assert_close(*found)
+        assert "found on the disk" in fast.states[0] and len(fast.states) == 1
+    assert str(traces[0]) == str(traces[1]) and len(traces[0].displacements) == 3
+
+
+def test_a_bare_chain_refuses_what_it_would_keep_from_the_first_action_on() -> None:
+    noise, goal = torch.randn(1, 5, 2), torch.randn(1, 5, 2)
+    with pytest.raises(TypeError, match="got 1 other tensor"):
+        qsteer.sample(qsteer.field(lambda x, t: goal - x), None, noise, compile="inductor")
+    with pytest.raises(ValueError, match="expected one of static, graph, inductor or None, got 'fast'"):
+        qsteer.sample(qsteer.field(lambda x, t: -x), None, noise, compile="fast")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="expected noise on a CUDA device"):
+        qsteer.sample(qsteer.field(lambda x, t: -x), None, noise, compile="graph")
+
+    class Bare(qsteer.Field):
+        def __call__(self, x: Tensor, t: Any) -> Tensor:
+            return -x
+
+    with pytest.raises(TypeError, match="field: expected a frozen dataclass"):
+        qsteer.sample(Bare(), None, noise, compile="inductor")
 
 
 def test_random_numbers_that_depend_on_others_are_refused() -> None:

@@ -1,0 +1,200 @@
+"""Cut a line of operators where its steps begin: steps that differ in numbers only are compiled once."""
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple, cast
+
+import torch
+from torch import Tensor, fx
+from torch.fx import Graph, Node
+from torch.fx.experimental.proxy_tensor import get_proxy_mode
+
+STEP = "qsteer_step"
+"""Where a node says in which step it was written down."""
+aten = torch.ops.aten
+WITH_NUMBER: dict[Any, Any] = {
+    aten.mul.Tensor: aten.mul.Tensor,
+    aten.add.Tensor: aten.add.Tensor,
+    aten.sub.Tensor: aten.sub.Tensor,
+    aten.div.Tensor: aten.div.Tensor,
+    aten.mul.Scalar: aten.mul.Tensor,
+    aten.add.Scalar: aten.add.Tensor,
+    aten.sub.Scalar: aten.sub.Tensor,
+    aten.div.Scalar: aten.div.Tensor,
+}
+"""Operators whose second argument may be a number, and the same with a tensor."""
+EXACT = torch.float32, torch.float64
+"""Types in which a number is the same as a tensor of it."""
+
+
+class Layout(NamedTuple):
+    """What a compiler must know of a tensor."""
+
+    size: tuple[int, ...]
+    stride: tuple[int, ...]
+    dtype: torch.dtype
+    device: torch.device
+
+    @classmethod
+    def of(cls, tensor: Tensor) -> "Layout":
+        """Return that of a tensor."""
+        return cls(tuple(tensor.shape), tensor.stride(), tensor.dtype, tensor.device)
+
+
+class Part(NamedTuple):
+    """A function of tensors: its source (:func:`qsteer.compiling.lines.read`), and what it is given."""
+
+    source: str
+    inputs: tuple[Layout, ...]
+
+
+class Number(NamedTuple):
+    """A number in an operator, and the type and the device of a scalar in its place."""
+
+    value: float
+    dtype: torch.dtype
+    device: torch.device
+
+    @classmethod
+    def of(cls, node: Node) -> "Number | None":
+        """Return that of an operator; None: it has none that a scalar could replace."""
+        if node.target not in WITH_NUMBER or node.kwargs or len(node.args) != 2:
+            return None
+        x, number = node.args
+        value = x.meta["val"] if isinstance(x, Node) else None
+        if not isinstance(number, float) or not isinstance(value, Tensor) or value.dtype not in EXACT:
+            return None
+        return cls(number, value.dtype, value.device)
+
+
+class Piece(NamedTuple):
+    """Operators that follow each other, what they are given, and what is read of them elsewhere."""
+
+    nodes: list[Node]
+    given: list[Node]
+    made: list[Node]
+
+    @classmethod
+    def of(cls, nodes: list[Node], results: set[Node]) -> "Piece":
+        """Return the piece of these operators, of a graph with these results."""
+        mine = set(nodes)
+        given = dict.fromkeys(x for node in nodes for x in node.all_input_nodes if x not in mine)
+        made = [node for node in nodes if node in results or not mine.issuperset(node.users)]
+        return cls(nodes, list(given), made)
+
+
+class Cut(NamedTuple):
+    """A graph in parts; see :class:`qsteer.compiling.lines.Line`. Numbers come after the graph's inputs."""
+
+    parts: list[Part]
+    calls: list[tuple[int, list[int]]]
+    numbers: list[Tensor]
+    results: list[int]
+
+
+def mark() -> None:
+    """Note that a step begins or ends here; called while operators are written down."""
+    mode = get_proxy_mode()
+    assert mode is not None
+    step, written = 0, []
+    for node in reversed(mode.tracer.graph.nodes):
+        if STEP in node.meta:
+            step = node.meta[STEP] + 1
+            break
+        written.append(node)
+    for node in written:
+        node.meta[STEP] = step
+
+
+def cut(graph: Graph, marks: bool) -> Cut:
+    """Return a graph in parts.
+
+    Args:
+        graph: of operators; its nodes know what they make (``meta["val"]``).
+        marks: cut it at the marks; else it is one part.
+    """
+    inputs = [node for node in graph.nodes if node.op == "placeholder"]
+    results: list[Node] = list(cast(Any, graph.output_node().args[0]))
+    pieces = [Piece.of(nodes, set(results)) for nodes in split(graph, marks)]
+
+    found: dict[Part, list[int]] = {}  # pieces that differ in numbers only
+    numbers: list[list[Number]] = []
+    for i, piece in enumerate(pieces):
+        part, its = written(piece, None)
+        found.setdefault(part, []).append(i)
+        numbers.append(its)
+    differing = {
+        i: {k for k in range(len(numbers[i])) if any(numbers[j][k] != numbers[i][k] for j in alike)}
+        for alike in found.values()
+        for i in alike
+    }
+
+    parts: dict[Part, int] = {}
+    places = {node: i for i, node in enumerate(inputs)}
+    tensors: list[Tensor] = []
+    calls: list[tuple[int, list[int]]] = []
+    total = len(inputs) + sum(map(len, differing.values()))
+    for i, piece in enumerate(pieces):
+        part, its = written(piece, differing[i])
+        given = [places[node] for node in piece.given]
+        given += range(len(inputs) + len(tensors), len(inputs) + len(tensors) + len(its))
+        tensors += [torch.tensor(x.value, dtype=x.dtype, device=x.device) for x in its]
+        calls.append((parts.setdefault(part, len(parts)), given))
+        places |= {node: total + k for k, node in enumerate(piece.made)}
+        total += len(piece.made)
+    return Cut(list(parts), calls, tensors, [places[node] for node in results])
+
+
+def split(graph: Graph, marks: bool) -> Iterator[list[Node]]:
+    """Yield the operators between two marks."""
+    nodes: list[Node] = []
+    step = None
+    for node in graph.nodes:
+        if node.op != "call_function":
+            continue
+        if marks and nodes and node.meta.get(STEP) != step:
+            yield nodes
+            nodes = []
+        step = node.meta.get(STEP)
+        nodes.append(node)
+    if nodes:
+        yield nodes
+
+
+def written(piece: Piece, lifted: set[int] | None) -> tuple[Part, list[Number]]:
+    """Write a piece down as a part.
+
+    Args:
+        piece: of a graph.
+        lifted: which of its numbers become inputs, scalars after the others; None: all.
+
+    Returns the part, and these numbers.
+    """
+    graph, seen = Graph(), 0
+    numbers: list[Number] = []
+    copies = {node: graph.placeholder(f"input_{i}") for i, node in enumerate(piece.given)}
+    for node in piece.nodes:
+        target, args = node.target, node.args
+        if (number := Number.of(node)) is not None:
+            if lifted is None or seen in lifted:
+                scalar = graph.placeholder(f"number_{len(numbers)}")
+                numbers.append(number)
+                target, args = WITH_NUMBER[target], (args[0], scalar)
+            seen += 1
+        mine = fx.map_arg((args, node.kwargs), lambda x: copies.get(x, x))
+        copies[node] = graph.create_node("call_function", target, *mine)
+    graph.output(tuple(as_is(graph, node, copies[node]) for node in piece.made))
+    layouts = [layout(node) for node in piece.given] + [Layout((), (), x.dtype, x.device) for x in numbers]
+    return Part(graph.python_code("self").src, tuple(layouts)), numbers
+
+
+def as_is(graph: Graph, node: Node, copy: Node) -> Node:
+    """Return what a part returns: from one part to the next, tensors are contiguous."""
+    if node.meta["val"].is_contiguous():
+        return copy
+    return graph.call_function(aten.clone.default, (copy,), {"memory_format": torch.contiguous_format})
+
+
+def layout(node: Node) -> Layout:
+    """Return the layout of what a part is given."""
+    value = node.meta["val"]
+    return Layout.of(value if node.op == "placeholder" else value.contiguous())
