@@ -32,6 +32,9 @@ def add_parser(commands: Commands) -> None:
     parser.add_argument("--rho", type=natural_float, help="another pessimism than the critic was saved with")
     parser.add_argument("--tuning", action="store_true", help="use the tuning seeds, to choose strengths on")
     parser.add_argument("--num-envs", type=positive_int, default=8, help="simulators at once")
+    parser.add_argument(
+        "--compile", choices=["static", "inductor"], help="inductor: compile each arm's actions first"
+    )
     parser.add_argument("--out", type=Path, help="JSON to write")
     parser.add_argument(
         "--eval-info",
@@ -68,6 +71,7 @@ def run(args: argparse.Namespace) -> None:
         episodes=args.episodes,
         seed=TUNING_SEED if args.tuning else EVALUATION_SEED,
         num_envs=args.num_envs,
+        compile=args.compile,
     )
     report = {
         "task": task.environment(),

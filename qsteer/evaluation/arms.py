@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
+from qsteer.compiling.kept import Mode
 from qsteer.critics import Critic, LiveCritic
 from qsteer.maps.flow_maps import FlowMap
 from qsteer.maps.glass import GlassPosterior
@@ -28,7 +29,7 @@ from qsteer.rules import (
     Tweedie,
 )
 from qsteer.samplers import BeamSearch, BestOfN, Euler, KeepBest, RandomOfN, TrustRegion
-from qsteer.sampling import acting, sample
+from qsteer.sampling import FastSampling, acting, sample
 from qsteer.trace import Trace
 from qsteer.types import Rule, Sampler
 
@@ -251,14 +252,37 @@ class Arm:
         return "control" if self.name.startswith(CONTROLS) or self.spec == "map-best-of-1" else "steered"
 
     def agent(
-        self, policy: FlowPolicy, critic: Critic | LiveCritic, trace: Trace | None = None
+        self,
+        policy: FlowPolicy,
+        critic: Critic | LiveCritic,
+        trace: Trace | None = None,
+        *,
+        compile: Mode | None = None,
+        rows: int | None = None,
     ) -> Callable[[Tensor, Tensor], Tensor]:
-        """Return ``act(obs: (B, O), noise: (B, H, A)) -> (B, H, A)``."""
+        """Return ``act(obs: (B, O), noise: (B, H, A)) -> (B, H, A)``.
+
+        Args:
+            policy: acts.
+            critic: steers it.
+            trace: records what the rule did.
+            compile: as for :func:`qsteer.sample`; the first action waits for the compiler.
+            rows: compile actions of so many rows, and let others run eagerly; None: all.
+        """
+        fast = None if compile is None else FastSampling(compile, wait=True)
 
         def act(obs: Tensor, noise: Tensor) -> Tensor:
             with acting(critic):
                 field, value = policy.field(obs), critic.bind(obs)
-                return sample(field, value, noise, rule=self.rule, sampler=self.sampler, trace=trace)
+                return sample(
+                    field,
+                    value,
+                    noise,
+                    rule=self.rule,
+                    sampler=self.sampler,
+                    trace=trace,
+                    compile=fast if rows in (None, len(obs)) else None,
+                )
 
         return act
 

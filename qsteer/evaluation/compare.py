@@ -10,6 +10,7 @@ import torch
 
 from qsteer.bench.counting import count
 from qsteer.bench.timing import time_calls
+from qsteer.compiling.kept import Mode
 from qsteer.critics.critic import Critic
 from qsteer.envs.rollouts import MakeEnv, Rollouts, Simulators
 from qsteer.envs.seeds import EVALUATION_SEED
@@ -33,6 +34,7 @@ def compare(
     num_envs: int = 8,
     record: bool = False,
     traces: Mapping[str, Trace] | None = None,
+    compile: Mode | None = None,
     progress: bool = True,
 ) -> tuple[dict[str, Any], list[Rollouts]]:
     """Roll every arm out and report success, difference from the first arm, and cost per action.
@@ -47,6 +49,8 @@ def compare(
         num_envs: environments at once.
         record: keep the executed actions in the rollouts, for videos.
         traces: what records the guided steps of an arm, by its spec; the others record displacements only.
+        compile: how actions of all environments at once are made fast, see :func:`qsteer.sample`; the last
+            ones, of fewer, run eagerly. Milliseconds and their ratios are of eager actions.
         progress: show progress bars.
 
     Returns:
@@ -61,10 +65,11 @@ def compare(
     """
     policy.check_critic(critic.config)
     kept = {arm.spec: Trace(steps=False, displacement=True) for arm in arms} | dict(traces or {})
-    with Simulators(make_env, horizon=policy.config.horizon, num_envs=min(num_envs, episodes)) as simulators:
+    num_envs = min(num_envs, episodes)
+    with Simulators(make_env, horizon=policy.config.horizon, num_envs=num_envs) as simulators:
         runs = [
             simulators.rollout(
-                arm.agent(policy, critic, kept[arm.spec]),
+                arm.agent(policy, critic, kept[arm.spec], compile=compile, rows=num_envs),
                 episodes=episodes,
                 seed=seed,
                 name=arm.spec,

@@ -86,6 +86,11 @@ def test_the_base_arm_is_the_policys_own_euler_chain():
             x = x + 0.1 * policy(obs, x, torch.full((5,), i * 0.1))
     torch.testing.assert_close(parse("base").agent(policy, critic)(obs, noise), x.clamp(-1, 1))
     steered = parse("tweedie=0.5").agent(policy, critic)(obs, noise)
+    arm = parse("tweedie=0.5")
+    torch.testing.assert_close(arm.agent(policy, critic, compile="static")(obs, noise), steered)
+    torch.testing.assert_close(arm.agent(policy, critic, compile="graph", rows=6)(obs, noise), steered)
+    with pytest.raises(ValueError, match="expected noise on a CUDA device"):
+        arm.agent(policy, critic, compile="graph", rows=5)(obs, noise)
     value = critic.bind(obs)
     assert (value(steered) > value(x.clamp(-1, 1))).float().mean() > 0.5
 

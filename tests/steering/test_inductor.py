@@ -266,6 +266,9 @@ def test_a_bare_chain_refuses_what_it_would_keep_from_the_first_action_on() -> N
         def __call__(self, x: Tensor, t: Any) -> Tensor:
             return -x
 
+        def repeat(self, k: int) -> "Bare":
+            return self
+
     with pytest.raises(TypeError, match="field: expected a frozen dataclass"):
         qsteer.sample(Bare(), None, noise, compile="inductor")
 
