@@ -27,7 +27,7 @@ from torch import Tensor
 
 from qsteer.compiling.cuts import Part
 from qsteer.compiling.lines import Draw, Line, Recorded, Replayed, trace
-from qsteer.compiling.runs import EAGER, Kind, MismatchError, Run, check_alike, unlike, unmoved
+from qsteer.compiling.runs import EAGER, Captured, Kind, MismatchError, Run, check_alike, unlike, unmoved
 from qsteer.trace import ActionRecord, Trace
 
 log = logging.getLogger(__name__)
@@ -39,25 +39,27 @@ TRIES = 3
 
 
 class InductorRun(Run):
-    """A :class:`Run` that is compiled while it runs eagerly.
+    """A :class:`Run` that is compiled while it runs eagerly; on CUDA it is captured as a graph then.
 
     Before the first compiled action it is compared with the eager one, on inputs like these. Where anything
     goes wrong the eager action goes on, and a warning says why.
 
     Args:
         kind: of the action.
+        stream: for the graph, see :class:`~qsteer.compiling.runs.Captured`; None: none is captured.
 
     Raises:
         TypeError: as for :class:`Run`; or the action draws random numbers that depend on others.
     """
 
-    def __init__(self, kind: Kind) -> None:
+    def __init__(self, kind: Kind, stream: torch.cuda.Stream | None = None) -> None:
         self.draws: list[Draw] = []
-        super().__init__(kind)
+        super().__init__(kind, stream)
         self.finished.clear()
         self.state = "waits to be compiled"
         self._line: Line | None = None
         self._compiled: list[Any] | None = None
+        self._captured: Captured | None = None
         self._checked = False
         self._failed: str | None = None
         compiler.submit(self)
@@ -75,9 +77,15 @@ class InductorRun(Run):
         if self._compiled is None or not self.checked():
             return super().__call__(tensors, trace)
         self.fill(tensors)
-        action, record = self.compiled(self.buffers, [draw() for draw in self.draws])
+        if self._captured is not None:
+            return self._captured(trace)
+        action, record = self.again()
         record.hand_over(trace)
         return action
+
+    def again(self) -> tuple[Float[Tensor, "B H A"], ActionRecord]:
+        """Return what the compiled action makes of what is in the buffers, and of new random numbers."""
+        return self.compiled(self.buffers, [draw() for draw in self.draws])
 
     def compiled(
         self, buffers: Sequence[Tensor], drawn: Sequence[Tensor]
@@ -97,6 +105,9 @@ class InductorRun(Run):
                 self.check()
             except MismatchError as error:
                 self.give_up(str(error))
+            else:
+                if self.stream is not None:
+                    self._captured = Captured(self.again, self.kind.rule, self.kind.device, self.stream)
         return self._compiled is not None
 
     def check(self) -> None:
@@ -230,9 +241,10 @@ def build(parts: Sequence[Part]) -> tuple[list[Path], int]:
 
 def load(path: Path, device: torch.device) -> Callable[[list[Tensor]], list[Tensor]]:
     """Return a compiled part of a line."""
-    if device.type == "cuda":
-        return torch._C._aoti.AOTIModelContainerRunnerCuda(str(path), 1, str(device)).run
-    return torch._C._aoti.AOTIModelContainerRunnerCpu(str(path), 1).run
+    runners: Any = torch._C._aoti
+    if device.type == "cuda":  # in one thread: a graph captures no queries of events
+        return runners.AOTIModelContainerRunnerCuda(str(path), 1, str(device), "", True).run
+    return runners.AOTIModelContainerRunnerCpu(str(path), 1).run
 
 
 def cache_directory() -> Path:

@@ -112,15 +112,16 @@ class Kept:
     def _new(self, kind: Kind) -> Run:
         """Return a run that takes the place, and the stream, of the one unused for longest."""
         oldest = self._runs.popitem(last=False)[1] if len(self._runs) == self.most else None
-        if self.mode == "static":
-            return Run(kind)
+        stream = None if oldest is None else oldest.stream
+        del oldest
+        captured = self.mode == "graph" or (self.mode == "inductor" and kind.device.type == "cuda")
+        if captured and stream is None:
+            stream = torch.cuda.Stream(kind.device)
         if self.mode == "inductor":
             from qsteer.compiling.inductor import InductorRun
 
-            return InductorRun(kind)
-        stream = oldest.stream if isinstance(oldest, GraphRun) else torch.cuda.Stream(kind.device)
-        del oldest
-        return GraphRun(kind, stream)
+            return InductorRun(kind, stream)
+        return Run(kind) if stream is None else GraphRun(kind, stream)
 
     @contextmanager
     def _in_order(self, device: torch.device) -> Iterator[None]:

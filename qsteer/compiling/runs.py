@@ -57,6 +57,7 @@ class Run:
 
     Args:
         kind: the tensors of its inputs are copied.
+        stream: for a graph, see :class:`Captured`; None: none is captured.
 
     Raises:
         TypeError: a tensor enters the action that is none of the kind's.
@@ -69,7 +70,8 @@ class Run:
     family: Hashable = None
     """What the run has in common with those of other functions or numbers."""
 
-    def __init__(self, kind: Kind) -> None:
+    def __init__(self, kind: Kind, stream: torch.cuda.Stream | None = None) -> None:
+        self.stream = stream
         self.finished = threading.Event()
         self.finished.set()
         self.buffers = [tensor.clone() for tensor in tensors_in(kind.inputs)]
@@ -106,8 +108,8 @@ class Run:
             return self.kind.act(inputs), found
 
 
-class GraphRun(Run):
-    """A :class:`Run` that is captured as a CUDA graph when it is made, and checked.
+class Captured:
+    """What makes an action of buffers that stay where they are, captured as a CUDA graph.
 
     Networks are part of the graph by address: a :class:`~qsteer.critics.LiveCritic` that learns in place is
     seen. Noise that rule or sampler draw comes from the device's generator, as without a graph. Other threads
@@ -115,19 +117,20 @@ class GraphRun(Run):
     torch is in no state to go on.
 
     Args:
-        kind: of the action.
+        act: makes the action.
+        rule: whose generators are part of it.
         stream: where it is rehearsed and captured; no other living graph has been captured on it, for
             cuBLAS keeps a workspace for each stream, and graphs remember its address.
-
-    Raises:
-        MismatchError: the graph's action differs from the eager one on inputs it has not seen.
-        TypeError: as for :class:`Run`.
     """
 
-    def __init__(self, kind: Kind, stream: torch.cuda.Stream) -> None:
-        super().__init__(kind)
-        self.stream, self.graph = stream, torch.cuda.CUDAGraph()
-        rule, device = kind.rule, kind.device
+    def __init__(
+        self,
+        act: Callable[[], tuple[Tensor, ActionRecord]],
+        rule: Rule | None,
+        device: torch.device,
+        stream: torch.cuda.Stream,
+    ) -> None:
+        self.act, self.graph = act, torch.cuda.CUDAGraph()
         current = torch.cuda.current_stream(device)
         with _capturing, torch.cuda.device(device), unmoved(rule, device):
             stream.wait_stream(current)
@@ -139,14 +142,36 @@ class GraphRun(Run):
                 with torch.cuda.graph(self.graph, stream=stream, capture_error_mode="thread_local"):
                     self.action, self.found = self.act()
             current.wait_stream(stream)
+
+    def __call__(self, trace: Trace) -> Float[Tensor, "B H A"]:
+        """Return the action for what is in the buffers."""
+        self.graph.replay()
+        self.found.copy().hand_over(trace)
+        return self.action.clone()
+
+
+class GraphRun(Run):
+    """A :class:`Run` that is captured when it is made, and checked.
+
+    Args:
+        kind: of the action.
+        stream: see :class:`Captured`.
+
+    Raises:
+        MismatchError: the graph's action differs from the eager one on inputs it has not seen.
+        TypeError: as for :class:`Run`.
+    """
+
+    def __init__(self, kind: Kind, stream: torch.cuda.Stream) -> None:
+        super().__init__(kind, stream)
+        self.captured = Captured(self.act, kind.rule, kind.device, stream)
+        with unmoved(kind.rule, kind.device):
             self.check()
 
     def __call__(self, tensors: list[Tensor], trace: Trace) -> Float[Tensor, "B H A"]:
         """Return the action for these tensors in the buffers."""
         self.fill(tensors)
-        self.graph.replay()
-        self.found.copy().hand_over(trace)
-        return self.action.clone()
+        return self.captured(trace)
 
     def check(self) -> None:
         """Compare the graph with the eager computation on inputs that it was not captured on."""
@@ -154,8 +179,8 @@ class GraphRun(Run):
         with unmoved(self.kind.rule, self.kind.device):
             eager, _ = self.act()
         with unmoved(self.kind.rule, self.kind.device):
-            self.graph.replay()
-        check_alike("the graph's action", self.action, eager, self.buffers)
+            self.captured.graph.replay()
+        check_alike("the graph's action", self.captured.action, eager, self.buffers)
 
 
 def check_alike(name: str, got: Tensor, expected: Tensor, inputs: list[Tensor]) -> None:

@@ -13,7 +13,7 @@ from compiled_cases import CASES, critic, runs
 
 import qsteer
 from qsteer.compiling.kept import KEPT
-from qsteer.compiling.runs import GraphRun
+from qsteer.compiling.runs import Captured, GraphRun
 from qsteer.critics import LiveCritic
 from qsteer.steering.handle import steer
 
@@ -21,7 +21,7 @@ from qsteer.steering.handle import steer
 class Recorder:
     """Stands in for torch.cuda: what is captured is computed again by each replay."""
 
-    captured: GraphRun | None = None
+    captured: Captured | None = None
     seen: ClassVar[list[str]] = []
 
     class CUDAGraph:
@@ -71,7 +71,7 @@ def recorded(monkeypatch: pytest.MonkeyPatch) -> None:
     check = GraphRun.check
 
     def known_by_the_graph(self: GraphRun) -> None:
-        Recorder.captured = self
+        Recorder.captured = self.captured
         check(self)
 
     monkeypatch.setattr(GraphRun, "check", known_by_the_graph)

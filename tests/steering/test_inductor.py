@@ -5,7 +5,7 @@ import subprocess
 from collections.abc import Iterator
 from copy import deepcopy
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import hosts
 import pytest
@@ -17,10 +17,10 @@ import qsteer
 from qsteer.adapters import PlainPolicy
 from qsteer.compiling import inductor, lines
 from qsteer.compiling.cuts import Part
-from qsteer.compiling.inductor import explain
+from qsteer.compiling.inductor import InductorRun, explain
 from qsteer.compiling.kinds import tensors_in
 from qsteer.compiling.lines import Replayed, read, trace
-from qsteer.compiling.runs import unlike, unmoved
+from qsteer.compiling.runs import Kind, unlike, unmoved
 from qsteer.policies import FlowPolicy, FlowPolicyConfig
 from qsteer.sampling import FastSampling
 from qsteer.steering.handle import steer
@@ -233,6 +233,32 @@ def test_a_plain_policy_is_compiled_from_the_observation_on(live: bool) -> None:
         actions.append(found)
     for eager, compiled in zip(*actions, strict=True):
         torch.testing.assert_close(compiled, eager)
+
+
+@pytest.mark.usefixtures("interpreted")
+def test_on_cuda_the_compiled_action_is_what_is_captured(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rehearsed on the CPU, where what stands in for a graph computes the compiled action again."""
+    captured = []
+
+    class Captured:
+        def __init__(self, act: Any, rule: Any, device: torch.device, stream: Any) -> None:
+            self.act, self.stream = act, stream
+            captured.append(self)
+
+        def __call__(self, trace: qsteer.Trace) -> Tensor:
+            return self.act()[0]
+
+    class Stream:
+        __class__ = torch.cuda.Stream  # to type checks at run time
+
+    monkeypatch.setattr(inductor, "Captured", Captured)
+    noise = torch.randn(3, 5, 2)
+    kind = Kind(lambda inputs: inputs[0] * 2, (noise,), None, (False, False), [], noise.device)
+    run = InductorRun(kind, stream := cast(torch.cuda.Stream, Stream()))
+    assert run.finished.wait(60)
+    for x in (noise, noise + 1):
+        assert torch.equal(run([x], qsteer.Trace()), 2 * x)
+    assert [each.stream for each in captured] == [stream] and captured[0].act == run.again
 
 
 @pytest.mark.usefixtures("interpreted")
