@@ -8,7 +8,9 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from qsteer.adapters.contracts import read_lerobot
-from qsteer.adapters.pi import PiExpert, prefix_features
+from qsteer.adapters.experts import depths, prefix_features
+from qsteer.adapters.pi import PiExpert
+from qsteer.adapters.smolvla import SmolExpert
 from qsteer.clock import MIRRORED
 from qsteer.hosts import Host
 from qsteer.types import Bounds
@@ -38,8 +40,8 @@ def repeat_context(context: Any, k: int) -> Any:
 
 
 def features(context: dict[str, Any]) -> tuple[Tensor, Tensor]:
-    """Return tokens and mask of the prefix, see :func:`qsteer.adapters.pi.prefix_features`."""
-    values = [layer.values for layer in context["past_key_values"].layers]
+    """Return tokens and mask of the prefix, see :func:`qsteer.adapters.experts.prefix_features`."""
+    values = [layer.values for layer in depths(context["past_key_values"].layers)]
     return prefix_features(values, context["prefix_pad_masks"], context.get("state"))
 
 
@@ -85,7 +87,7 @@ SMOLVLA = replace(
     steps="config.num_steps",
     queue="_queues",
     layers="model.vlm_with_expert.lm_expert.layers",
-    prepare=None,
+    prepare=SmolExpert,
 )
 
 HOSTS = (PI0, PI05, SMOLVLA)

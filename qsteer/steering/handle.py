@@ -369,8 +369,8 @@ def checked_compile(mode: Mode | None, policy: Any, host: Host) -> Compiled | No
     check_mode(mode)
     if host.prepare is None:
         raise TypeError(
-            "compile: expected a policy whose step can be prepared (PI0Policy, PI05Policy, PlainPolicy), got "
-            f"{type(policy).__name__}; leave compile out, or give its Host a prepare"
+            "compile: expected a policy whose step can be prepared (PI0Policy, PI05Policy, SmolVLAPolicy, "
+            f"PlainPolicy), got {type(policy).__name__}; leave compile out, or give its Host a prepare"
         )
     devices = {parameter.device for parameter in parameters_of(policy)}
     if mode == "graph" and [device.type for device in devices] != ["cuda"]:

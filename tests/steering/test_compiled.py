@@ -8,25 +8,27 @@ from typing import Any, NamedTuple
 import hosts
 import pytest
 import torch
-from compiled_cases import CASES, PI, critic, runs
+from compiled_cases import CASES, PREPARED, critic, runs
 from fields import as_installed
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import qsteer
-from qsteer.adapters import PlainPolicy
-from qsteer.adapters.pi import PiExpert, PiField
+from qsteer.adapters import PlainPolicy, host_of
+from qsteer.adapters.experts import ExpertField
+from qsteer.adapters.pi import PiExpert
 from qsteer.compiling.kept import KEPT
 from qsteer.compiling.kinds import rebuilt, signature, tensors_in
 from qsteer.compiling.runs import MismatchError
 from qsteer.critics import LiveCritic
+from qsteer.hosts import Host
 from qsteer.maps import FlowMap, MapConfig, MetaFlowMap, MetaMapConfig
 from qsteer.policies import FlowPolicy, FlowPolicyConfig
 from qsteer.steering.compiled import check_field
 from qsteer.steering.handle import steer
 
 
-@pytest.fixture(params=PI)
+@pytest.fixture(params=PREPARED)
 def name(request: pytest.FixtureRequest) -> str:
     return request.param
 
@@ -60,7 +62,9 @@ def test_actions_are_those_of_the_eager_path(
     # a difference of velocities over h of 7e-4 makes their rounding larger
     tolerance = 5e-4 if isinstance(method[0], qsteer.ForwardTweedie) else 1e-4
     torch.testing.assert_close(*actions, rtol=tolerance, atol=tolerance)
-    torch.testing.assert_close(*map(torch.from_numpy, traces), rtol=1e-3, atol=1e-4, equal_nan=True)
+    # and so does the bend of a curve through improvements of 1e-4 an automatic strength's
+    spare = 5e-4 if getattr(method[0], "alpha", None) == "auto" else 1e-4
+    torch.testing.assert_close(*map(torch.from_numpy, traces), rtol=1e-3, atol=spare, equal_nan=True)
     assert torch.equal(*randoms), "the host's own random stream"
 
 
@@ -259,19 +263,19 @@ def test_an_action_asks_the_device_nothing(
 def test_a_prepared_step_that_is_not_the_hosts_is_refused(
     policy: nn.Module, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    call = PiField.__call__
+    call = ExpertField.__call__
 
-    def off(self: PiField, x: Tensor, t: Tensor) -> Tensor:
+    def off(self: ExpertField, x: Tensor, t: Tensor) -> Tensor:
         return 1.001 * call(self, x, t)
 
-    def without_gradient(self: PiField, x: Tensor, t: Tensor) -> Tensor:
+    def without_gradient(self: ExpertField, x: Tensor, t: Tensor) -> Tensor:
         return call(self, x.detach(), t) + 0 * x
 
     for wrong, what in (
         (off, "the prepared velocity"),
         (without_gradient, "the prepared velocity's gradient"),
     ):
-        monkeypatch.setattr(PiField, "__call__", wrong)
+        monkeypatch.setattr(ExpertField, "__call__", wrong)
         with (
             steer(policy, hosts.Target(), qsteer.Tweedie(), compile="static"),
             pytest.raises(RuntimeError, match=f"expected {what} to be .* leave compile out"),
@@ -312,6 +316,12 @@ def test_a_value_that_hides_the_observation_is_refused() -> None:
         policy.predict_action_chunk(hosts.observe(policy))
 
 
+class Unprepared(hosts.Plain):
+    @property
+    def __qsteer_host__(self) -> Host:
+        return replace(super().__qsteer_host__, prepare=None)
+
+
 def test_what_cannot_be_is_refused() -> None:
     policy = hosts.shared("pi05")
     with pytest.raises(
@@ -323,8 +333,8 @@ def test_what_cannot_be_is_refused() -> None:
         pytest.raises(ValueError, match="expected one of static, graph, inductor or None, got 'max'"),
     ):
         steer(policy, hosts.Target(), compile="max")  # type: ignore[arg-type]
-    with pytest.raises(TypeError, match=r"expected a policy whose step .*, got SmolVLAPolicy"):
-        steer(hosts.shared("smolvla"), hosts.Target(), compile="static")
+    with pytest.raises(TypeError, match=r"expected a policy whose step .*SmolVLAPolicy.*, got Unprepared"):
+        steer(Unprepared(0), hosts.Target(), compile="static")
     free = PlainPolicy(lambda x, t, obs: -x, horizon=4, action_dim=3)
     with pytest.raises(ValueError, match="got no parameters"):
         steer(free, hosts.Target(), compile="graph")
@@ -333,8 +343,8 @@ def test_what_cannot_be_is_refused() -> None:
 def test_a_residual_flow_map_looks_its_times_up(monkeypatch: pytest.MonkeyPatch) -> None:
     """The policy behind it is asked at floats: what pi0.5 knows of a time is evaluated once."""
     policy, evaluated = hosts.shared("pi05"), []
-    evaluate = PiExpert._evaluate
-    monkeypatch.setattr(PiExpert, "_evaluate", lambda self, u: evaluated.append(len(u)) or evaluate(self, u))
+    evaluate = PiExpert.evaluate
+    monkeypatch.setattr(PiExpert, "evaluate", lambda self, u: evaluated.append(len(u)) or evaluate(self, u))
     features, _ = qsteer.open_action(policy, hosts.observe(policy)).field.features
     config = MapConfig(6, 5, features.shape[-1], "transformer", width=16, depth=1, heads=2, residual=True)
     sampler = qsteer.BeamSearch(2, 2, 1, flow_map=FlowMap(config))
@@ -345,8 +355,9 @@ def test_a_residual_flow_map_looks_its_times_up(monkeypatch: pytest.MonkeyPatch)
     assert evaluated == []
 
 
-def test_changed_weights_of_the_policy_are_seen() -> None:
-    policy = hosts.build("pi05", seed=3)
+@pytest.mark.parametrize("name", ["pi05", "smolvla"])
+def test_changed_weights_of_the_policy_are_seen(name: str) -> None:
+    policy = hosts.build(name, seed=3)
     batch, noise = hosts.observe(policy), hosts.draw(policy)
     with steer(policy, critic(policy), qsteer.QGF(), compile="static"):
         before = policy.predict_action_chunk(batch, noise=noise)
@@ -377,15 +388,20 @@ def replace_memory(policy: nn.Module) -> None:
         weight.data = 1.05 * weight.data
 
 
+def layers(policy: nn.Module) -> Any:
+    return host_of(policy).read(policy, host_of(policy).layers)
+
+
 def replace_module(policy: nn.Module) -> None:
-    attention = policy.model.paligemma_with_expert.gemma_expert.model.layers[0].self_attn
+    attention = layers(policy)[0].self_attn
     attention.q_proj = deepcopy(attention.q_proj)
     attention.q_proj.weight.data.mul_(1.5)
 
 
 @pytest.mark.parametrize("change", [assign, replace_memory, replace_module])
-def test_weights_and_modules_put_in_the_place_of_others_are_seen(change: Any) -> None:
-    policy = hosts.build("pi05", seed=3)
+@pytest.mark.parametrize("name", ["pi05", "smolvla"])
+def test_weights_and_modules_put_in_the_place_of_others_are_seen(name: str, change: Any) -> None:
+    policy = hosts.build(name, seed=3)
     hosts.set_steps(policy, 3)
     batch, noise = hosts.observe(policy), hosts.draw(policy)
     with steer(policy, critic(policy), qsteer.QGF(), compile="static"):
@@ -398,11 +414,12 @@ def test_weights_and_modules_put_in_the_place_of_others_are_seen(change: Any) ->
     assert (after - before).abs().max() > 1e-3
 
 
-def test_a_hook_or_an_adapter_put_on_later_is_refused() -> None:
+@pytest.mark.parametrize("name", ["pi05", "smolvla"])
+def test_a_hook_or_an_adapter_put_on_later_is_refused(name: str) -> None:
     """The prepared step reads matrices: what is around them is compared with the host's again."""
-    policy = hosts.build("pi05", seed=3)
+    policy = hosts.build(name, seed=3)
     hosts.set_steps(policy, 3)
-    layer = policy.model.paligemma_with_expert.gemma_expert.model.layers[0].mlp
+    layer = layers(policy)[0].mlp
     with steer(policy, hosts.Target(), qsteer.QGF(), compile="static"):
         policy.predict_action_chunk(hosts.observe(policy))
         hook = layer.register_forward_hook(lambda module, args, result: 1.5 * result)

@@ -10,7 +10,7 @@ from typing import Any, cast
 import hosts
 import pytest
 import torch
-from compiled_cases import METHODS, PI, critic, runs
+from compiled_cases import METHODS, PREPARED, critic, runs
 from torch import Tensor, nn
 
 import qsteer
@@ -27,10 +27,10 @@ from qsteer.steering.handle import steer
 
 CASES = [
     pytest.param(name, method, id=f"{name}-{method[0]}-{method[1]}", marks=marks)
-    for name, marks in (("pi0", pytest.mark.slow), ("pi05", pytest.mark.slow), ("plain", ()))
+    for name, marks in (*((name, pytest.mark.slow) for name in PREPARED), ("plain", ()))
     for method in METHODS
 ]
-QUICK = [pytest.param(name, METHODS[1], id=name) for name in PI]
+QUICK = [pytest.param(name, METHODS[1], id=name) for name in PREPARED]
 
 
 @pytest.fixture

@@ -140,13 +140,12 @@ def test_any_rule_with_any_sampler(
     if not drew and not (isinstance(sampler, SELECTING) and dtype != torch.float32):
         alone = torch.cat([act(seed)[0] for seed in (0, 1)])
         assert off(action, alone) <= ROUNDING[dtype], "a batch is its rows"
-    if name != "smolvla":  # whose step cannot be prepared
-        static, _ = act(0, 1, mode="static")
-        assert (static.shape, static.dtype) == (base.shape, base.dtype)
-        if name == "plain":
-            assert torch.equal(static, action)
-        elif not (isinstance(sampler, SELECTING) and dtype != torch.float32):
-            assert off(static, action) <= ROUNDING[dtype]
-        assert torch.isfinite(static).all()
+    static, _ = act(0, 1, mode="static")
+    assert (static.shape, static.dtype) == (base.shape, base.dtype)
+    if name == "plain":
+        assert torch.equal(static, action)
+    elif not (isinstance(sampler, SELECTING) and dtype != torch.float32):
+        assert off(static, action) <= ROUNDING[dtype]
+    assert torch.isfinite(static).all()
     again = policy.predict_action_chunk(observe(policy, 0, 1), noise=draw(policy, name, dtype, 0, 1))
     assert torch.equal(again, base), "the removed policy is the host, bit for bit"

@@ -10,7 +10,7 @@ import qsteer
 from qsteer.critics import Critic, CriticConfig
 from qsteer.maps import GlassPosterior
 
-PI = ("pi0", "pi05")
+PREPARED = ("pi0", "pi05", "smolvla")
 GLASS = GlassPosterior(steps=2)
 METHODS: tuple[tuple[qsteer.Rule | None, qsteer.Sampler], ...] = (
     (None, qsteer.Euler()),
@@ -38,9 +38,14 @@ METHODS: tuple[tuple[qsteer.Rule | None, qsteer.Sampler], ...] = (
     (qsteer.Tweedie(), qsteer.BestOfN(3)),
 )
 CASES = [
-    pytest.param(name, method, id=f"{name}-{method[0]}-{method[1]}")
-    for name in (*PI, "plain")
-    for method in (METHODS[:4] if name == "pi0" else METHODS)
+    pytest.param(
+        name,
+        method,
+        id=f"{name}-{method[0]}-{method[1]}",
+        marks=pytest.mark.slow if name == "smolvla" and i > 2 else (),
+    )
+    for name in (*PREPARED, "plain")
+    for i, method in enumerate(METHODS[:4] if name == "pi0" else METHODS)
 ]
 
 

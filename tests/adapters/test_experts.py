@@ -1,5 +1,6 @@
-"""The prepared step of pi0 and pi0.5 is the host's."""
+"""The prepared step of pi0, pi0.5 and SmolVLA is the host's."""
 
+from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import replace
 from typing import Any
@@ -7,34 +8,18 @@ from typing import Any
 import hosts
 import pytest
 import torch
-from compiled_cases import PI
+from compiled_cases import PREPARED
+from prepared import fields, prepare, pulled
 from torch import Tensor, nn
 
-import qsteer
-from qsteer.adapters.pi import PiExpert, PiField
-from qsteer.hosts import HostField
+from qsteer.adapters import host_of
+from qsteer.rules import Tweedie
 from qsteer.steering.handle import steer
 
 
-@pytest.fixture(params=PI)
+@pytest.fixture(params=PREPARED)
 def name(request: pytest.FixtureRequest) -> str:
     return request.param
-
-
-def fields(policy: nn.Module, rows: int = 2, **changed: Tensor) -> tuple[HostField, PiField]:
-    """The host's field, and the prepared one, for random observations."""
-    seen: list[Any] = []
-    with steer(policy, hosts.Target(), hosts.Spy(seen)):
-        policy.predict_action_chunk(hosts.observe(policy, rows) | changed)
-    return seen[0][0], PiExpert(policy)(seen[0][0])
-
-
-def pulled(field: qsteer.Field, x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
-    """The velocity, and its vector-Jacobian product in a fixed direction."""
-    x = x.clone().requires_grad_()
-    v = field(x, t)
-    direction = torch.randn(x.shape, generator=torch.Generator().manual_seed(9))
-    return v.detach(), torch.autograd.grad(v, x, direction)[0]
 
 
 @pytest.mark.parametrize("each", [1, 3])
@@ -56,20 +41,21 @@ def test_it_depends_on_the_prefix_the_state_and_the_time(policy: nn.Module) -> N
     assert not torch.allclose(v, prepared(x, t + 0.2), atol=1e-4)
     other = replace(prepared, values=tuple(-values for values in prepared.values))
     assert not torch.allclose(v, other(x, t), atol=1e-4)
-    if prepared.state is not None:
+    if getattr(prepared, "state", None) is not None:
         assert not torch.allclose(v, replace(prepared, state=-prepared.state)(x, t), atol=1e-4)
 
 
-@pytest.mark.parametrize("layers", [1, 2])
-def test_a_gradient_through_the_last_layers_is_the_hosts(policy: nn.Module, layers: int) -> None:
-    own, prepared = (field.truncated(layers) for field in fields(policy))
+@pytest.mark.parametrize("all_of_them", [False, True])
+def test_a_gradient_through_the_last_layers_is_the_hosts(policy: nn.Module, all_of_them: bool) -> None:
+    depth = len(host_of(policy).read(policy, host_of(policy).layers))
+    own, prepared = (field.truncated(depth if all_of_them else 1) for field in fields(policy))
     x, t = torch.randn(2, 6, 5), torch.full((2,), 0.3, dtype=torch.float64)
     for ours, its in zip(pulled(prepared, x, t), pulled(own, x, t), strict=True):
         torch.testing.assert_close(ours, its, rtol=1e-5, atol=1e-5)
     whole = pulled(fields(policy)[1], x, t)[1]
-    assert torch.allclose(pulled(prepared, x, t)[1], whole, atol=1e-5) == (layers == 2)
-    with pytest.raises(ValueError, match="expected 1 to 2"):
-        prepared.truncated(3)
+    assert torch.allclose(pulled(prepared, x, t)[1], whole, atol=1e-5) == all_of_them
+    with pytest.raises(ValueError, match=f"expected 1 to {depth}"):
+        prepared.truncated(depth + 1)
 
 
 def test_absent_tokens_of_the_prefix_are_not_seen(policy: nn.Module) -> None:
@@ -94,14 +80,25 @@ def test_its_features_are_the_hosts(policy: nn.Module) -> None:
         assert torch.equal(ours, its)
 
 
-def test_in_bfloat16_it_is_as_close_to_float32_as_the_host() -> None:
+def pi05_in_bfloat16() -> nn.Module:
+    return hosts.random_hosts.pi05(64, 6, dtype=torch.bfloat16)
+
+
+def smolvla_in_bfloat16() -> nn.Module:
+    policy = hosts.random_hosts.smolvla(64, 6)
+    policy.model.vlm_with_expert.bfloat16()  # as lerobot loads it: the layers around it stay single
+    return policy
+
+
+@pytest.mark.parametrize("build", [pi05_in_bfloat16, smolvla_in_bfloat16])
+def test_in_bfloat16_it_is_as_close_to_float32_as_the_host(build: Callable[[], nn.Module]) -> None:
     """Rounding is not ours to remove, but not ours to add either."""
-    policy = hosts.random_hosts.pi05(64, 6, dtype=torch.bfloat16)
+    policy = build()
     own, prepared = fields(policy.requires_grad_(False))
-    exact = deepcopy(policy)
-    exact.model.paligemma_with_expert.float()
+    assert prepared.dtype == torch.bfloat16
+    exact = deepcopy(policy).float()
     wide = {name: tuple(part.float() for part in getattr(prepared, name)) for name in ("keys", "values")}
-    truth = replace(prepared, expert=PiExpert(exact), **wide)
+    truth = replace(prepared, expert=prepare(exact), **wide)
     x, t = torch.randn(2, 6, 5), torch.full((2,), 0.3, dtype=torch.float64)
     for ours, its, true in zip(*(pulled(field, x, t) for field in (prepared, own, truth)), strict=True):
         assert 1e-4 < (its - true).norm() / true.norm() < 0.08
@@ -112,14 +109,15 @@ def test_what_depends_on_the_time_alone_is_evaluated_once(
     policy: nn.Module, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     calls: list[float] = []
-    evaluate = PiExpert._evaluate
+    expert = host_of(policy).prepare
+    evaluate = expert.evaluate
 
-    def counted(self: PiExpert, u: Tensor) -> Any:
+    def counted(self: Any, u: Tensor) -> Any:
         calls.append(float(u[0]))
         return evaluate(self, u)
 
-    monkeypatch.setattr(PiExpert, "_evaluate", counted)
-    with steer(policy, hosts.Target(), qsteer.Tweedie(), compile="static"):
+    monkeypatch.setattr(expert, "evaluate", counted)
+    with steer(policy, hosts.Target(), Tweedie(), compile="static"):
         for seed in range(3):
             policy.predict_action_chunk(hosts.observe(policy, 1, seed))
     assert len(calls) == len(set(calls)) == 10
@@ -138,7 +136,7 @@ def test_what_is_known_of_a_time_is_that_of_the_switches(policy: nn.Module, firs
     _, prepared = fields(policy)
     x, results = torch.randn(2, 6, 5), {}
     for enabled in (first, not first):
-        for name, expert in (("used", prepared.expert), ("new", PiExpert(policy))):
+        for name, expert in (("used", prepared.expert), ("new", prepare(policy))):
             with torch.autocast("cpu", torch.bfloat16, enabled), torch.no_grad():
                 results[name] = replace(prepared, expert=expert)(x, 0.3)
         assert torch.equal(results["used"], results["new"])
