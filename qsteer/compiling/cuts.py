@@ -1,10 +1,14 @@
 """Cut a line of operators where its steps begin: steps that differ in numbers only are compiled once."""
 
+import math
 from collections.abc import Iterator
+from itertools import groupby
+from operator import getitem
 from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, fx
+from torch._ops import OpOverload
 from torch.fx import Graph, Node
 from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
@@ -57,6 +61,9 @@ class Number(NamedTuple):
     @classmethod
     def of(cls, node: Node) -> "Number | None":
         """Return that of an operator; None: it has none that a scalar could replace."""
+        if node.target is aten.full.default and isinstance(node.args[1], float):
+            made = node.meta["val"]
+            return cls(node.args[1], made.dtype, made.device) if made.dtype in EXACT else None
         if node.target not in WITH_NUMBER or node.kwargs or len(node.args) != 2:
             return None
         x, number = node.args
@@ -114,7 +121,8 @@ def cut(graph: Graph, marks: bool) -> Cut:
     """
     inputs = [node for node in graph.nodes if node.op == "placeholder"]
     results: list[Node] = list(cast(Any, graph.output_node().args[0]))
-    pieces = [Piece.of(nodes, set(results)) for nodes in split(graph, marks)]
+    nodes = [node for node in graph.nodes if node.op == "call_function"]
+    pieces = [Piece.of(part, set(results)) for part in (split(nodes) if marks else [nodes])]
 
     found: dict[Part, list[int]] = {}  # pieces that differ in numbers only
     numbers: list[list[Number]] = []
@@ -144,20 +152,32 @@ def cut(graph: Graph, marks: bool) -> Cut:
     return Cut(list(parts), calls, tensors, [places[node] for node in results])
 
 
-def split(graph: Graph, marks: bool) -> Iterator[list[Node]]:
-    """Yield the operators between two marks."""
-    nodes: list[Node] = []
-    step = None
-    for node in graph.nodes:
-        if node.op != "call_function":
-            continue
-        if marks and nodes and node.meta.get(STEP) != step:
-            yield nodes
-            nodes = []
-        step = node.meta.get(STEP)
-        nodes.append(node)
-    if nodes:
-        yield nodes
+def split(nodes: list[Node]) -> Iterator[list[Node]]:
+    """Yield the operators between two marks; before them, those of which steps after the next one read.
+
+    A step that encodes something for all is the first; without that it is like the others.
+    """
+    steps = [list(step) for _, step in groupby(nodes, lambda node: node.meta.get(STEP, math.inf))]
+    step_of = {node: i for i, step in enumerate(steps) for node in step}
+    for i, step in enumerate(steps):
+        kept = {node for node in step if any(step_of.get(user, i) > i + 1 for user in node.users)}
+        for node in reversed(step):
+            if node in kept:
+                kept.update(x for x in node.all_input_nodes if step_of.get(x) == i)
+        kept.update(node for node in step if node.target is getitem and node.args[0] in kept)
+        if any((x in kept) != (node in kept) for node in step if writes(node) for x in read_with(node)):
+            kept = set()  # who reads before and after a tensor is written matters
+        yield from filter(None, ([x for x in step if x in kept], [x for x in step if x not in kept]))
+
+
+def writes(node: Node) -> bool:
+    """Return whether an operator writes into what it is given."""
+    return isinstance(node.target, OpOverload) and node.target._schema.is_mutable
+
+
+def read_with(node: Node) -> list[Node]:
+    """Return the operators that read what an operator is given."""
+    return [user for given in node.all_input_nodes for user in given.users]
 
 
 def written(piece: Piece, lifted: set[int] | None) -> tuple[Part, list[Number]]:
@@ -178,6 +198,11 @@ def written(piece: Piece, lifted: set[int] | None) -> tuple[Part, list[Number]]:
             if lifted is None or seen in lifted:
                 scalar = graph.placeholder(f"number_{len(numbers)}")
                 numbers.append(number)
+                if target is aten.full.default:
+                    spread = graph.call_function(aten.expand.default, (scalar, args[0]))
+                    copies[node] = graph.call_function(aten.clone.default, (spread,))
+                    seen += 1
+                    continue
                 target, args = WITH_NUMBER[target], (args[0], scalar)
             seen += 1
         mine = fx.map_arg((args, node.kwargs), lambda x: copies.get(x, x))
