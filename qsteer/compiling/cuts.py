@@ -15,6 +15,8 @@ from torch.fx.experimental.proxy_tensor import get_proxy_mode
 STEP = "qsteer_step"
 """Where a node says in which step it was written down."""
 aten = torch.ops.aten
+REPORTS = 1
+"""Parts after the next step that read what a step reports: the last."""
 WITH_NUMBER: dict[Any, Any] = {
     aten.mul.Tensor: aten.mul.Tensor,
     aten.add.Tensor: aten.add.Tensor,
@@ -153,14 +155,14 @@ def cut(graph: Graph, marks: bool) -> Cut:
 
 
 def split(nodes: list[Node]) -> Iterator[list[Node]]:
-    """Yield the operators between two marks; before them, those of which steps after the next one read.
+    """Yield the operators between two marks; before them, those of which several later steps read.
 
     A step that encodes something for all is the first; without that it is like the others.
     """
     steps = [list(step) for _, step in groupby(nodes, lambda node: node.meta.get(STEP, math.inf))]
     step_of = {node: i for i, step in enumerate(steps) for node in step}
     for i, step in enumerate(steps):
-        kept = {node for node in step if any(step_of.get(user, i) > i + 1 for user in node.users)}
+        kept = {node for node in step if len({step_of.get(user) for user in node.users} - {i}) > 1 + REPORTS}
         for node in reversed(step):
             if node in kept:
                 kept.update(x for x in node.all_input_nodes if step_of.get(x) == i)
