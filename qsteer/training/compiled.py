@@ -18,10 +18,10 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from qsteer.steering.hidden import Watch
-from qsteer.steering.inductor import TRIES, build, explain, load
+from qsteer.steering.inductor import build, explain, load
 from qsteer.steering.kinds import behind, rebuilt, signature, tensors_in
 from qsteer.steering.lines import Draw, Line, Recorded, Replayed, is_random, lift
-from qsteer.steering.runs import MismatchError, check_alike, unlike
+from qsteer.steering.runs import MismatchError, check_alike, unlike, unmoved
 
 if TYPE_CHECKING:  # which imports this file
     from qsteer.training.loop import Learner
@@ -95,6 +95,7 @@ class CompiledLoss:
 
     def __init__(self, learner: "Learner", parameters: Sequence[nn.Parameter]) -> None:
         self.learner, self.parameters = learner, list(parameters)
+        self.device = self.parameters[0].device
         self._kinds: dict[Hashable, Compiled] = {}
 
     def __call__(self, generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
@@ -150,7 +151,7 @@ class CompiledLoss:
                 f"compile: expected an update that Inductor compiles, got {type(error).__name__}: {error}; "
                 "leave compile out"
             ) from error
-        compiled = Compiled(line, load(path, self.parameters[0].device), kept.draws)
+        compiled = Compiled(line, load(path, self.device), kept.draws)
         self.check(compiled, eager, batch, tensors, kept.drawn, generator)
         took, how = time.perf_counter() - began, "found on the disk" if found else "compiled"
         log.info("an update of %d operators was %s in %.1f s", line.source.count("\n"), how, took)
@@ -171,28 +172,35 @@ class CompiledLoss:
         drawn: Sequence[Tensor],
         generator: torch.Generator,
     ) -> None:
-        """Compare loss and gradients with the eager ones, on this batch; if they differ, on some like it.
+        """Compare loss and gradients with the eager ones; if they differ, again at other weights.
 
-        Where a rule chooses between candidates of nearly the same value, rounding decides.
+        A gradient may be zero but for rounding, as that of a residual map is at first, and a rule may choose
+        between candidates of nearly the same value.
 
         Raises:
             MismatchError: they differ.
         """
-        given = list(tensors)
-        for left in reversed(range(TRIES)):
-            got = compiled(given, drawn)
-            try:
-                for name, a, b in zip(("loss", "gradient"), flatten(got), flatten(eager), strict=True):
-                    check_alike(f"the compiled update's {name}", a, b, given)
-            except MismatchError:
-                if not left:
-                    raise
-            else:
-                return
-            with torch.random.fork_rng(devices=[]):
+        try:
+            return compare(compiled(tensors, drawn), eager, tensors)
+        except MismatchError:
+            before = [parameter.detach().clone() for parameter in self.parameters]
+        try:
+            with unmoved(None, self.device), torch.no_grad():
                 given = [unlike(tensor) for tensor in tensors]
+                for parameter in self.parameters:
+                    parameter.add_(torch.randn_like(parameter), alpha=0.02)
             with Replayed(drawn):
                 eager = self.differentiate(rebuilt(batch, iter(given)), generator)
+            compare(compiled(given, drawn), eager, given)
+        finally:
+            for parameter, weight in zip(self.parameters, before, strict=True):
+                parameter.data.copy_(weight)
+
+
+def compare(got: Outcome, expected: Outcome, inputs: Sequence[Tensor]) -> None:
+    """Raise MismatchError unless two outcomes agree to what the least precise of the inputs allows."""
+    for name, a, b in zip(("loss", "gradient"), flatten(got), flatten(expected), strict=True):
+        check_alike(f"the compiled update's {name}", a, b, list(inputs))
 
 
 def flatten(outcome: Outcome) -> tuple[Tensor, Tensor]:
