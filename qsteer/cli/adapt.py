@@ -47,7 +47,8 @@ def run(args: argparse.Namespace) -> None:
     from qsteer.training.loop import METRICS
 
     task, directory = RECIPES[args.task], run_directory(args.task, args.seed)
-    given = select_given(args, "seed", "steps", "env_steps", "eta") | {"learn_critic": not args.fixed_critic}
+    given = select_given(args, "seed", "steps", "compile", "env_steps", "eta")
+    given["learn_critic"] = not args.fixed_critic
     if args.env_steps and args.steps is None:
         given["steps"] = args.env_steps  # one update per environment step
     training = replace(task.fmq, **given)

@@ -49,7 +49,7 @@ def run(args: argparse.Namespace) -> None:
         StateTeacher(policy, Chunks(Episodes.from_ogbench(d).to(args.device), shape.horizon, 1.0, "actions"))
         for d in load(task.environment(), args.data or task.data_path)
     )
-    given = select_given(args, "seed", "steps")
+    given = select_given(args, "seed", "steps", "compile")
     kind = MetaMapConfig if args.map == "meta" else MapConfig
     config = kind(
         shape.horizon,

@@ -52,7 +52,17 @@ def add_training_options(parser: argparse.ArgumentParser, kind: str) -> None:
     parser.add_argument("--steps", type=positive_int, help="gradient steps; default: the recipe's")
     parser.add_argument("--seed", type=natural_int, default=0, help="training seed")
     add_device_option(parser)
+    add_compile_option(parser)
     parser.add_argument("--out", type=Path, help=f"run directory; default runs/TASK/seedN/{kind}")
+
+
+def add_compile_option(parser: argparse.ArgumentParser) -> None:
+    """Add ``--compile``."""
+    parser.add_argument(
+        "--compile",
+        action="store_true",
+        help="compile updates and actions, for a minute or more at the first ones",
+    )
 
 
 def select_given(args: argparse.Namespace, *names: str) -> dict[str, Any]:

@@ -36,7 +36,9 @@ def run(args: argparse.Namespace) -> None:
     from qsteer.training import train_critic
 
     task = RECIPES[args.task]
-    training = replace(task.critic, **select_given(args, "seed", "steps", "target", "members", "rho"))
+    training = replace(
+        task.critic, **select_given(args, "seed", "steps", "compile", "target", "members", "rho")
+    )
     out = start_run(args, args.out or run_directory(args.task, args.seed) / "critic")
     train, _ = load(task.environment(), args.data or task.data_path)
     train_critic(Episodes.from_ogbench(train), out, training, device=args.device)

@@ -8,6 +8,7 @@ from pathlib import Path
 from qsteer.cli.options import (
     Commands,
     add_command,
+    add_compile_option,
     add_device_option,
     add_task_option,
     natural_int,
@@ -46,6 +47,7 @@ def add_parser(commands: Commands) -> None:
     )
     parser.add_argument("--tracker", help="tensorboard, wandb, trackio, ...: gets the metrics too")
     add_device_option(parser)
+    add_compile_option(parser)
     parser.add_argument("--out", type=Path, help="run directory; default runs/TASK/online/ARM-TARGET")
 
 
@@ -63,7 +65,7 @@ def run(args: argparse.Namespace) -> None:
 
     task, arm = RECIPES[args.task], parse(args.arm)
     given = select_given(args, "env_steps", "num_envs", "updates_per_step", "warmup")
-    critic = replace(task.online.critic, seed=args.seeds[0], **select_given(args, "target"))
+    critic = replace(task.online.critic, seed=args.seeds[0], **select_given(args, "compile", "target"))
     training = replace(task.online, critic=critic, **given)
     out = start_run(args, args.out or Path("runs") / args.task / "online" / f"{args.arm}-{critic.target}")
     paths = [args.policy or run_directory(args.task, seed) / "policy" for seed in args.seeds]
@@ -72,7 +74,7 @@ def run(args: argparse.Namespace) -> None:
     live = LiveCritic(
         fresh_critic(critic.critic_config(shape.obs_dim, shape.action_dim), args.seeds).to(args.device)
     )
-    actor = StateActor(policies, live)
+    actor = StateActor(policies, live, compile="inductor" if args.compile else None)
     offline = None
     if args.data:
         episodes = Episodes.from_ogbench(ogbench.load(task.environment(), args.data)[0]).to(args.device)

@@ -35,7 +35,7 @@ def run(args: argparse.Namespace) -> None:
     from qsteer.training import train_policy
 
     task = RECIPES[args.task]
-    training = replace(task.policy, **select_given(args, "seed", "steps"))
+    training = replace(task.policy, **select_given(args, "seed", "steps", "compile"))
     if args.residual_layers is not None:
         hidden = tuple(training.hidden[:1]) * (1 + args.residual_layers)
         training = replace(training, hidden=hidden, residual=True)

@@ -68,7 +68,8 @@ def leaves_of(policy: Any) -> list[Any]:
 def tensors_of(tree: Any) -> list[Tensor]:
     """Return the tensors with a memory in a nested structure."""
     leaves = pytree.tree_leaves(tree)
-    return [x for x in leaves if isinstance(x, Tensor) and x.layout == torch.strided and x.numel()]
+    tensors = (x for x in leaves if isinstance(x, Tensor) and not x._is_zerotensor())  # of derivatives
+    return [x for x in tensors if x.layout == torch.strided and x.numel()]
 
 
 def memory_of(tensor: Tensor) -> int:

@@ -143,17 +143,34 @@ def trace(
 
     Cost: one eager action, at about a millisecond for each operator.
     """
-    outputs: Any = None
 
-    def line(buffers: list[Tensor], drawn: list[Tensor]) -> tuple[Tensor, ...]:
-        nonlocal outputs
-        with Replayed(drawn):
-            action, record = act(buffers, mark)
-        outputs = action, *record.counted()
-        return tuple(tensors_in(outputs))
+    def action(buffers: Sequence[Tensor]) -> Any:
+        action, record = act(buffers, mark)
+        return action, *record.counted()
 
     with torch.no_grad():
-        module = make_fx(line)(list(buffers), [torch.zeros_like(draw.like) for draw in draws])
+        return write(action, buffers, [torch.zeros_like(draw.like) for draw in draws])
+
+
+def write(
+    function: Callable[[Sequence[Tensor]], Any], tensors: Sequence[Tensor], drawn: Sequence[Tensor]
+) -> Line:
+    """Write down the operators of a function of tensors that returns a tree of them.
+
+    Args:
+        function: may draw random numbers.
+        tensors: like those that it will be given.
+        drawn: like those that it draws, in order.
+    """
+    outputs: Any = None
+
+    def line(tensors: list[Tensor], drawn: list[Tensor]) -> tuple[Tensor, ...]:
+        nonlocal outputs
+        with Replayed(drawn):
+            outputs = function(tensors)
+        return tuple(tensors_in(outputs))
+
+    module = make_fx(line)(list(tensors), list(drawn))
     weights = lift(module)
     module.graph.eliminate_dead_code()
     parts, calls, numbers, results = cut(module.graph, marks=len(module.graph.nodes) > MANY)

@@ -9,6 +9,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from qsteer.adapters import contract_of
+from qsteer.compiling.kept import Mode
 from qsteer.contract import Contract, agreed
 from qsteer.critics.critic import Critic, CriticConfig
 from qsteer.critics.encoders import to_unit_view
@@ -16,7 +17,7 @@ from qsteer.critics.live import LiveCritic
 from qsteer.flow import field
 from qsteer.policies import FlowPolicy
 from qsteer.samplers import Euler
-from qsteer.sampling import acting, sample
+from qsteer.sampling import FastSampling, acting, sample
 from qsteer.steering.handle import steer
 from qsteer.trace import Trace
 from qsteer.types import Bindable, Field, Observation, Rule, Sampler, Value
@@ -67,10 +68,15 @@ class StateActor:
     Args:
         policies: one frozen policy for all, or one for each critic of a stack.
         critic: on the policies' device.
+        compile: how actions are made fast, see :func:`qsteer.sample`; the first of a kind waits for the
+            compiler.
     """
 
-    def __init__(self, policies: Sequence[FlowPolicy], critic: LiveCritic | Critic) -> None:
+    def __init__(
+        self, policies: Sequence[FlowPolicy], critic: LiveCritic | Critic, *, compile: Mode | None = None
+    ) -> None:
         config = policies[0].config
+        self.fast = None if compile is None else FastSampling(compile, wait=True)
         self.policies, self.critic = tuple(policies), critic
         self.noise_shape: tuple[int, ...] = (config.horizon, config.action_dim)
         self.trace = Trace(steps=False)
@@ -89,7 +95,15 @@ class StateActor:
         """Return a chunk for each observation."""
         obs = obs.to(noise.device)
         with acting(self.critic):
-            actions = self.sample(self.critic, obs, noise, self.rule, self.sampler, self.trace)
+            actions = sample(
+                self.field(obs),
+                self.critic.bind(obs),
+                noise,
+                rule=self.rule,
+                sampler=self.sampler,
+                trace=self.trace,
+                compile=self.fast,
+            )
         return Decision(actions, actions, obs)
 
     def sample(
@@ -99,10 +113,9 @@ class StateActor:
         noise: Float[Tensor, "N H A"],
         rule: Rule | None,
         sampler: Sampler,
-        trace: Trace | None = None,
     ) -> Float[Tensor, "N H A"]:
         """Return chunks under another critic."""
-        return sample(self.field(obs), critic.bind(obs), noise, rule=rule, sampler=sampler, trace=trace)
+        return sample(self.field(obs), critic.bind(obs), noise, rule=rule, sampler=sampler)
 
     def sample_under(self, rule: Rule | None, sampler: Sampler) -> Callable[[Critic, Tensor, Tensor], Tensor]:
         """Return ``(critic, obs, noise) -> actions``, for learners that ask for actions."""

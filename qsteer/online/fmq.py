@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from copy import deepcopy
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, cast, override
 
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from qsteer.checks import check_at_least
 from qsteer.critics.critic import Critic
-from qsteer.data.episodes import Chunks, Episodes, Source
+from qsteer.data.episodes import Chunks, Episodes, Source, Transitions
 from qsteer.data.layout import Layout
 from qsteer.data.mixed import Mixed
 from qsteer.data.replay import Replay
@@ -176,10 +176,13 @@ class FMQ(Learner):
         return Improvement(offline, fmq_target(offline, g, radius), radius)
 
     @override
-    def loss(self, generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
+    def sample(self, generator: torch.Generator) -> Transitions:
         self.collect(generator)
+        return self.source.sample(self.settings.batch_size, generator)
+
+    @override
+    def batch_loss(self, batch: Transitions, generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
         s = self.settings
-        batch = self.source.sample(s.batch_size, generator)
         uniform, normal = make_draws(batch.actions, generator)
         r = uniform()
         x = interpolate(normal(), batch.actions, r)
@@ -304,7 +307,7 @@ def adapt(
     device = next(flow_map.parameters()).device
     learner = FMQ(flow_map, critic, policy, episodes.to(device), training).to(device)
     networks: dict[str, nn.Module] = {"map": flow_map, "critic": critic, "policy": policy}
-    identity = asdict(training) | {
+    identity = training.describe() | {
         name: fingerprint(network.state_dict().values()) for name, network in networks.items()
     }
     identity["data"] = episodes.fingerprint()

@@ -30,7 +30,7 @@ from qsteer.files import (
     write_json,
 )
 from qsteer.fingerprints import describe, warn_unknown
-from qsteer.online.actors import Actor, Decision
+from qsteer.online.actors import Actor, Decision, StateActor
 from qsteer.online.health import Health
 from qsteer.online.logs import LogWindow, Tracker
 from qsteer.online.rewards import RewardGuard
@@ -38,7 +38,8 @@ from qsteer.online.settings import OnlineTraining
 from qsteer.online.sources import StackedSource, make_layout
 from qsteer.trace import Trace
 from qsteer.training.critic import LEARNERS, CriticTraining, SteeredPolicy
-from qsteer.training.loop import METRICS, SPEED, descend, list_generators, resume, save
+from qsteer.training.generators import list_generators
+from qsteer.training.loop import METRICS, SPEED, descend, differentiator, resume, save
 from qsteer.types import Observation, Rule, Sampler
 
 if TYPE_CHECKING:  # needs gymnasium
@@ -101,6 +102,7 @@ class OnlineLoop:
             torch.manual_seed(settings.seed)
             self.learner = kind(learning, self.source, settings, act).to(critic.device)
         self.optimizer = settings.optimizer([p for p in self.learner.parameters() if p.requires_grad])
+        self.differentiate = differentiator(self.learner, self.optimizer, settings)
         device = critic.device
         drawing = [part for part in (rule, sampler) if part is not None]
         others = [g for part in drawing for g in part.generators(device)] + self.learner.generators(device)
@@ -111,7 +113,8 @@ class OnlineLoop:
         if offline is not None:
             self.rewards.read_offline(offline)
         compared = {"critic": config, "rule": rule, "sampler": sampler}
-        self.identity = {"training": asdict(training)} | {k: describe(v) for k, v in compared.items()}
+        described = asdict(training) | {"critic": settings.describe()}
+        self.identity = {"training": described} | {k: describe(v) for k, v in compared.items()}
         self.update = resume(out, self.learner, self.optimizer, self.generators, self.identity)
         if self.update:
             warn_unknown(str(out), self.identity)
@@ -204,14 +207,18 @@ class OnlineLoop:
         self.actor.steer(self.rule if steering else None, self.sampler if steering else None)
 
     def act(self, obs: Observation, lanes: np.ndarray) -> Decision:
-        """Return chunks for the environments that ask; a stack is asked for equally many of each seed."""
+        """Return chunks for the environments that ask.
+
+        A stack is asked for equally many of each seed; a compiled actor, always for all.
+        """
         trace = self.actor.trace
         trace.steps = trace.steps and not trace.actions  # one traced action a line of metrics
-        if self.stack == 1:
+        compiled = isinstance(self.actor, StateActor) and self.actor.fast is not None
+        if self.stack == 1 and not compiled:
             return self.actor.act(obs, self.noise(len(lanes)))
         seed = lanes // self.training.num_envs
         place = np.arange(len(lanes)) - np.searchsorted(seed, seed)  # within the seed; lanes are sorted
-        rows = np.zeros((self.stack, place.max() + 1), int)
+        rows = np.zeros((self.stack, self.training.num_envs if compiled else place.max() + 1), int)
         rows[seed, place] = np.arange(len(lanes))
         padded = tree_map(itemgetter(rows.ravel()), obs)
         decision = self.actor.act(padded, self.noise(rows.size))
@@ -241,9 +248,9 @@ class OnlineLoop:
         while self.update < due:
             for _ in range(min(CHECK_EVERY, due - self.update)):
                 self.update += 1
-                loss, info = self.learner.loss(self.generator)
-                descend(self.learner, self.optimizer, loss, self.training.critic, self.update)
-            self.watch({"loss": loss.detach()} | info, window)
+                loss, info = self.differentiate(self.generator)
+                descend(self.learner, self.optimizer, self.training.critic, self.update)
+            self.watch({"loss": loss} | info, window)
         self.live.publish(self.learner.target)
 
     def watch(self, info: dict[str, Tensor], window: LogWindow) -> None:

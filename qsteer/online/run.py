@@ -16,7 +16,8 @@ from qsteer.online.logs import Tracker
 from qsteer.online.loop import OnlineLoop
 from qsteer.online.settings import OnlineTraining
 from qsteer.training.critic import ACTING, LEARNERS, SteeredPolicy
-from qsteer.training.loop import processes, seeded
+from qsteer.training.generators import seeded
+from qsteer.training.loop import processes
 from qsteer.types import Rule, Sampler
 
 if TYPE_CHECKING:  # needs gymnasium

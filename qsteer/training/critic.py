@@ -3,7 +3,7 @@
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from copy import deepcopy
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from inspect import getclosurevars
 from pathlib import Path
@@ -140,6 +140,11 @@ class CriticLearner(Learner):
     def y(self, batch: Transitions, generator: torch.Generator) -> Float[Tensor, "B"]:
         """Return the regression target."""
 
+    @override
+    def sample(self, generator: torch.Generator) -> Transitions:
+        return self.source.sample(self.settings.batch_size * self.stack, generator)
+
+    @override
     def batch_loss(self, batch: Transitions, generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the summed squared error of the members, and of the critics of a stack, on ``batch``."""
         with torch.no_grad():
@@ -149,11 +154,6 @@ class CriticLearner(Learner):
         info = {"q": seen.mean(), "q_min": seen.amin(), "q_max": seen.amax()}
         info |= {"q_std": seen.std(0, correction=0).mean(), "y": y.mean()}
         return self.stack * (q - y).square().mean(1).sum(), info
-
-    @override
-    def loss(self, generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
-        rows = self.settings.batch_size * self.stack
-        return self.batch_loss(self.source.sample(rows, generator), generator)
 
     @override
     def after_step(self) -> None:
@@ -392,7 +392,9 @@ def train_critic(
         kind = LEARNERS[training.target]
         chunks = Chunks(episodes.to(device), training.horizon, training.gamma, kind.need)
         learner = kind(critic.to(device), chunks, training, act).to(device)
-    identity = asdict(training) | {"data": episodes.fingerprint()} | ({"seeds": list(seeds)} if seeds else {})
+    identity = (
+        training.describe() | {"data": episodes.fingerprint()} | ({"seeds": list(seeds)} if seeds else {})
+    )
     fit(learner, out, training, identity, progress=progress)
     learner.target.eval().save_pretrained(out)
     return learner.target

@@ -14,13 +14,12 @@ import json
 import math
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
-import numpy as np
 import torch
 from accelerate import PartialState
 from safetensors import SafetensorError, safe_open
@@ -30,6 +29,7 @@ from tqdm import tqdm
 
 from qsteer.checks import check_at_least, check_positive, list_differences
 from qsteer.files import append_json_line, locked_run, replacing_file, trim_json_lines
+from qsteer.training.generators import list_generators, seeded
 
 CHECKPOINT, METRICS, SPEED = "checkpoint.safetensors", "metrics.jsonl", "speed.jsonl"
 
@@ -79,6 +79,8 @@ class Training:
             ``log_every``.
         warmup: steps in which the learning rate grows from zero.
         decay: steps, from the first on, in which it falls along a cosine to a tenth; 0: it does not.
+        compile: compile loss and gradients (:mod:`qsteer.training.compiled`); the first step waits for it, up
+            to some minutes. Needs a C++ compiler; without one a warning says that nothing is compiled.
     """
 
     steps: int
@@ -91,6 +93,7 @@ class Training:
     evaluate_every: int = 5000
     warmup: int = 0
     decay: int = 0
+    compile: bool = False
 
     def __post_init__(self) -> None:
         """Check the values."""
@@ -100,6 +103,21 @@ class Training:
     def optimizer(self, parameters: Sequence[nn.Parameter]) -> torch.optim.Optimizer:
         """Return the optimiser."""
         return torch.optim.Adam(parameters, self.learning_rate, fused=True)
+
+    @property
+    def compiles(self) -> bool:
+        """Whether loss and gradients are compiled: if they are to be, and there is a compiler."""
+        if not self.compile:
+            return False
+        from qsteer.training.compiled import has_compiler
+
+        return has_compiler()
+
+    def describe(self) -> dict[str, Any]:
+        """Return what a run's identity has of the settings; those of eager runs do not name ``compile``."""
+        described = asdict(self)
+        del described["compile"]
+        return described | ({"compile": True} if self.compiles else {})
 
     def rate(self, step: int) -> float:
         """Return the learning rate of a step, counted from 1."""
@@ -120,12 +138,23 @@ class Learner(nn.Module, ABC):
     share = WHOLE
     stack = 1
 
-    @abstractmethod
     def loss(self, generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
         """Draw a batch and return the mean loss and what to log.
 
         Randomness comes from ``generator``; what cannot take one may draw from torch's global generators, or
         from :meth:`generators`.
+        """
+        return self.batch_loss(self.sample(generator), generator)
+
+    @abstractmethod
+    def sample(self, generator: torch.Generator) -> Any:
+        """Draw a batch: tensors in tuples, dicts and frozen dataclasses."""
+
+    @abstractmethod
+    def batch_loss(self, batch: Any, generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return the mean loss of a batch and what to log.
+
+        It may be compiled: it computes with the batch, weights and buffers, and decides nothing by numbers.
         """
 
     def generators(self, device: torch.device) -> list[torch.Generator]:
@@ -188,7 +217,7 @@ def _fit(
     parameters = [p for p in learner.parameters() if p.requires_grad]
     optimizer = training.optimizer(parameters)
     generators = list_generators(training.seed, device, learner.generators(device))
-    generator = generators[0]
+    generator, differentiate = generators[0], differentiator(learner, optimizer, training)
     start = saved = resume(out, learner, optimizer, generators, identity)
     if broken := _list_broken(learner):
         raise RuntimeError(
@@ -215,11 +244,11 @@ def _fit(
     # The first step whose loss is not finite; found without waiting for the device.
     ill = torch.full((), training.steps + 1, device=device)
     for step in bar:
-        loss, info = learner.loss(generator)
-        ill = torch.where(loss.detach().isfinite(), ill, ill.clamp(max=step))
-        descend(learner, optimizer, loss, training, step)
+        loss, info = differentiate(generator)
+        ill = torch.where(loss.isfinite(), ill, ill.clamp(max=step))
+        descend(learner, optimizer, training, step)
         if step % training.log_every == 0 or step == training.steps:
-            shown = {"loss": loss.detach()} | info
+            shown = {"loss": loss} | info
             if state.num_processes > 1:
                 _average(list(shown.values()))
             values = {name: value.item() for name, value in shown.items()}
@@ -262,53 +291,33 @@ def _stop(out: Path, step: int, values: Mapping[str, float], saved: int) -> NoRe
     )
 
 
-@contextmanager
-def seeded(seed: int, device: torch.device) -> Iterator[None]:
-    """Seed torch's global generators of the CPU and of a device for a run, and restore them after it.
+def differentiator(
+    learner: Learner, optimizer: torch.optim.Optimizer, training: Training
+) -> Callable[[torch.Generator], tuple[Tensor, dict[str, Tensor]]]:
+    """Return what draws a batch, leaves gradients in the parameters, and returns loss and what to log.
 
-    Their streams are not those of ``torch.Generator().manual_seed(seed)``.
+    It is compiled if ``training`` says so, and eager else.
     """
-    derived = int(np.random.SeedSequence((seed, 1)).generate_state(1)[0])
-    shared = _list_shared(device)
-    before = [generator.get_state() for generator in shared]
-    for generator in shared:
-        generator.manual_seed(derived)
-    try:
-        yield
-    finally:
-        for generator, state in zip(shared, before, strict=True):
-            generator.set_state(state)
+    if training.compiles:
+        from qsteer.training.compiled import CompiledLoss
+
+        return CompiledLoss(learner, optimizer.param_groups[0]["params"])
+
+    def eager(generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
+        loss, info = learner.loss(generator)
+        optimizer.zero_grad()
+        loss.backward()
+        return loss.detach(), info
+
+    return eager
 
 
-def _list_shared(device: torch.device) -> list[torch.Generator]:
-    """Return torch's global generators of the CPU and of a device."""
-    if device.type != "cuda":
-        return [torch.default_generator]
-    torch.cuda.init()
-    index = torch.cuda.current_device() if device.index is None else device.index
-    return [torch.default_generator, torch.cuda.default_generators[index]]
-
-
-def list_generators(
-    seed: int, device: torch.device, others: Sequence[torch.Generator]
-) -> list[torch.Generator]:
-    """Return what a run draws from: a new generator, torch's global ones, and others, which are rewound."""
-    for generator in others:
-        generator.manual_seed(generator.initial_seed())
-    own = torch.Generator(device).manual_seed(seed)
-    return list({id(g): g for g in (own, *_list_shared(device), *others)}.values())
-
-
-def descend(
-    learner: Learner, optimizer: torch.optim.Optimizer, loss: Tensor, training: Training, step: int
-) -> None:
-    """Take one optimiser step, the same in all processes.
+def descend(learner: Learner, optimizer: torch.optim.Optimizer, training: Training, step: int) -> None:
+    """Take one optimiser step along the gradients in the parameters, the same in all processes.
 
     The gradients of models in a stack are clipped one by one.
     """
     parameters = optimizer.param_groups[0]["params"]
-    optimizer.zero_grad()
-    loss.backward()
     gradients = [p.grad for p in parameters if p.grad is not None]
     if PartialState().num_processes > 1:
         _average(gradients)

@@ -27,6 +27,7 @@ from qsteer.maps.meta import MetaFlowMap
 from qsteer.maps.networks import ChunkMLP
 from qsteer.training.loop import WHOLE, Learner, Share, Training, fit, processes
 from qsteer.training.teachers import Teacher
+from qsteer.types import Field
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,10 +82,15 @@ class MetaDistillation(Learner):
         self._average = get_ema_multi_avg_fn(1 - settings.ema)
         self._averaged = list(self.target.parameters()), list(self.meta.parameters())
 
-    def loss(self, generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
-        """Return the weighted sum of both losses on one batch."""
-        s = self.settings
-        field, x1 = self.teacher.batch(s.batch_size, generator, self.share)
+    def sample(self, generator: torch.Generator) -> tuple[Field, Tensor]:
+        """Draw observations, as the teacher's field on them, and clean actions."""
+        return self.teacher.batch(self.settings.batch_size, generator, self.share)
+
+    def batch_loss(
+        self, batch: tuple[Field, Tensor], generator: torch.Generator
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return the weighted sum of both losses."""
+        s, (field, x1) = self.settings, batch
         uniform, normal = make_draws(x1, generator, self.share)
         features = read_features(field)
 
@@ -233,10 +239,20 @@ class FlowMapDistillation(Learner):
         self.flow_map, self.teacher, self.settings = flow_map, teacher, settings
         self.register_buffer("step", torch.zeros((), dtype=torch.int64))
 
-    def loss(self, generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
-        """Return the weighted sum of both losses on one batch."""
+    def sample(self, generator: torch.Generator) -> tuple[Field, Tensor, Tensor | None]:
+        """Draw observations, as the teacher's field on them, and clean actions; add the intervals' reach.
+
+        That is a share of the full range, or None while there is the diagonal alone.
+        """
         s = self.settings
-        field, x1 = self.teacher.batch(s.batch_size, generator, self.share)
+        reach = ((self.step - s.diagonal_steps) / s.anneal_steps).clamp(0.0, 1.0)
+        return *self.teacher.batch(s.batch_size, generator, self.share), reach if reach else None
+
+    def batch_loss(
+        self, batch: tuple[Field, Tensor, Tensor | None], generator: torch.Generator
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return the weighted sum of both losses."""
+        s, (field, x1, reach) = self.settings, batch
         uniform, normal = make_draws(x1, generator, self.share)
         velocity = torch.no_grad()(field)
         z = self.flow_map.net.encode(read_features(field))
@@ -247,8 +263,7 @@ class FlowMapDistillation(Learner):
         t, x0 = uniform(), normal()
         diagonal = diagonal_loss(u, x0, x1, t, velocity(interpolate(x0, x1, t), t)).mean()
         info = {"diagonal": diagonal.detach()}
-        reach = ((self.step - s.diagonal_steps) / s.anneal_steps).clamp(0.0, 1.0)
-        if not reach:
+        if reach is None:
             return diagonal, info
 
         r, t = torch.stack([uniform(), uniform()]).sort(0).values
@@ -341,7 +356,7 @@ def _finish[M: (MetaFlowMap, FlowMap)](model: M, out: Path) -> M:
 
 
 def _describe(model: MetaFlowMap | FlowMap, teacher: Teacher, training: Training) -> dict[str, object]:
-    return asdict(training) | {"map": asdict(model.config), "teacher": teacher.fingerprint()}
+    return training.describe() | {"map": asdict(model.config), "teacher": teacher.fingerprint()}
 
 
 def make_draws(

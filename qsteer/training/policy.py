@@ -1,13 +1,13 @@
 """Behaviour cloning by flow matching: the frozen policy that everything else steers."""
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from qsteer.data.episodes import Chunks, Episodes
+from qsteer.data.episodes import Chunks, Episodes, Transitions
 from qsteer.flow import interpolate
 from qsteer.policies import FlowPolicy, FlowPolicyConfig
 from qsteer.training.loop import Learner, Training, fit
@@ -38,9 +38,12 @@ class FlowMatching(Learner):
         super().__init__()
         self.policy, self.chunks, self.batch_size = policy, chunks, batch_size
 
-    def loss(self, generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
-        """Return the flow-matching loss on one batch."""
-        batch = self.chunks.sample(self.batch_size, generator)
+    def sample(self, generator: torch.Generator) -> Transitions:
+        """Draw chunks."""
+        return self.chunks.sample(self.batch_size, generator)
+
+    def batch_loss(self, batch: Transitions, generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return the flow-matching loss."""
         x1 = batch.actions
         x0 = torch.randn(x1.shape, generator=generator, device=x1.device)
         t = torch.rand(len(x1), generator=generator, device=x1.device)
@@ -85,6 +88,6 @@ def train_policy(
     learner = FlowMatching(
         policy.to(device), Chunks(episodes.to(device), training.horizon, 1.0, "actions"), training.batch_size
     )
-    fit(learner, out, training, asdict(training) | {"data": episodes.fingerprint()}, progress=progress)
+    fit(learner, out, training, training.describe() | {"data": episodes.fingerprint()}, progress=progress)
     policy.requires_grad_(False).eval().save_pretrained(out)
     return policy
