@@ -19,7 +19,8 @@ from qsteer.bench.latency import make_subject
 from qsteer.bench.roofline import counted_work
 from qsteer.compiling.compile_line import compiled
 from qsteer.compiling.cuts import Part
-from qsteer.compiling.hidden import known
+from qsteer.compiling.hidden import FAR, known
+from qsteer.compiling.kinds import behind
 from qsteer.compiling.lines import trace
 from qsteer.compiling.runs import Kind, Run
 from qsteer.files import write_json
@@ -62,9 +63,10 @@ def main() -> None:
     for host in args.hosts:
         subject = make_subject(host, "tiny")
         field, value, noise = subject.open()
-        prepare = host_of(subject.policy).prepare
-        assert prepare is not None and value is not None
-        prepared = prepare(subject.policy)(field)
+        make = host_of(subject.policy).prepare
+        assert make is not None and value is not None
+        prepare = make(subject.policy)
+        prepared = prepare(field)
         for name, rule in RULES.items():
             row = found[f"{host}, {name}"] = {
                 "own": launches(field, value, noise, rule),
@@ -75,7 +77,8 @@ def main() -> None:
                 return steered_action(*inputs, rule=rule, sampler=qsteer.Euler())
 
             inputs = prepared, value, noise
-            weights = known(subject.policy, subject.critic, *inputs)
+            tables = [part for part in behind(prepare, FAR) if isinstance(part, torch.Tensor)]
+            weights = tables + known(subject.policy, subject.critic, prepare, *inputs)
             run = Run(Kind(act, inputs, rule, (False, False), weights, noise.device))
             line = trace(run.act, run.buffers, [])
             step = line.calls[len(line.calls) // 2][0]
