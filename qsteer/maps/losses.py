@@ -153,7 +153,7 @@ def fmq_target(
             far.
     """
     length = nonzero(norm(grad) + kappa)
-    eta = torch.as_tensor(eta, dtype=length.dtype, device=grad.device).expand(len(grad))
+    eta = eta.to(length) if isinstance(eta, Tensor) else torch.full_like(length, eta)
     return u_ref + times(eta / length, grad)
 
 

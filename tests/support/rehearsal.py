@@ -26,6 +26,7 @@ from qsteer.types import Field, Rule, Sampler, Value
 META = torch.device("meta")
 WAITING = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}
 """What torch says of operators whose result, or its shape, depends on numbers."""
+COPYING = frozenset(("copy_", "_to_copy", "to"))
 INDEXING = frozenset(("index", "index_put", "index_put_", "_index_put_impl_", "_unsafe_index"))
 
 
@@ -56,9 +57,9 @@ class Operators(TorchDispatchMode):
         there = [x for x in given if x.is_meta]
         strangers = [x for x in given if not x.is_meta and not (numbers and x.ndim == 0)]
         target = args[0].device if name == "copy_" else kwargs.get("device")
-        if there and (waits(func, args) or (name in ("copy_", "_to_copy") and target not in (None, META))):
+        if there and (waits(func, args) or (name in COPYING and target not in (None, META))):
             raise RehearsalError(f"{func}: expected no host read, got one; compute it on the device")
-        if strangers and name in ("copy_", "_to_copy") and target == META:
+        if strangers and name in COPYING and target == META:
             self.upload(str(func))
         elif strangers and (there or target == META):
             found = ", ".join(f"{tuple(x.shape)} of {x.dtype}" for x in strangers)

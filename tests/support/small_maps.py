@@ -4,6 +4,8 @@ from typing import Any
 
 import torch
 from fields import noise
+from torch import Tensor
+from torch.utils import _pytree as pytree
 
 from qsteer.maps import FlowMap, MapConfig, MetaFlowMap, MetaMapConfig
 
@@ -14,6 +16,11 @@ MASK = torch.tensor([[1, 1, 1, 1], [1, 1, 1, 0], [1, 0, 0, 0]]).bool()
 def features(network: str) -> object:
     """Of three observations."""
     return noise(3, 4, seed=8) if network == "mlp" else (noise(3, 4, 4, seed=8), MASK)
+
+
+def single(tree: Any) -> Any:
+    """Floating-point tensors of a nested structure in single precision, others as they are."""
+    return pytree.tree_map_only(Tensor, lambda x: x.float() if x.is_floating_point() else x, tree)
 
 
 def small(network: str, kind: type = FlowMap, config: type = MapConfig, **more: object) -> torch.nn.Module:
