@@ -167,19 +167,27 @@ def split(nodes: list[Node]) -> Iterator[list[Node]]:
             if node in kept:
                 kept.update(x for x in node.all_input_nodes if step_of.get(x) == i)
         kept.update(node for node in step if node.target is getitem and node.args[0] in kept)
-        if any((x in kept) != (node in kept) for node in step if writes(node) for x in read_with(node)):
+        if any(len({x in kept for x in readers}) > 1 for readers in read_when_written(step)):
             kept = set()  # who reads before and after a tensor is written matters
         yield from filter(None, ([x for x in step if x in kept], [x for x in step if x not in kept]))
 
 
-def writes(node: Node) -> bool:
-    """Return whether an operator writes into what it is given."""
-    return isinstance(node.target, OpOverload) and node.target._schema.is_mutable
-
-
-def read_with(node: Node) -> list[Node]:
-    """Return the operators that read what an operator is given."""
-    return [user for given in node.all_input_nodes for user in given.users]
+def read_when_written(nodes: list[Node]) -> Iterator[list[Node]]:
+    """Yield, for each memory that some of the operators write, those that read or write it."""
+    memory: dict[Node, Node] = {}
+    readers: dict[Node, list[Node]] = {}
+    found = set()
+    for node in nodes:
+        target = node.target
+        writes = isinstance(target, OpOverload) and target._schema.is_mutable
+        views = writes or target is getitem or (isinstance(target, OpOverload) and target.is_view)
+        given = [memory.get(x, x) for x in node.all_input_nodes]
+        memory[node] = given[0] if views and given else node
+        for x in {*given, memory[node]}:
+            readers.setdefault(x, []).append(node)
+        if writes:
+            found.add(memory[node])
+    yield from (readers[x] for x in found)
 
 
 def written(piece: Piece, lifted: set[int] | None) -> tuple[Part, list[Number]]:

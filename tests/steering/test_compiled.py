@@ -169,7 +169,7 @@ def test_few_kinds_are_kept(policy: nn.Module) -> None:
         policy.predict_action_chunk(hosts.observe(policy, 4))
         handle.swap(rule=qsteer.QGF())
         policy.predict_action_chunk(hosts.observe(policy, 4))
-        assert [run.rule for run in runs(handle)[-2:]] == [qsteer.Tweedie(), qsteer.QGF()]
+        assert [run.kind.rule for run in runs(handle)[-2:]] == [qsteer.Tweedie(), qsteer.QGF()]
 
 
 def test_weights_elsewhere_or_another_rule_are_another_kind(policy: nn.Module) -> None:

@@ -56,7 +56,7 @@ def test_a_line_is_the_eager_action(
         policy.predict_action_chunk(hosts.observe(policy, 2))
         (run,) = runs(handle)
         line = trace(run.act, run.buffers, run.draws)
-        assert (len(line.calls) > 2) == (many == 0)
+        assert (len(line.calls) > 1) == (many == 0)
         for changed in (False, True):
             with torch.no_grad():
                 for weight in steering.parameters() if changed else ():
