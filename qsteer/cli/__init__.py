@@ -2,6 +2,7 @@
 
 import argparse
 import dis
+import logging
 import sys
 from collections.abc import Sequence
 
@@ -46,6 +47,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = _make_parser().parse_args(argv)
     import torch  # only here: the help must not wait for it
 
+    logging.basicConfig(format="%(message)s")
+    logging.getLogger("qsteer").setLevel(logging.INFO)  # what a command waits for
     if args.command != "bench":  # which measures torch's threads as it finds them
         torch.set_num_threads(1)  # the networks are small, and the simulators need the other cores
     try:

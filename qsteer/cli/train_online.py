@@ -74,7 +74,7 @@ def run(args: argparse.Namespace) -> None:
     live = LiveCritic(
         fresh_critic(critic.critic_config(shape.obs_dim, shape.action_dim), args.seeds).to(args.device)
     )
-    actor = StateActor(policies, live, compile="inductor" if args.compile else None)
+    actor = StateActor(policies, live, compile="inductor" if critic.compiles else None)
     offline = None
     if args.data:
         episodes = Episodes.from_ogbench(ogbench.load(task.environment(), args.data)[0]).to(args.device)

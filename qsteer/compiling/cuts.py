@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterator
-from itertools import groupby
+from itertools import count, groupby
 from operator import getitem
 from typing import Any, NamedTuple, cast
 
@@ -199,24 +199,23 @@ def written(piece: Piece, lifted: set[int] | None) -> tuple[Part, list[Number]]:
 
     Returns the part, and these numbers.
     """
-    graph, seen = Graph(), 0
+    graph, seen = Graph(), count()
     numbers: list[Number] = []
+    wanted = (lambda place: True) if lifted is None else lifted.__contains__
     copies = {node: graph.placeholder(f"input_{i}") for i, node in enumerate(piece.given)}
     for node in piece.nodes:
-        target, args = node.target, node.args
-        if (number := Number.of(node)) is not None:
-            if lifted is None or seen in lifted:
-                scalar = graph.placeholder(f"number_{len(numbers)}")
-                numbers.append(number)
-                if target is aten.full.default:
-                    spread = graph.call_function(aten.expand.default, (scalar, args[0]))
-                    copies[node] = graph.call_function(aten.clone.default, (spread,))
-                    seen += 1
-                    continue
-                target, args = WITH_NUMBER[target], (args[0], scalar)
-            seen += 1
-        mine = fx.map_arg((args, node.kwargs), lambda x: copies.get(x, x))
-        copies[node] = graph.create_node("call_function", target, *mine)
+        args, kwargs = fx.map_arg((node.args, node.kwargs), lambda x: copies.get(x, x))
+        number = Number.of(node)
+        if number is None or not wanted(next(seen)):
+            copies[node] = graph.create_node("call_function", node.target, args, kwargs)
+            continue
+        scalar = graph.placeholder(f"number_{len(numbers)}")
+        numbers.append(number)
+        if node.target is aten.full.default:
+            spread = graph.call_function(aten.expand.default, (scalar, args[0]))
+            copies[node] = graph.call_function(aten.clone.default, (spread,))
+        else:
+            copies[node] = graph.call_function(WITH_NUMBER[node.target], (args[0], scalar))
     graph.output(tuple(as_is(graph, node, copies[node]) for node in piece.made))
     layouts = [layout(node) for node in piece.given] + [Layout((), (), x.dtype, x.device) for x in numbers]
     return Part(graph.python_code("self").src, tuple(layouts)), numbers

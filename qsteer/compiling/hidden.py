@@ -77,13 +77,17 @@ def memory_of(tensor: Tensor) -> int:
     return tensor.untyped_storage().data_ptr()
 
 
-def check_nothing_hidden(hidden: Sequence[Tensor]) -> None:
+def check_nothing_hidden(
+    hidden: Sequence[Tensor],
+    what: str = "an action",
+    remedy: str = "put what depends on the observation into the context, qsteer.value(fn, context=obs), or "
+    "into fields of the value's frozen dataclass, and constants into buffers of a torch.nn.Module "
+    "(register_buffer)",
+) -> None:
     """Raise TypeError if there are any tensors."""
     if hidden:
         names = ", ".join(f"{tuple(x.shape)} of {x.dtype}".replace("torch.", "") for x in hidden[:4])
         raise TypeError(
-            "compile: expected an action that reads its inputs and the weights of networks only, got "
-            f"{len(hidden)} other tensor(s), which would be kept from the first action on: {names}; put what "
-            "depends on the observation into the context, qsteer.value(fn, context=obs), or into fields of "
-            "the value's frozen dataclass, and constants into buffers of a torch.nn.Module (register_buffer)"
+            f"compile: expected {what} that reads its inputs and the weights of networks only, got "
+            f"{len(hidden)} other tensor(s), which would be kept from the first time on: {names}; {remedy}"
         )

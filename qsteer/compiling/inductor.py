@@ -136,6 +136,7 @@ class InductorRun(Run):
         began = time.perf_counter()
         try:
             self.state = "is being compiled"
+            log.info("compiling an action: about a minute the first time")
             line = trace(self.act, [buffer.clone() for buffer in self.buffers], self.draws)
             written = time.perf_counter()
             paths, new = build(line.parts)
@@ -224,7 +225,9 @@ def build(parts: Sequence[Part]) -> tuple[list[Path], int]:
     Raises:
         RuntimeError: one cannot be compiled.
     """
-    settings = torch.__version__, torch.get_num_threads(), torch.backends.cpu.get_cpu_capability()
+    devices = {x.device for part in parts for x in part.inputs if x.device.type == "cuda"}
+    machine = torch.backends.cpu.get_cpu_capability(), *map(torch.cuda.get_device_name, devices)
+    settings = torch.__version__, torch.get_num_threads(), machine
     words = [repr((part, settings)).encode() for part in parts]
     paths = [cache_directory() / f"{hashlib.sha256(word).hexdigest()}.so" for word in words]
     missing = {path: part for path, part in zip(paths, parts, strict=True) if not path.exists()}

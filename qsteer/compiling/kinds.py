@@ -129,7 +129,9 @@ def modules_behind(thing: Any, depth: int = DEPTH) -> list[nn.Module]:
 
 
 def state_of(module: Any, versions: bool = True) -> Hashable:
-    """Return what a change of a network shows in: its parts, modes, hooks, adapters, and weights.
+    """Return what a change of a network shows in: parts, settings, modes, hooks, adapters, and weights.
+
+    Settings are public attributes that are numbers, words or dataclasses, such as a configuration.
 
     A weight changes its count when it is written in place, its address or type when it is replaced. Torch
     does not count writes through ``weight.data``: they go unseen.
@@ -145,7 +147,8 @@ def state_of(module: Any, versions: bool = True) -> Hashable:
     while waiting:
         part = waiting.pop()
         own = vars(part)
-        state += id(part), own["training"], own.get("_disable_adapters")
+        state += id(part), own.get("_disable_adapters")
+        state += [settings_of(value) for name, value in own.items() if name[0] != "_"]
         if adapters := own.get("_active_adapter"):  # PEFT's
             state.append(str(adapters))
         state += *own["_forward_hooks"], None, *own["_forward_pre_hooks"]
@@ -156,6 +159,19 @@ def state_of(module: Any, versions: bool = True) -> Hashable:
                     state.append(weight._version)
         waiting += [child for child in own["_modules"].values() if child is not None]
     return tuple(state)
+
+
+def settings_of(value: Any) -> Hashable:
+    """Return what tells settings apart; attributes of other kinds are none."""
+    if type(value) in PLAIN:
+        return type(value), value
+    if not names_in(value.__class__):
+        return None
+    try:
+        hash(value)
+    except TypeError:  # it may change in place
+        return signature(value, [])
+    return value
 
 
 def autocast(device: torch.device) -> tuple[bool, torch.dtype]:

@@ -26,7 +26,7 @@ DRAWS = "rand", "randn", "randint", "randperm", "rand_like", "randn_like", "rand
 """Operators whose random numbers depend on no other numbers."""
 WRITES = "normal_", "uniform_", "random_", "exponential_"
 """The same, which write them into a tensor."""
-MANY = 1500
+MANY = 500
 """Operators from which on a line is cut where its steps begin: compiled are those that differ."""
 
 
@@ -44,7 +44,7 @@ class Draw(NamedTuple):
 
 
 class Recorded(TorchDispatchMode):
-    """Lists the random numbers that are drawn in the block.
+    """Lists the random numbers that are drawn in the block, and how.
 
     Raises:
         TypeError: they depend on other numbers, as those of dropout do.
@@ -53,6 +53,7 @@ class Recorded(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.draws: list[Draw] = []
+        self.drawn: list[Tensor] = []
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -68,6 +69,7 @@ class Recorded(TorchDispatchMode):
                 )
             like = pytree.tree_map_only(Tensor, torch.empty_like, args)
             self.draws.append(Draw(func, like, kwargs, torch.empty_like(result)))
+            self.drawn.append(result.clone())
         return result
 
 

@@ -8,7 +8,7 @@ from dataclasses import asdict, replace
 from functools import partial
 from operator import itemgetter
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -112,7 +112,10 @@ class OnlineLoop:
         self.rewards = RewardGuard(self.health, self.replay, out, training)
         if offline is not None:
             self.rewards.read_offline(offline)
-        compared = {"critic": config, "rule": rule, "sampler": sampler}
+        self.fast = actor.fast if isinstance(actor, StateActor) else None
+        compared: dict[str, Any] = {"critic": config, "rule": rule, "sampler": sampler}
+        if self.fast is not None:  # it is asked for other rows, and rounds otherwise
+            compared["actor"] = self.fast.kept.mode
         described = asdict(training) | {"critic": settings.describe()}
         self.identity = {"training": described} | {k: describe(v) for k, v in compared.items()}
         self.update = resume(out, self.learner, self.optimizer, self.generators, self.identity)
@@ -213,12 +216,11 @@ class OnlineLoop:
         """
         trace = self.actor.trace
         trace.steps = trace.steps and not trace.actions  # one traced action a line of metrics
-        compiled = isinstance(self.actor, StateActor) and self.actor.fast is not None
-        if self.stack == 1 and not compiled:
+        if self.stack == 1 and self.fast is None:
             return self.actor.act(obs, self.noise(len(lanes)))
         seed = lanes // self.training.num_envs
         place = np.arange(len(lanes)) - np.searchsorted(seed, seed)  # within the seed; lanes are sorted
-        rows = np.zeros((self.stack, self.training.num_envs if compiled else place.max() + 1), int)
+        rows = np.zeros((self.stack, self.training.num_envs if self.fast else place.max() + 1), int)
         rows[seed, place] = np.arange(len(lanes))
         padded = tree_map(itemgetter(rows.ravel()), obs)
         decision = self.actor.act(padded, self.noise(rows.size))

@@ -16,10 +16,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from qsteer.compiling.hidden import Watch, known
+from qsteer.compiling.hidden import Watch, check_nothing_hidden, known
 from qsteer.compiling.inductor import build, explain, load
 from qsteer.compiling.kinds import rebuilt, signature
-from qsteer.compiling.lines import Draw, Line, Recorded, Replayed, is_random, write
+from qsteer.compiling.lines import Draw, Line, Recorded, Replayed, write
 from qsteer.compiling.runs import MismatchError, check_alike, unlike, unmoved
 
 if TYPE_CHECKING:  # which imports this file
@@ -50,23 +50,6 @@ def has_compiler() -> bool:
         )
         return False
     return True
-
-
-class Kept(Recorded):
-    """Keeps the random numbers, too."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.drawn: list[Tensor] = []
-
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        """Run an operator, and keep what it draws."""
-        result = super().__torch_dispatch__(func, types, args, kwargs)
-        if is_random(func):
-            self.drawn.append(result.clone())
-        return result
 
 
 class Compiled(NamedTuple):
@@ -137,12 +120,18 @@ class CompiledLoss:
             )
         log.info("compiling the update: about a minute the first time")
         began = time.perf_counter()
-        with Watch([*tensors, *known(vars(self.learner), batch)]) as watch, Kept() as kept:
+        with Watch([*tensors, *known(vars(self.learner), batch)]) as watch, Recorded() as recorded:
             eager = self.differentiate(batch, generator)
-        check_known(watch.hidden)
+        check_nothing_hidden(
+            watch.hidden,
+            "a loss",
+            "register constants as buffers of a torch.nn.Module, draw random numbers by torch, or leave "
+            "compile out",
+        )
+        drawn = recorded.drawn
         try:
             line = write(
-                lambda given: self.differentiate(rebuilt(batch, iter(given)), generator), tensors, kept.drawn
+                lambda given: self.differentiate(rebuilt(batch, iter(given)), generator), tensors, drawn
             )
             paths, new = build(line.parts)
         except Exception as error:  # whatever the compiler says
@@ -150,11 +139,11 @@ class CompiledLoss:
                 f"compile: expected an update that Inductor compiles, got {type(error).__name__}: {error}; "
                 "leave compile out"
             ) from error
-        compiled = Compiled(line, [load(path, self.device) for path in paths], kept.draws)
-        self.check(compiled, eager, batch, tensors, kept.drawn, generator)
+        compiled = Compiled(line, [load(path, self.device) for path in paths], recorded.draws)
+        self.check(compiled, eager, batch, tensors, drawn, generator)
         took, how = time.perf_counter() - began, "compiled" if new else "found on the disk"
         log.info("an update was %s in %.1f s", how, took)
-        return compiled, kept.drawn
+        return compiled, drawn
 
     def check(
         self,
@@ -200,14 +189,3 @@ def flatten(outcome: Outcome) -> tuple[Tensor, Tensor]:
     """Return the loss, and all gradients as one vector."""
     loss, _, gradients = outcome
     return loss, torch.cat([gradient.flatten() for gradient in gradients if gradient is not None])
-
-
-def check_known(hidden: Sequence[Tensor]) -> None:
-    """Raise TypeError if there are any tensors."""
-    if hidden:
-        names = ", ".join(f"{tuple(x.shape)} of {x.dtype}".replace("torch.", "") for x in hidden[:4])
-        raise TypeError(
-            "compile: expected a loss that reads its batch and the weights and buffers of networks only, got "
-            f"{len(hidden)} other tensor(s), which would be kept from the first batch on: {names}; register "
-            "constants as buffers of a torch.nn.Module, draw random numbers by torch, or leave compile out"
-        )

@@ -39,8 +39,12 @@ def test_an_actor_on_buffers_is_asked_for_all_environments(tmp_path: Path, seeds
     actor = StateActor([policy()], live, compile="static")
     train_online(ThreeSteps, actor, live, tmp_path, training, rule=RULE, progress=False)
     assert actor.fast is not None
+    assert len(actor.fast.states) <= KEPT
+    eager = parts(seeds, training.critic)
+    with pytest.raises(ValueError, match=r"actor=None.*actor='static'"):
+        train_online(ThreeSteps, *eager, tmp_path, training, rule=RULE, progress=False)
     rows = {run.kind.inputs[2].shape[0] for run in actor.fast.kept.runs}
-    assert rows == {seeds * training.num_envs} and len(actor.fast.states) <= KEPT
+    assert rows == {seeds * training.num_envs}
 
 
 def test_a_map_is_adapted_by_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,6 +17,7 @@ import qsteer
 from qsteer.adapters import PlainPolicy, host_of
 from qsteer.adapters.experts import ExpertField
 from qsteer.adapters.pi import PiExpert
+from qsteer.compiling import inductor
 from qsteer.compiling.kept import KEPT
 from qsteer.compiling.kinds import rebuilt, signature, tensors_in
 from qsteer.compiling.runs import MismatchError
@@ -170,6 +171,21 @@ def test_few_kinds_are_kept(policy: nn.Module) -> None:
         handle.swap(rule=qsteer.QGF())
         policy.predict_action_chunk(hosts.observe(policy, 4))
         assert [run.kind.rule for run in runs(handle)[-2:]] == [qsteer.Tweedie(), qsteer.QGF()]
+
+
+@pytest.mark.parametrize("mode", ["static", "inductor"])
+def test_other_settings_of_a_network_are_another_kind(mode: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Numbers that a network has as attributes are part of what is captured or compiled."""
+    monkeypatch.setattr(inductor.compiler, "submit", lambda run: None)
+    policy = hosts.shared("plain")
+    steering, batch = critic(policy), hosts.observe(policy)
+    with steer(policy, steering, qsteer.QGF(), compile=mode) as handle:
+        policy.predict_action_chunk(batch)
+        steering.config = replace(steering.config, rho=steering.config.rho + 1)
+        policy.predict_action_chunk(batch)
+        steering.temperature = 0.5
+        policy.predict_action_chunk(batch)
+        assert len(runs(handle)) == 3
 
 
 def test_weights_elsewhere_or_another_rule_are_another_kind(policy: nn.Module) -> None:

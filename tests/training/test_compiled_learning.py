@@ -215,7 +215,7 @@ def test_numbers_that_are_neither_in_the_batch_nor_in_networks_are_refused(
     def moved(critic: Critic, obs: Tensor, noise: Tensor) -> Tensor:
         return (noise + hidden).clamp(-1, 1)
 
-    with pytest.raises(TypeError, match=r"expected a loss that reads its batch .*: \(2,\) of float32"):
+    with pytest.raises(TypeError, match=r"expected a loss that reads its inputs .*: \(2,\) of float32"):
         train_critic(
             episodes(), tmp_path, replace(CRITIC, target="td", compile=True), act=moved, progress=False
         )
