@@ -1,9 +1,11 @@
 """lerobot 0.6's flow-matching policies pi0, pi0.5 and SmolVLA. Imports nothing of lerobot."""
 
 from copy import copy
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
+from jaxtyping import Float
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
@@ -11,9 +13,11 @@ from qsteer.adapters.contracts import read_lerobot
 from qsteer.adapters.experts import depths, prefix_features
 from qsteer.adapters.pi import PiExpert
 from qsteer.adapters.smolvla import SmolExpert
-from qsteer.clock import MIRRORED
-from qsteer.hosts import Host
-from qsteer.types import Bounds
+from qsteer.chunking import Held
+from qsteer.clock import MIRRORED, Time
+from qsteer.flow import factor
+from qsteer.hosts import Host, HostField
+from qsteer.types import Bounds, Field
 
 
 def repeat_context(context: Any, k: int) -> Any:
@@ -58,6 +62,54 @@ def action_bounds(policy: Any) -> Bounds:
     return (-1.0, 1.0) if bounded else None
 
 
+@dataclass(frozen=True, kw_only=True)
+class ProcessedHeld(Held):
+    """A velocity held to the former chunk by lerobot's own processor, in its arithmetic."""
+
+    processor: Any
+    left: Tensor
+    """What is left of the former chunk, as the policy was given it."""
+    delay: int | None
+    until: int | None
+
+    def hold(self, v: Float[Tensor, "B H A"], x: Float[Tensor, "B H A"], t: Time) -> Float[Tensor, "B H A"]:
+        """Return the held velocity, given the policy's own at (x, t)."""
+        clock = self.field.clock
+        time = factor(clock.to_host(t), x) if isinstance(t, Tensor) else clock.exact(t)
+        own = clock.velocity(v)
+        held = self.processor.denoise_step(x, self.left, self.delay, time, lambda _: own, self.until)
+        return clock.velocity(held)
+
+    def repeat(self, k: int) -> "ProcessedHeld":
+        """Return the field for ``k`` rows per observation."""
+        left = self.left if self.left.ndim < 3 else self.left.repeat_interleave(k, 0)
+        previous = self.previous.repeat_interleave(k, 0)
+        return replace(self, field=self.field.repeat(k), previous=previous, left=left)
+
+
+def hold(policy: Any, field: HostField, arguments: dict[str, Any], noise: Float[Tensor, "B H A"]) -> Field:
+    """Return the velocity as ``policy.model.rtc_processor`` holds it; without a former chunk, as it is."""
+    left = arguments.get("prev_chunk_left_over")
+    if left is None:
+        return field
+    processor = policy.model.rtc_processor
+    delay, until = arguments.get("inference_delay"), arguments.get("execution_horizon")
+    rows = left if left.ndim == 3 else left[None]
+    horizon = processor.rtc_config.execution_horizon if until is None else until
+    weights = processor.get_prefix_weights(delay, min(horizon, rows.shape[1]), noise.shape[1])
+    previous = torch.zeros_like(noise)
+    previous[:, : rows.shape[1], : rows.shape[2]] = rows
+    return ProcessedHeld(
+        field=field,
+        previous=previous,
+        weights=weights.to(noise)[:, None],
+        processor=processor,
+        left=left,
+        delay=delay,
+        until=until,
+    )
+
+
 PI05 = Host(
     serves="PI05Policy",
     entry="model.sample_actions",
@@ -70,6 +122,7 @@ PI05 = Host(
     chunk="config.chunk_size",
     queue="_action_queue",
     rtc="model._rtc_enabled",
+    hold=hold,
     repeat=repeat_context,
     features=features,
     prepare=PiExpert,

@@ -68,6 +68,12 @@ class Clock:
         host = self.noise + t * (self.action - self.noise)
         return host.to(torch.float32) if isinstance(host, Tensor) else float(np.float32(host))
 
+    def exact(self, t: float, steps: int | None = None) -> float:
+        """Return the host time of which :meth:`grid` rounded to give ``t``; off the grid, that of ``t``."""
+        steps = self.steps if steps is None else steps
+        host = self.noise + round(t * steps) * ((self.action - self.noise) / steps)
+        return host if float(np.float32(host)) == self.to_host(t) else float(self.to_host(t))
+
     def velocity(self, host_velocity: Float[Tensor, "B H A"]) -> Float[Tensor, "B H A"]:
         """Return the paper's velocity for a host's."""
         return self.sign * host_velocity

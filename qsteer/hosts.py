@@ -48,6 +48,8 @@ class Host:
         chunk: number of steps of a chunk; None: it is not known before an action.
         queue: actions that wait to be executed, a deque or a dict with one at ``action``; None: it has none.
         rtc: method that says whether real-time chunking is on; None: the host has none.
+        hold: ``(policy, field, arguments of the entry, noise) -> Field``: the velocity as the host's
+            real-time chunking holds it to its former chunk. None: chunking and steering are refused together.
         repeat: ``(context, k)``: the step's other arguments for k rows per observation, rows as in
             :meth:`qsteer.types.Field.repeat`. With k = 1, a context which the step may change as it likes.
         features: what the step's other arguments say of the observations, for learnt maps and critics: a
@@ -82,6 +84,7 @@ class Host:
     chunk: str | None = None
     queue: str | None = None
     rtc: str | None = None
+    hold: Callable[[Any, "HostField", dict[str, Any], Tensor], Field] | None = None
     repeat: Callable[[Any, int], Any] = repeat_context
     features: Callable[[dict[str, Any]], Any] | None = None
     layers: str | None = None

@@ -176,6 +176,7 @@ def steered_action(
     """Return what the sampler makes of the field that the rule bends."""
     if not len(noise):
         return noise
+    value = None if value is None else field.judged(value)
     steered = field if rule is None or value is None else rule(field, value)
     if steered.base is not field.base and any(isinstance(each, KeepBest) for each in nested(sampler)):
         raise TypeError(

@@ -63,6 +63,24 @@ class Field(ABC):
         """The field before any rule: of an unsteered field, itself."""
         return self
 
+    @property
+    def free(self) -> "Field":
+        """The policy's own velocity; of a field that is held to a former chunk, what it is without that."""
+        return self
+
+    def hold(
+        self, v: Float[Tensor, "B H A"], x: Float[Tensor, "B H A"], t: Time, /
+    ) -> Float[Tensor, "B H A"]:
+        """Return the velocity at (x, t), given that of :attr:`free` there; without gradients.
+
+        Of a field that is held to a former chunk (:mod:`qsteer.chunking`) they differ.
+        """
+        return v
+
+    def judged(self, value: "Value", /) -> "Value":
+        """Return the value of what is executed when the field's chunk is the value's argument."""
+        return value
+
     def chain(self, steps: int | None, part: Chain | None = None, /) -> "Field":
         """Return the field for one Euler chain of ``steps`` steps from 0 to 1; None: the clock's number.
 
@@ -97,7 +115,7 @@ class Value(ABC):
 
     Attributes:
         mask: (H, A), 0 on action entries which the critic does not see (padding, steps that are not
-            executed) and which receive no guidance; None: it sees all.
+            executed) and which receive no guidance; between 0 and 1: a share of it; None: it sees all.
     """
 
     mask: Tensor | None = None

@@ -14,6 +14,7 @@ ORDER = (
     ("types",),
     ("plotting", "statistics", "files", "fingerprints", "checks"),
     ("hub", "flow", "contract"),
+    ("chunking",),
     ("trace",),
     ("compiling",),
     ("critics",),

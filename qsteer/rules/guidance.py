@@ -160,7 +160,7 @@ class Guidance(Rule):
 
     def __call__(self, field: Field, value: Value) -> Field:
         """Return the steered field; of strength 0 it is ``field`` itself, bit for bit and at no cost."""
-        return Steered(self.on(field), field, value) if self.strength else field
+        return Steered(self.on(field.free), field, value) if self.strength else field
 
     def guides(
         self, t: Time, steps: int = PAPER.steps, chain: Chain | None = None
@@ -225,7 +225,8 @@ class Steered(Field):
         guided = self.keep_finite(guided, found, push)
         guided = self.keep_sure(guided, found, push, x, t)
         self.record(guided, found, push, norms, t)
-        return torch.where(guided[:, None, None], found.velocity + push, found.velocity)
+        base = self.field.hold(found.velocity, x, t)
+        return torch.where(guided[:, None, None], base + push, base)
 
     def ascend(self, x: Float[Tensor, "B H A"], t: Time) -> Ascent:
         """Step 1: return velocity and direction of ascent; entries which the critic does not see get none."""
@@ -300,13 +301,14 @@ class Steered(Field):
         steps.append(Step(t, *(torch.where(guided, s, nan) for s in stats)))
 
     def seen(self, x: Float[Tensor, "B H A"]) -> Float[Tensor, "B H A"]:
-        """Return ``x`` with zeros on the entries which the critic does not see."""
-        return x if self.value.mask is None else torch.where(self.value.mask.bool(), x, 0.0)
+        """Return ``x`` with zeros on the entries which the critic does not see, in part where it is held."""
+        mask = self.value.mask
+        return x if mask is None else torch.where(mask.bool(), mask.to(x.dtype) * x, 0.0)
 
     @cached_property
     def estimate(self) -> Estimate:
         """The rule's estimate of the ascent, and whatever it remembers of this chain."""
-        return self.rule.begin(self.field, self.value, self.part or Chain(0.0, 1 / self.clock.steps))
+        return self.rule.begin(self.field.free, self.value, self.part or Chain(0.0, 1 / self.clock.steps))
 
     @cached_property
     def direction(self) -> Callable[[Tensor], Tensor]:

@@ -48,12 +48,18 @@ def check_methods(policy: Any, host: Host) -> None:
 
 
 def check_rtc(policy: Any, host: Host) -> None:
-    """Raise if real-time chunking is on, which would guide the same velocity towards the previous chunk."""
-    if host.rtc is not None and host.read(policy, host.rtc)():
+    """Raise if real-time chunking is on, and nothing is known of how the host guides by it."""
+    if chunks(policy, host) and host.hold is None:
         raise RuntimeError(
             "policy: expected real-time chunking to be off, got it enabled; both guide the same velocity and "
-            "one of them would be lost: set policy.config.rtc_config.enabled = False, or remove the steering"
+            "one of them would be lost: set policy.config.rtc_config.enabled = False, remove the steering, "
+            "or give its Host a hold"
         )
+
+
+def chunks(policy: Any, host: Host) -> bool:
+    """Return whether real-time chunking is on."""
+    return host.rtc is not None and bool(host.read(policy, host.rtc)())
 
 
 def warn_of_dropout(policy: Any) -> None:

@@ -19,7 +19,7 @@ from qsteer.compiling.kept import Mode, check_mode
 from qsteer.critics.critic import Critic
 from qsteer.critics.live import LiveCritic
 from qsteer.flow import normal
-from qsteer.hosts import Host, HostField, parameters_of
+from qsteer.hosts import Host, parameters_of
 from qsteer.sampling import acting, outside_inference_mode, sample, steered_action
 from qsteer.steering.checks import (
     check_critic,
@@ -35,7 +35,7 @@ from qsteer.steering.checks import (
 from qsteer.steering.compiled import Compiled
 from qsteer.steering.opening import Executed, Interception, bind_critic, interception_of
 from qsteer.trace import Trace
-from qsteer.types import Bindable, Rule, Sampler, Value
+from qsteer.types import Bindable, Field, Rule, Sampler, Value
 
 IDLE = 3
 """Actions without a guided step after which a handle whose trace records them warns."""
@@ -179,6 +179,11 @@ class Handle(Interception):
                 action = self._whole(network, batch, args, kwargs)
             else:
                 field, value, noise = self._encoded(critic, batch, args, kwargs)
+                if self._compiled is not None and field.free is not field:
+                    raise RuntimeError(
+                        "compile: expected real-time chunking to be off, got a chunk that is held to the "
+                        "former one, which the fast path does not know; leave compile out, or switch it off"
+                    )
                 if self._compiled is None:
                     action = sample(
                         field, value, noise, rule=self.rule, sampler=self.sampler, trace=self.trace
@@ -227,7 +232,7 @@ class Handle(Interception):
 
     def _encoded(
         self, critic: Bindable, batch: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[HostField, Executed, Float[Tensor, "B H A"]]:
+    ) -> tuple[Field, Executed, Float[Tensor, "B H A"]]:
         """Encode the observation for policy and critic; before a graph, each on a stream of its own."""
         sizes = read_sizes(critic, self.policy, self.host, self.executed)
         if self._compiled is None or self._compiled.mode != "graph" or read_inputs(critic).features:
@@ -243,7 +248,7 @@ class Handle(Interception):
             first.wait_stream(second)
         return field, Executed.of(value, noise, *sizes), noise
 
-    def _bind(self, critic: Bindable, batch: Any, field: HostField | None) -> Value:
+    def _bind(self, critic: Bindable, batch: Any, field: Field | None) -> Value:
         value = bind_critic(critic, batch, self.critic_inputs, field)
         if self._compiled is not None and not is_dataclass(value):
             raise TypeError(
@@ -317,7 +322,8 @@ def steer(
         ValueError: the critic is on another device, or sees more than the policy executes, or less than
             ``executed``; that is more than a chunk has; ``compile`` is unknown, or "graph" without CUDA.
         MismatchError: (the first action of a kind) the fast path is not what the host does.
-        RuntimeError: the policy is steered already, or has real-time chunking enabled.
+        RuntimeError: the policy is steered already; (an action) real-time chunking is on and is not known, or
+            stands beside ``compile``.
 
     Example:
         >>> policy = PI05Policy.from_pretrained("lerobot/pi05_libero_finetuned")  # doctest: +SKIP

@@ -35,16 +35,17 @@ from qsteer.steering.checks import (
     check_methods,
     check_num_steps,
     check_rtc,
+    chunks,
     read_inputs,
     read_sizes,
 )
-from qsteer.types import Bindable, Value
+from qsteer.types import Bindable, Field, Value
 
 
 class Opened(NamedTuple):
     """An action before its first step."""
 
-    field: HostField
+    field: Field
     """The policy's velocity for the observations of the batch."""
     value: Value | None
     """The critic's value for them; None: no critic was given."""
@@ -104,8 +105,12 @@ def named(method: MethodType, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
     Raises:
         TypeError: they do not fit.
     """
-    found = signature_of(method.__func__).bind(method.__self__, *args, **kwargs).arguments
+    bound = signature_of(method.__func__).bind(method.__self__, *args, **kwargs)
+    found = bound.arguments
     found.pop(next(iter(found)))
+    for parameter in bound.signature.parameters.values():
+        if parameter.kind is parameter.VAR_KEYWORD:
+            found.update(found.pop(parameter.name, {}))
     return found
 
 
@@ -139,12 +144,11 @@ class Interception(ABC):
                 setattr(owner, name, former)
         self._replaced = []
 
-    def _encode(
-        self, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[HostField, Float[Tensor, "B H A"]]:
+    def _encode(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Field, Float[Tensor, "B H A"]]:
         """Encode the observation by the host's own entry, given its arguments; return velocity and noise."""
         entry, step = (self.host.own(self.policy, path) for path in (self.host.entry, self.host.step))
-        steps = named(entry, args, kwargs).get(self.host.num_steps)
+        arguments = named(entry, args, kwargs)
+        steps = arguments.get(self.host.num_steps)
         if steps is None:
             steps = self.host.read(self.policy, self.host.steps)
             check_num_steps(self.host.steps, steps)
@@ -165,9 +169,12 @@ class Interception(ABC):
         noise = context.pop(self.host.x)
         del context[self.host.t]
         clock = replace(self.host.clock, steps=steps)
-        return HostField(self.host, step, context, self.policy, clock), noise
+        field = HostField(self.host, step, context, self.policy, clock)
+        if self.host.hold is not None and chunks(self.policy, self.host):
+            return self.host.hold(self.policy, field, arguments, noise), noise
+        return field, noise
 
-    def _open(self, batch: Any) -> tuple[HostField, Float[Tensor, "B H A"], Any]:
+    def _open(self, batch: Any) -> tuple[Field, Float[Tensor, "B H A"], Any]:
         """Run the policy up to its first step; return its velocity, its noise and the batch it was given."""
 
         def stop(batch: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> NoReturn:
@@ -327,7 +334,7 @@ def interception_of(policy: Any, host: Host) -> Interception | None:
 
 
 def bind_critic(
-    critic: Bindable, batch: Any, critic_inputs: Callable[[Any], Any] | None, field: HostField | None
+    critic: Bindable, batch: Any, critic_inputs: Callable[[Any], Any] | None, field: Field | None
 ) -> Value:
     """Bind a critic to an observation, and to what the field knows of it.
 

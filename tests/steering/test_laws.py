@@ -4,6 +4,7 @@ import copy
 import gc
 import resource
 import sys
+from dataclasses import replace
 from types import MethodType
 
 import hosts
@@ -306,23 +307,24 @@ def test_law_08_tweedie_is_the_true_gradient(name: str, monkeypatch: pytest.Monk
 
 
 @pytest.mark.parametrize("name", hosts.LEROBOT)
-def test_law_09_real_time_chunking_is_refused(policy: nn.Module, name: str):
+def test_law_09_real_time_chunking_is_composed_or_refused(policy: nn.Module, name: str):
+    """tests/adapters/test_chunking_lerobot.py has the composition."""
     from lerobot.policies.rtc.configuration_rtc import RTCConfig
 
+    host = host_of(policy)
     try:
-        policy.config.rtc_config = RTCConfig(enabled=True)
-        with pytest.raises(RuntimeError, match=r"real-time chunking.*rtc_config.enabled = False"):
-            steer(policy, hosts.Target(), STRONG)
-        policy.config.rtc_config = None
         with steer(policy, hosts.Target(), STRONG):
             steered = chunk(policy)
-            policy.config.rtc_config = RTCConfig(enabled=True)
-            with pytest.raises(RuntimeError, match="real-time chunking"):
-                chunk(policy)
-            policy.config.rtc_config.enabled = False
-            assert torch.equal(chunk(policy), steered)
+            policy.config.rtc_config = RTCConfig()
+            policy.init_rtc_processor()
+            assert torch.equal(chunk(policy), steered), "there is no former chunk"
+        policy.__qsteer_host__ = replace(host, hold=None)
+        with pytest.raises(RuntimeError, match=r"real-time chunking.*rtc_config.enabled = False.*hold"):
+            steer(policy, hosts.Target(), STRONG)
     finally:
+        vars(policy).pop("__qsteer_host__", None)
         policy.config.rtc_config = None
+        policy.init_rtc_processor()
 
 
 class Broken(hosts.Target):
