@@ -7,35 +7,38 @@ A policy of your own needs no entry here: give its class, or the object, an attr
 from inspect import getattr_static
 from typing import Any
 
-from qsteer.adapters.lerobot import HOSTS
+from qsteer.adapters import drawing, lerobot, openpi
 from qsteer.adapters.plain import PlainPolicy
 from qsteer.contract import Contract
 from qsteer.hosts import Host
 
+HOSTS = (*lerobot.HOSTS, *openpi.HOSTS, *drawing.HOSTS)
+
 __all__ = ["HOSTS", "Host", "PlainPolicy", "contract_of", "host_of", "unwrapped"]
 
 
-def unwrapped(policy: Any) -> tuple[Any, Host, tuple[str, ...]]:
-    """Return the policy inside its wrappers, where it keeps its loop, and the names of the wrappers.
+def unwrapped(policy: Any) -> tuple[Any, Host, tuple[Any, ...]]:
+    """Return the policy inside its wrappers, where it keeps its loop, and the wrappers, outermost first.
 
-    Wrappers are those of ``torch.compile``, ``DistributedDataParallel`` and PEFT, outermost first. A policy's
-    host is what it says itself, else goes by the names of its classes.
+    Wrappers are those of ``torch.compile``, ``DistributedDataParallel`` and PEFT, and openpi's ``Policy``. A
+    policy's host is what it says itself, else goes by the names of its classes.
 
     Raises:
         TypeError: no record describes it.
     """
     inner: Any = policy
-    around: list[str] = []
+    around: list[Any] = []
     while inner is not None:
         if (host := record_of(inner)) is not None:
             return inner, host, tuple(around)
-        around.append(type(inner).__name__)
+        around.append(inner)
         inner = inside(inner)
     if isinstance(host := getattr(policy, "__qsteer_host__", None), Host):
         return policy, host, ()  # which it hands on from somewhere
+    names = " around ".join(type(each).__name__ for each in around)
     known = ", ".join(host.serves for host in HOSTS)
     raise TypeError(
-        f"policy: expected one of {known} or a subclass, got {' around '.join(around)}; wrap its velocity in "
+        f"policy: expected one of {known} or a subclass, got {names}; wrap its velocity in "
         "qsteer.adapters.PlainPolicy, or set policy.__qsteer_host__ = qsteer.adapters.Host(...)"
     )
 
@@ -52,8 +55,8 @@ def contract_of(policy: Any) -> Contract:
         TypeError: no record describes it.
     """
     policy, host, _ = unwrapped(policy)
-    shape = host.read(policy, host.action_shape)
-    sizes = Contract(horizon=host.read(policy, host.executed), action_dim=shape[-1])
+    dim = None if host.padded else host.action_dim(policy)
+    sizes = Contract(horizon=host.read(policy, host.executed), action_dim=dim)
     return sizes if host.contract is None else sizes | host.contract(policy)
 
 
@@ -62,12 +65,22 @@ def record_of(policy: Any) -> Host | None:
     if isinstance(getattr_static(policy, "__qsteer_host__", None), Host | property):
         return policy.__qsteer_host__
     names = [cls.__name__ for cls in type(policy).__mro__]
-    return next((host for name in names for host in HOSTS if host.serves == name), None)
+    return next(
+        (
+            host
+            for name in names
+            for host in HOSTS
+            if host.serves == name and all(hasattr(policy, mark) for mark in host.marks)
+        ),
+        None,
+    )
 
 
 def inside(wrapper: Any) -> Any:
     """Return what a wrapper is around; None: it is no known wrapper."""
     if hasattr(type(wrapper), "get_base_model"):
         return wrapper.get_base_model()
+    if "_sample_actions" in (kept := getattr(wrapper, "__dict__", {})):
+        return kept.get("_model")  # openpi's Policy
     parts = getattr(wrapper, "_modules", {})
     return parts.get("_orig_mod", parts.get("module"))

@@ -30,10 +30,17 @@ def repeat_context(context: Any, k: int) -> Any:
     def is_cache(leaf: Any) -> bool:
         return hasattr(leaf, "batch_repeat_interleave")
 
+    def own(cache: Any) -> Any:
+        cache = copy(cache)
+        if hasattr(cache, "layers"):
+            cache.layers = [copy(layer) for layer in cache.layers]
+        else:  # transformers before 4.54, which openpi has
+            cache.key_cache, cache.value_cache = list(cache.key_cache), list(cache.value_cache)
+        return cache
+
     def repeated(leaf: Any) -> Any:
         if is_cache(leaf):
-            leaf = copy(leaf)
-            leaf.layers = [copy(layer) for layer in leaf.layers]
+            leaf = own(leaf)
             if k > 1:
                 leaf.batch_repeat_interleave(k)
         elif isinstance(leaf, Tensor) and k > 1:

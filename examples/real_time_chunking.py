@@ -1,10 +1,10 @@
-"""Success and continuity when a robot moves on while its next chunk is computed: chunking, steering, and both.
+"""Success and continuity when a robot moves on while its next chunk is computed: chunking, steering, both.
 
     python examples/real_time_chunking.py --task cube-single --out benchmarks/rtc/cube-single.json
 
-Policy and critic see chunks of 10 actions, made and trained if they are not there (``--runs``). A chunk is asked
-for every 5 steps, and is there after a delay of 0 to 4 steps, in which the robot executes what is left of the one
-before. Strengths are chosen on the tuning seeds (``--tuning``); arms share episodes and noise.
+Policy and critic see chunks of 10 actions, and are trained if they are not there (``--runs``). A chunk is
+asked for every 5 steps, and is there after a delay of 0 to 4 steps, in which the robot executes what is left
+of the one before. Strengths are chosen on the tuning seeds (``--tuning``); arms share episodes and noise.
 """
 
 import argparse

@@ -26,6 +26,7 @@ class Clock:
         action: host time of the clean action.
         sign: +1 when the host's velocity points to the action, -1 when it points to the noise.
         steps: number of Euler steps when the sampler names none.
+        summed: the host adds its float32 step up from the first time on, as openpi does.
 
     Raises:
         ValueError: noise and action at the same time, a sign that is not one, or fewer than one step.
@@ -35,6 +36,7 @@ class Clock:
     action: float = 1.0
     sign: int = 1
     steps: int = 10
+    summed: bool = False
 
     def __post_init__(self) -> None:
         """Check the arguments."""
@@ -48,9 +50,10 @@ class Clock:
     def grid(self, steps: int | None = None) -> Iterator[tuple[float, float]]:
         """Yield ``(t, dt)`` of each Euler step; ``t`` is exact for the host's float32 time."""
         steps = self.steps if steps is None else steps
-        span = self.action - self.noise
+        span, summed = self.action - self.noise, np.float32(self.noise)
         for i in range(steps):
-            host = float(np.float32(self.noise + i * (span / steps)))
+            host = float(summed if self.summed else np.float32(self.noise + i * (span / steps)))
+            summed += np.float32(span / steps)
             yield abs(host - self.noise) / abs(span), 1.0 / steps  # abs: never -0.0, whose 1/t is -inf
 
     def snap(self, t: Time) -> Time:

@@ -4,6 +4,8 @@ A :class:`Host` is data: dotted names read from a policy, a clock, and how the a
 are repeated. A :class:`HostField` is the policy's own step, closed over one encoded observation.
 """
 
+import os
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -36,15 +38,20 @@ class Host:
     Args:
         serves: name of the policy class; subclasses are served too.
         entry: method that encodes the observation and integrates.
-        step: method that evaluates the velocity once; the entry must call it as an attribute.
-        batch: method that receives the observation batch, as its first argument, and calls the entry.
+        step: method that evaluates the velocity once; the entry must call it as an attribute. None: the
+            policy has no velocity, and its entry is asked for whole chunks, see :class:`DrawnField`.
+        batch: method that receives the observation batch and calls the entry, or is the entry.
         clock: the host's time and sign.
-        steps: its configured number of Euler steps.
+        steps: its configured number of Euler steps, or that number.
         executed: how many steps of a chunk are executed; the critic sees no others.
-        action_shape: shape of one action without padding; its last entry is the number of dimensions.
+        action_shape: shape of one action without padding, whose last entry is the number of dimensions, or
+            that number.
         x: the step's argument that is the noisy chunk (B, H, A).
         t: the step's argument that is the host time (B,).
         num_steps: the entry's argument that overrides ``steps``, if it has one.
+        observe: what a critic is bound to, of the batch method's arguments by name; None: the first of them.
+        padded: ``action_shape`` counts padding, and the critic must say how many dimensions it sees.
+        marks: attributes by which a policy is told from others whose class has the same name.
         chunk: number of steps of a chunk; None: it is not known before an action.
         queue: actions that wait to be executed, a deque or a dict with one at ``action``; None: it has none.
         rtc: method that says whether real-time chunking is on; None: the host has none.
@@ -72,15 +79,18 @@ class Host:
 
     serves: str
     entry: str
-    step: str
+    step: str | None
     batch: str
     clock: Clock
-    steps: str
+    steps: str | int
     executed: str
     action_shape: str
     x: str = "x_t"
     t: str = "timestep"
     num_steps: str = "num_steps"
+    observe: Callable[[dict[str, Any]], Any] | None = None
+    padded: bool = False
+    marks: tuple[str, ...] = ()
     chunk: str | None = None
     queue: str | None = None
     rtc: str | None = None
@@ -107,6 +117,11 @@ class Host:
                 f"host {self.serves}: expected {path!r} on the policy, got {type(policy).__name__} without "
                 f"({error}); its code may have changed: correct the Host record"
             ) from None
+
+    def action_dim(self, policy: Any) -> int:
+        """Return the number of an action's dimensions."""
+        shape = self.read(policy, self.action_shape)
+        return shape if isinstance(shape, int) else shape[-1]
 
     def site(self, policy: Any, path: str) -> tuple[Any, str]:
         """Return the object that has the method at ``path``, and the method's name."""
@@ -176,7 +191,7 @@ class HostField(Field):
     @property
     def bounds(self) -> Bounds:  # type: ignore[override]
         """What the host's record says of its actions."""
-        return self.host.bounds(self.policy) if callable(self.host.bounds) else self.host.bounds
+        return bounds_of(self.host, self.policy)
 
     @cached_property
     def dtype(self) -> torch.dtype | None:  # type: ignore[override]
@@ -220,6 +235,52 @@ class HostField(Field):
         if k not in self._repeats:
             self._repeats[k] = replace(self, context=self.host.repeat(self.context, k))
         return self._repeats[k]
+
+
+@dataclass(frozen=True)
+class DrawnField(Field):
+    """A policy without a velocity: its own chunk stands in the noise's place, and no step moves it.
+
+    Selection and finished moves work on it (:class:`~qsteer.BestOfN`, :class:`~qsteer.RandomOfN`,
+    :class:`~qsteer.TrustRegion`); further candidates are further calls of the policy.
+
+    Attributes:
+        again: ``() -> (B, H, A)``: what the policy draws anew for the same observations.
+        bounds: of its actions.
+    """
+
+    again: Callable[[], Tensor]
+    bounds: Bounds = None
+    clock: Clock = Clock(steps=1)  # noqa: RUF009 (frozen)
+
+    def __call__(self, x: Float[Tensor, "B H A"], t: Time) -> Float[Tensor, "B H A"]:
+        """Return zeros: the chunk is finished."""
+        return torch.zeros_like(x)
+
+    def repeat(self, k: int) -> "DrawnField":
+        """Return the field: it is the same for all rows."""
+        return self
+
+    def draws(self, noise: Float[Tensor, "B H A"], n: int) -> Float[Tensor, "B n H A"]:
+        """Return n more chunks of the policy for each row; warns if they are all the same."""
+        drawn = torch.stack([self.again() for _ in range(n)], 1)
+        rows = len(noise) // len(drawn)
+        if rows > 1:  # candidates of candidates
+            more = [torch.stack([self.again() for _ in range(n)], 1) for _ in range(rows - 1)]
+            drawn = torch.stack([drawn, *more], 1).flatten(0, 1)
+        if n and torch.allclose(drawn, noise[:, None].expand_as(drawn), atol=1e-6):  # up to rounding
+            warnings.warn(
+                f"policy: expected one that samples, got the same chunk {n + 1} times: there is nothing to "
+                "select from; give it a temperature, or take a policy that draws its actions",
+                RuntimeWarning,
+                skip_file_prefixes=(os.path.dirname(__file__),),
+            )
+        return drawn
+
+
+def bounds_of(host: Host, policy: Any) -> Bounds:
+    """Return what a policy's record says of the bounds of its actions."""
+    return host.bounds(policy) if callable(host.bounds) else host.bounds
 
 
 def parameters_of(module: Any) -> list[nn.Parameter]:

@@ -103,7 +103,7 @@ class BestOfN(_OfN):
         if self.n == 1:
             return self.inner(field, value, noise)
         value, n = needed(value, self), self.n
-        noise = rearrange(candidates(noise, n), "b n h a -> (b n) h a")
+        noise = rearrange(candidates(field, noise, n), "b n h a -> (b n) h a")
         a = self.inner(field.repeat(n), value.repeat(n), noise)
         return best(a, scores(value, a, n))
 
@@ -130,7 +130,7 @@ class RandomOfN(_OfN):
         """Return a random candidate."""
         if self.n == 1:
             return self.inner(field, value, noise)
-        pool = candidates(noise, self.n)
+        pool = candidates(field, noise, self.n)
         pick = draw(lambda: torch.randint(self.n, noise.shape[:1], device=noise.device))
         return self.inner(field, value, take(pool, pick))
 
@@ -247,7 +247,7 @@ class BeamSearch(Sampler):
         value, m, n = needed(value, self), self.particles, self.particles * self.branches
         t = self.snr / (1 + self.snr)
         jump, bounds = self._jump(field), clip_of(self._completion.clip, field)
-        a = rearrange(candidates(noise, m), "b m h a -> (b m) h a")
+        a = rearrange(candidates(field, noise, m), "b m h a -> (b m) h a")
         if self.flow_map is None:
             a = self.inner(field.repeat(m), value.repeat(m), a)
         else:
@@ -371,11 +371,9 @@ def draw(make: Callable[[], Tensor]) -> Tensor:
     return make() if given is None else given(make)
 
 
-def candidates(noise: Float[Tensor, "B H A"], n: int) -> Float[Tensor, "B n H A"]:
+def candidates(field: Field, noise: Float[Tensor, "B H A"], n: int) -> Float[Tensor, "B n H A"]:
     """Return the caller's noise and n - 1 fresh draws per observation."""
-    shape = len(noise), n - 1, *noise.shape[1:]
-    fresh = draw(lambda: torch.randn(shape, device=noise.device, dtype=noise.dtype))
-    return torch.cat([noise[:, None], fresh], dim=1)
+    return torch.cat([noise[:, None], draw(lambda: field.base.draws(noise, n - 1))], dim=1)
 
 
 def take(a: Float[Tensor, "B n H A"], pick: Tensor) -> Tensor:

@@ -77,6 +77,11 @@ class Field(ABC):
         """
         return v
 
+    def draws(self, noise: Float[Tensor, "B H A"], n: int, /) -> Float[Tensor, "B n H A"]:
+        """Return where n further candidates of each row begin: as ``noise`` does, standard normal."""
+        shape = len(noise), n, *noise.shape[1:]
+        return torch.randn(shape, device=noise.device, dtype=noise.dtype)
+
     def judged(self, value: "Value", /) -> "Value":
         """Return the value of what is executed when the field's chunk is the value's argument."""
         return value

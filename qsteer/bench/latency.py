@@ -148,7 +148,7 @@ def make_subject(
     spec = qsteer.adapters.host_of(policy)
     config = qsteer.CriticConfig(
         obs_dim=observations[STATE].shape[-1],
-        action_dim=spec.read(policy, spec.action_shape)[-1],
+        action_dim=spec.action_dim(policy),
         horizon=spec.read(policy, spec.executed),
         **shape,
     )

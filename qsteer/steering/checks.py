@@ -10,8 +10,12 @@ from torch import nn
 from qsteer.adapters import contract_of
 from qsteer.contract import Contract, check_contract
 from qsteer.hosts import Host, parameters_of
-from qsteer.samplers import Euler
+from qsteer.samplers import BestOfN, Euler, KeepBest, RandomOfN, TrustRegion
+from qsteer.sampling import nested
 from qsteer.types import Bindable, Rule, Sampler
+
+WITHOUT_VELOCITY = (Euler, BestOfN, RandomOfN, TrustRegion, KeepBest)
+"""Samplers that select among finished chunks, or move them."""
 
 
 def checked_rule(rule: Any) -> Rule | None:
@@ -36,7 +40,7 @@ def checked_sampler(sampler: Any) -> Sampler:
 
 def check_methods(policy: Any, host: Host) -> None:
     """Raise unless the instance has the classes' own methods, compiled or not."""
-    for path in (host.entry, host.step, host.batch):
+    for path in (host.entry, host.step or host.entry, host.batch):
         host.read(policy, path)
         owner, name = host.site(policy, path)
         present = vars(owner).get(name)
@@ -45,6 +49,17 @@ def check_methods(policy: Any, host: Host) -> None:
                 f"{path}: expected the class's own method, got {present!r} on the instance; remove what "
                 "put it there first"
             )
+
+
+def check_velocity(host: Host, rule: Rule | None, sampler: Sampler) -> None:
+    """Raise unless a policy without a velocity is given a method that needs none."""
+    others = [each for each in nested(sampler) if not isinstance(each, WITHOUT_VELOCITY)]
+    if host.step is None and (rule is not None or others):
+        raise TypeError(
+            f"policy: expected one with a velocity field for {rule or others[0]}, got {host.serves}, which "
+            "has none; leave the rule out, and select among its chunks: sampler=BestOfN(8), RandomOfN(8), or "
+            "TrustRegion(0.3), which moves the finished chunk"
+        )
 
 
 def check_rtc(policy: Any, host: Host) -> None:
@@ -161,8 +176,15 @@ def read_sizes(critic: Bindable, policy: Any, host: Host, executed: int | None =
         ValueError: the critic sees other ones.
     """
     limit = host.read(policy, host.executed) if executed is None else executed
-    dim = host.read(policy, host.action_shape)[-1]
+    dim = host.action_dim(policy)
     inputs = read_inputs(critic)
+    if host.padded:
+        if inputs.action_dim is None or not 1 <= inputs.action_dim <= dim:
+            raise ValueError(
+                f"critic: expected one whose config.action_dim says how many of {host.serves}'s {dim} padded "
+                f"dimensions are the robot's, got {inputs.action_dim}; set it to the robot's"
+            )
+        dim = inputs.action_dim
     steps = limit if inputs.horizon is None else inputs.horizon
     width = dim if inputs.action_dim is None else inputs.action_dim
     if steps > limit or width != dim:

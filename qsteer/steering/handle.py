@@ -26,6 +26,7 @@ from qsteer.steering.checks import (
     check_executed,
     check_methods,
     check_rtc,
+    check_velocity,
     checked_rule,
     checked_sampler,
     read_inputs,
@@ -54,7 +55,7 @@ class Handle(Interception):
         sampler: makes the action.
         critic_inputs: turns the host's batch into what the critic is bound to; None: nothing does.
         executed: number of steps executed; None: the policy's own.
-        wrappers: names of what was around the policy, outermost first.
+        wrappers: what was around the policy, outermost first.
         trace: what the rule did, and how often anything fell back to the base policy since ``steer``.
     """
 
@@ -69,13 +70,13 @@ class Handle(Interception):
         trace: Trace,
         compiled: Compiled | None,
         executed: int | None = None,
-        wrappers: tuple[str, ...] = (),
+        wrappers: tuple[Any, ...] = (),
     ) -> None:
         self.executed, self.wrappers, self._acted = executed, wrappers, 0
         self.critic, self.rule, self.sampler = critic, rule, sampler
         self.critic_inputs, self.trace, self._compiled = critic_inputs, trace, compiled
         self._frozen = [p for p in parameters_of(policy) if p.requires_grad or p in _frozen_by]
-        super().__init__(policy, host)
+        super().__init__(policy, host, wrappers)
         for parameter in self._frozen:
             _frozen_by[parameter] = _frozen_by.get(parameter, 0) + 1
             parameter.requires_grad_(False)
@@ -83,7 +84,7 @@ class Handle(Interception):
 
     def __repr__(self) -> str:
         state = self._extent() if self._replaced else "removed"
-        policy = " in ".join((self.host.serves, *reversed(self.wrappers)))
+        policy = " in ".join((self.host.serves, *(type(each).__name__ for each in reversed(self.wrappers))))
         return f"Handle({policy}, {self.rule}, {self.sampler}, {state})"
 
     def _extent(self) -> str:
@@ -161,6 +162,7 @@ class Handle(Interception):
         self._check_live()
         new_rule = self.rule if rule is ... else checked_rule(rule)
         new_sampler = self.sampler if sampler is ... else checked_sampler(sampler)
+        check_velocity(self.host, new_rule, new_sampler)
         if critic is not ...:
             inputs = self.critic_inputs if critic_inputs is ... else critic_inputs
             check_critic(critic, self.policy, self.host, self.executed, inputs is not None)
@@ -344,6 +346,7 @@ def steer(
             f"policy: expected one that is not steered, got {handle} on it; change that with its swap(...), "
             "or call qsteer.unsteer(policy) first"
         )
+    check_velocity(host, rule, sampler)
     check_methods(policy, host)
     check_rtc(policy, host)
     check_executed(executed, policy, host)

@@ -17,7 +17,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
-from functools import cache, lru_cache, wraps
+from functools import cache, lru_cache, partial, wraps
 from types import MethodType
 from typing import Any, NamedTuple, NoReturn
 
@@ -28,7 +28,7 @@ from torch import Tensor
 from qsteer.adapters import unwrapped
 from qsteer.critics.encoders import FEATURES, pooled
 from qsteer.flow import normal
-from qsteer.hosts import Host, HostField
+from qsteer.hosts import DrawnField, Host, HostField, bounds_of
 from qsteer.sampling import acting, outside_inference_mode
 from qsteer.steering.checks import (
     check_critic,
@@ -105,13 +105,16 @@ def named(method: MethodType, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
     Raises:
         TypeError: they do not fit.
     """
-    bound = signature_of(method.__func__).bind(method.__self__, *args, **kwargs)
-    found = bound.arguments
+    found = signature_of(method.__func__).bind(method.__self__, *args, **kwargs).arguments
     found.pop(next(iter(found)))
-    for parameter in bound.signature.parameters.values():
-        if parameter.kind is parameter.VAR_KEYWORD:
-            found.update(found.pop(parameter.name, {}))
     return found
+
+
+def flattened(method: MethodType, arguments: dict[str, Any]) -> dict[str, Any]:
+    """Return named arguments with those among them that the method takes as ``**kwargs``."""
+    kinds = signature_of(method.__func__).parameters.values()
+    rest = next((p.name for p in kinds if p.kind is p.VAR_KEYWORD), None)
+    return {name: given for name, given in arguments.items() if name != rest} | arguments.get(rest or "", {})
 
 
 class Interception(ABC):
@@ -122,13 +125,13 @@ class Interception(ABC):
         host: where it keeps them.
     """
 
-    def __init__(self, policy: Any, host: Host) -> None:
+    def __init__(self, policy: Any, host: Host, wrappers: tuple[Any, ...] = ()) -> None:
         self.policy, self.host = policy, host
         self._replaced: list[tuple[Any, str, Any]] = []
         for path, method in ((host.entry, self._entry), (host.step, self._step), (host.batch, self._batch)):
-            if path == host.entry == host.batch and method != self._batch:
-                continue  # one method that is given the batch and integrates
-            for owner, name in places_of(policy, host, path):
+            if path is None or (path == host.entry == host.batch and method != self._batch):
+                continue  # no velocity; one method that is given the batch and integrates
+            for owner, name in places_of(policy, host, path, wrappers):
                 self._replaced.append((owner, name, vars(owner).get(name)))
                 setattr(owner, name, method)
 
@@ -146,12 +149,18 @@ class Interception(ABC):
 
     def _encode(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Field, Float[Tensor, "B H A"]]:
         """Encode the observation by the host's own entry, given its arguments; return velocity and noise."""
-        entry, step = (self.host.own(self.policy, path) for path in (self.host.entry, self.host.step))
+        entry = self.host.own(self.policy, self.host.entry)
         arguments = named(entry, args, kwargs)
+        if self.host.step is None:
+            noise = entry(*args, **kwargs)
+            anew = {name: given for name, given in flattened(entry, arguments).items() if name != "noise"}
+            return DrawnField(partial(entry, **anew), bounds_of(self.host, self.policy)), noise
+        step = self.host.own(self.policy, self.host.step)
         steps = arguments.get(self.host.num_steps)
         if steps is None:
-            steps = self.host.read(self.policy, self.host.steps)
-            check_num_steps(self.host.steps, steps)
+            steps = self.host.steps
+            steps = self.host.read(self.policy, steps) if isinstance(steps, str) else steps
+            check_num_steps(str(self.host.steps), steps)
         else:
             check_num_steps(self.host.num_steps, steps)
         token = _call.set(Call(self, self._act, None, [], encoding=True))
@@ -171,7 +180,7 @@ class Interception(ABC):
         clock = replace(self.host.clock, steps=steps)
         field = HostField(self.host, step, context, self.policy, clock)
         if self.host.hold is not None and chunks(self.policy, self.host):
-            return self.host.hold(self.policy, field, arguments, noise), noise
+            return self.host.hold(self.policy, field, flattened(entry, arguments), noise), noise
         return field, noise
 
     def _open(self, batch: Any) -> tuple[Field, Float[Tensor, "B H A"], Any]:
@@ -183,7 +192,10 @@ class Interception(ABC):
                 raise _Interruption((*self._encode(args, kwargs), batch))
 
         try:
-            self._run(stop, batch)
+            if self.host.observe is None:
+                self._run(stop, batch)
+            else:
+                self._run(stop, **batch)
         except _Interruption as opened:
             return opened.content
         raise RuntimeError(
@@ -197,7 +209,9 @@ class Interception(ABC):
         if not self._replaced:  # somebody has kept it, for example compiled
             return self.host.read(self.policy, self.host.batch)(*args, **kwargs)
         own = self.host.own(self.policy, self.host.batch)
-        batch = next(iter(named(own, args, kwargs).values()))
+        arguments = named(own, args, kwargs)
+        observe = self.host.observe
+        batch = next(iter(arguments.values())) if observe is None else observe(arguments)
         call = Call(self, act, batch, [])
         token = _call.set(call)
         try:
@@ -221,6 +235,7 @@ class Interception(ABC):
     @uncompiled
     def _step(self, *args: Any, **kwargs: Any) -> Any:
         """Stand in for the host's step: interrupt the entry that waits for it, else run the class's own."""
+        assert self.host.step is not None
         step, call = self.host.own(self.policy, self.host.step), _call.get()
         if call is None or call.by is not self or not call.encoding:
             return step(*args, **kwargs)
@@ -274,7 +289,8 @@ def open_action(
 
     Args:
         policy: as for :func:`qsteer.steer`.
-        batch: what the policy's ``predict_action_chunk`` takes.
+        batch: what the policy's ``predict_action_chunk`` takes; of openpi's models, a dict of the arguments
+            of ``sample_actions``.
         critic: as for :func:`qsteer.steer`; None: there is no value.
         critic_inputs: ``batch -> obs``, when the critic needs something else than the host's batch.
 
@@ -291,6 +307,11 @@ def open_action(
         (torch.Size([3, 5, 2]), None)
     """
     policy, host, _ = unwrapped(policy)
+    if host.step is None:
+        raise TypeError(
+            f"policy: expected one with a velocity field, got {host.serves}, which has none; steer it by "
+            "selection, qsteer.steer(policy, critic, qsteer.BestOfN(8))"
+        )
     if critic is not None:
         check_critic(critic, policy, host, own_inputs=critic_inputs is not None)
     with _opening:
@@ -310,18 +331,26 @@ def open_action(
         return Opened(field, Executed.of(value, noise, *read_sizes(critic, policy, host)), noise)
 
 
-def places_of(policy: Any, host: Host, path: str) -> list[tuple[Any, str]]:
+def is_bound(function: Any) -> bool:
+    """Return whether it is a bound method."""
+    return isinstance(function, MethodType)
+
+
+def places_of(policy: Any, host: Host, path: str, wrappers: tuple[Any, ...] = ()) -> list[tuple[Any, str]]:
     """Return where an instance is asked for a method: its owner, and what was bound when it was constructed.
 
-    A policy may keep a bound method (``self._sample = model.sample_actions``, as openpi's does).
+    A policy or what is around it may keep a bound method, compiled or not (``self._sample_actions =
+    model.sample_actions``, as openpi's ``Policy`` does).
     """
     owner, name = host.site(policy, path)
     own = getattr(type(owner), name)
     kept = [
         (holder, attribute)
-        for holder in {id(policy): policy, id(owner): owner}.values()
-        for attribute, held in vars(holder).items()
-        if isinstance(held, MethodType) and held.__self__ is owner and held.__func__ is own
+        for holder in {id(each): each for each in (policy, owner, *wrappers)}.values()
+        for attribute, kept in vars(holder).items()
+        if isinstance(held := inspect.unwrap(kept, stop=is_bound), MethodType)
+        and held.__self__ is owner
+        and held.__func__ is own
     ]
     return [(owner, name), *(place for place in kept if place[0] is not owner or place[1] != name)]
 
