@@ -25,6 +25,7 @@ if TYPE_CHECKING:  # at run time each on its first use: the command's help must 
     from qsteer.samplers import BeamSearch, BestOfN, Euler, KeepBest, RandomOfN, TrustRegion
     from qsteer.sampling import sample
     from qsteer.steering.handle import Handle, steer, unsteer
+    from qsteer.steering.loading import load
     from qsteer.steering.opening import Opened, open_action
     from qsteer.trace import Trace
     from qsteer.types import Field, Rule, Sampler, Value
@@ -64,6 +65,7 @@ __all__ = [
     "Value",
     "audit",
     "field",
+    "load",
     "open_action",
     "sample",
     "steer",
@@ -93,6 +95,7 @@ _HOMES = {
     "qsteer.samplers": ("BeamSearch", "BestOfN", "Euler", "KeepBest", "RandomOfN", "TrustRegion"),
     "qsteer.sampling": ("sample",),
     "qsteer.steering.handle": ("Handle", "steer", "unsteer"),
+    "qsteer.steering.loading": ("load",),
     "qsteer.steering.opening": ("Opened", "open_action"),
     "qsteer.trace": ("Trace",),
     "qsteer.types": ("Field", "Rule", "Sampler", "Value"),

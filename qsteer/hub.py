@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, TypeVar, get_args, get_type_hints
 
 import torch
-from huggingface_hub import ModelCard, PyTorchModelHubMixin
+from huggingface_hub import ModelCard, PyTorchModelHubMixin, snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
 from safetensors import SafetensorError, safe_open
 from torch import nn
@@ -60,7 +60,8 @@ class HubModule(nn.Module, PyTorchModelHubMixin, library_name="qsteer", pipeline
                 f"{name}: expected the folder of a {cls.__name__} with {CONFIG} and {WEIGHTS}, got {kind}; "
                 "train one first, or correct the path"
             )
-        with _explained(cls.__name__, folder / WEIGHTS if folder.is_dir() else folder):
+        explained = _explained(cls.__name__, folder / WEIGHTS if folder.is_dir() else folder)
+        with explained, torch.random.fork_rng(devices=[]):  # what it is initialised with is replaced
             return super().from_pretrained(name, **options)
 
     def save_pretrained(self, save_directory: str | Path, **options: Any) -> str | None:
@@ -125,6 +126,31 @@ class HubModule(nn.Module, PyTorchModelHubMixin, library_name="qsteer", pipeline
     def generate_model_card(self, **card: Any) -> ModelCard:
         """Return the model card that ``save_pretrained`` and ``push_to_hub`` write as README.md."""
         return super().generate_model_card(config=self.config, **card)
+
+
+def fetch(name: str, revision: str | None, *, kind: str, needed: str, whole: bool = True) -> Path:
+    """Return a folder here, or that of a repository of the hub, which is downloaded.
+
+    Args:
+        name: the folder, or the repository's name.
+        revision: of the repository.
+        kind: what it is, for errors.
+        needed: a file that it must have.
+        whole: download all of the repository; else all but its weights.
+
+    Raises:
+        FileNotFoundError: there is no such folder or repository, or it lacks the file.
+    """
+    folder = Path(name)
+    if not folder.is_dir():
+        if folder.exists() or not HUB_NAME.fullmatch(name):
+            got = "a file" if folder.exists() else "nothing there"
+            raise FileNotFoundError(f"{name}: expected the folder of a {kind}, got {got}; correct the path")
+        with _explained(kind, folder):
+            ignored = None if whole else ["model*.safetensors", "*.bin", "*.pt"]
+            folder = Path(snapshot_download(name, revision=revision, ignore_patterns=ignored))
+    check_whole(folder / needed)
+    return folder
 
 
 def _build_config(kind: type, found: dict[str, Any]) -> Any:

@@ -10,6 +10,7 @@ Without a graph (``"static"``) the same code runs eagerly, on any device: the re
 
 from collections.abc import Callable, Hashable
 from copy import deepcopy
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,9 +18,10 @@ from jaxtyping import Float
 from torch import Tensor
 
 from qsteer.compiling.hidden import FAR, known, leaves_of
-from qsteer.compiling.kept import Kept, Mode
+from qsteer.compiling.kept import Kept, Mode, check_mode
 from qsteer.compiling.kinds import behind, state_of, tensors_in
 from qsteer.compiling.runs import Kind, MismatchError, Run, check_alike
+from qsteer.hosts import Host, parameters_of
 from qsteer.sampling import steered_action
 from qsteer.trace import Trace
 from qsteer.types import Field, Rule, Sampler, Value
@@ -162,3 +164,26 @@ def check_field(field: Field, host_field: Field, noise: Float[Tensor, "B H A"]) 
             found.append((v.detach(), torch.autograd.grad(v, x, direction)[0]))
     for name, prepared, own in zip(("velocity", "velocity's gradient"), *found, strict=True):
         check_alike(f"the prepared {name}", prepared, own, tensors_in(field))
+
+
+def checked_compile(mode: Mode | None, policy: Any, host: Host) -> Compiled | None:
+    """Return the fast path of this mode, None for None."""
+    if mode is None:
+        return None
+    check_mode(mode)
+    if host.prepare is None:
+        raise TypeError(
+            "compile: expected a policy whose step can be prepared (PI0Policy, PI05Policy, SmolVLAPolicy, "
+            f"PlainPolicy), got {type(policy).__name__}; leave compile out, or give its Host a prepare"
+        )
+    devices = {parameter.device for parameter in parameters_of(policy)}
+    if mode == "graph" and [device.type for device in devices] != ["cuda"]:
+        got = ", ".join(sorted(map(str, devices))) or "no parameters"
+        raise ValueError(
+            f"compile: expected a policy on one CUDA device for 'graph', got {got}; use compile='static' or "
+            "none"
+        )
+    make = partial(host.prepare, policy)
+    compiled = Compiled(mode, make, policy, next(iter(devices), None))
+    compiled.prepare()  # a policy that cannot be prepared is refused here
+    return compiled

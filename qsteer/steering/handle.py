@@ -5,17 +5,19 @@ import time
 import warnings
 from collections.abc import Callable
 from dataclasses import is_dataclass
-from functools import partial
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from types import EllipsisType
 from typing import Any
 
 import torch
+from huggingface_hub import HfApi
 from jaxtyping import Float
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from qsteer.adapters import unwrapped
-from qsteer.compiling.kept import Mode, check_mode
+from qsteer.compiling.kept import Mode
 from qsteer.critics.critic import Critic
 from qsteer.critics.live import LiveCritic
 from qsteer.flow import normal
@@ -33,7 +35,7 @@ from qsteer.steering.checks import (
     read_sizes,
     warn_of_dropout,
 )
-from qsteer.steering.compiled import Compiled
+from qsteer.steering.compiled import Compiled, checked_compile
 from qsteer.steering.opening import Executed, Interception, bind_critic, interception_of
 from qsteer.trace import Trace
 from qsteer.types import Bindable, Field, Rule, Sampler, Value
@@ -118,6 +120,61 @@ class Handle(Interception):
             else:
                 parameter.requires_grad_(True)
         self._frozen = []
+
+    @property
+    def compile(self) -> Mode | None:
+        """How actions are made fast; None: they are not."""
+        return None if self._compiled is None else self._compiled.mode
+
+    def save_pretrained(
+        self, path: str | Path, *, base: str | Path | None = None, revision: str | None = None
+    ) -> Path:
+        """Write the steering to a directory, from which :func:`qsteer.load` gives it back; return its path.
+
+        In it are the critic, rule, sampler and learnt maps, where the policy's checkpoint is and a
+        fingerprint of its weights, a model card, and for lerobot's policies what ``lerobot-eval
+        --policy.path=PATH`` reads; never the policy's weights. A :class:`LiveCritic` is saved as it acts now.
+
+        Cost: one pass over the policy's weights.
+
+        Args:
+            path: the directory; what is there is replaced as a whole.
+            base: where the policy's checkpoint is, a folder or a repository of the hub; None: where its
+                ``config.pretrained_path`` says.
+            revision: of that repository.
+
+        Raises:
+            TypeError: the critic, rule or sampler is of a class of your own, or there are ``critic_inputs``.
+            ValueError: it is not known where lerobot's policy comes from.
+            OSError: the directory cannot be written to.
+            RuntimeError: the handle was removed.
+        """
+        from qsteer.steering.saving import save
+
+        self._check_live()
+        return save(self, path, base, revision)
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        base: str | Path | None = None,
+        revision: str | None = None,
+        private: bool | None = None,
+    ) -> str:
+        """Save the steering as a repository of the hub, and return its address; see :meth:`save_pretrained`.
+
+        Args:
+            repo_id: the repository, which is made if it is not there.
+            base: see :meth:`save_pretrained`.
+            revision: see :meth:`save_pretrained`.
+            private: whether a repository that is made is private; None: as the owner's settings say.
+        """
+        api = HfApi()
+        with TemporaryDirectory() as folder:
+            saved = self.save_pretrained(Path(folder) / "steering", base=base, revision=revision)
+            repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+            return str(api.upload_folder(repo_id=repo_id, folder_path=saved))
 
     @property
     def kinds(self) -> list[str]:
@@ -369,26 +426,3 @@ def handle_of(policy: Any, host: Host) -> Handle | None:
     """Return the handle that steers ``policy``."""
     present = interception_of(policy, host)
     return present if isinstance(present, Handle) else None
-
-
-def checked_compile(mode: Mode | None, policy: Any, host: Host) -> Compiled | None:
-    """Return the fast path of this mode, None for None."""
-    if mode is None:
-        return None
-    check_mode(mode)
-    if host.prepare is None:
-        raise TypeError(
-            "compile: expected a policy whose step can be prepared (PI0Policy, PI05Policy, SmolVLAPolicy, "
-            f"PlainPolicy), got {type(policy).__name__}; leave compile out, or give its Host a prepare"
-        )
-    devices = {parameter.device for parameter in parameters_of(policy)}
-    if mode == "graph" and [device.type for device in devices] != ["cuda"]:
-        got = ", ".join(sorted(map(str, devices))) or "no parameters"
-        raise ValueError(
-            f"compile: expected a policy on one CUDA device for 'graph', got {got}; use compile='static' or "
-            "none"
-        )
-    make = partial(host.prepare, policy)
-    compiled = Compiled(mode, make, policy, next(iter(devices), None))
-    compiled.prepare()  # a policy that cannot be prepared is refused here
-    return compiled

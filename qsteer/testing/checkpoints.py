@@ -1,0 +1,150 @@
+"""Checkpoints of lerobot's SmolVLA that lerobot itself loads without a download; random, or to train."""
+
+import contextlib
+import io
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+SPECIAL = {
+    "image_token": "<image>",
+    "fake_image_token": "<fake_token_around_image>",
+    "global_image_token": "<global-img>",
+    "end_of_utterance_token": "<end_of_utterance>",
+}
+
+
+def write_vlm(folder: str | Path, words: Sequence[str], width: int = 16, depth: int = 2) -> Path:
+    """Write what lerobot asks of a SmolVLM: configuration, processor, and a tokenizer of some words.
+
+    Args:
+        folder: where it goes; ``SmolVLAConfig(vlm_model_name=folder)`` finds it there.
+        words: all others are unknown to the tokenizer.
+        width: of the language model and the vision tower.
+        depth: layers of the language model.
+
+    Raises:
+        ModuleNotFoundError: transformers is not installed.
+    """
+    import transformers
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    kit: Any = transformers
+    names = ["<pad>", "<unk>", *SPECIAL.values(), "\n", *sorted(set(words))]
+    vocabulary = {name: i for i, name in enumerate(names)}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    fast = kit.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", unk_token="<unk>", extra_special_tokens=SPECIAL
+    )
+    text = {
+        "model_type": "llama",
+        "vocab_size": max(64, len(vocabulary)),
+        "hidden_size": width,
+        "intermediate_size": 2 * width,
+        "num_hidden_layers": depth,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "head_dim": max(8, width // 2),
+        "pad_token_id": 0,
+    }
+    vision = {
+        "hidden_size": width,
+        "intermediate_size": 2 * width,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "image_size": 32,
+        "patch_size": 16,
+    }
+    config = kit.SmolVLMConfig(
+        text_config=text,
+        vision_config=vision,
+        scale_factor=2,
+        image_token_id=vocabulary["<image>"],
+        pad_token_id=0,
+    )
+    config.save_pretrained(folder)
+    fast.save_pretrained(folder)
+    processor = kit.SmolVLMProcessor(
+        kit.SmolVLMImageProcessor(), fast, kit.SmolVLMVideoProcessor(), chat_template=None
+    )
+    processor.save_pretrained(folder)
+    return Path(folder)
+
+
+def smolvla(
+    folder: str | Path,
+    vlm: str | Path,
+    stats: dict[str, dict[str, torch.Tensor]],
+    *,
+    state: int,
+    action: int,
+    camera: str = "observation.image",
+    pixels: int = 32,
+    chunk: int = 10,
+    executed: int = 5,
+    depth: int = 2,
+    steps: int = 10,
+    seed: int = 0,
+) -> nn.Module:
+    """Write a checkpoint of a new SmolVLA with its processors, and return the policy.
+
+    Args:
+        folder: where it goes.
+        vlm: what :func:`write_vlm` wrote.
+        stats: of the data, by lerobot's names: the processors normalise by them.
+        state: size of the state.
+        action: size of an action.
+        camera: name of its image.
+        pixels: edge of the image.
+        chunk: actions of a chunk.
+        executed: of these, how many are executed.
+        depth: layers of the VLM that are used.
+        steps: Euler steps.
+        seed: of the weights.
+
+    Raises:
+        ModuleNotFoundError: lerobot is not installed.
+    """
+    from lerobot.configs import FeatureType, PolicyFeature
+    from lerobot.policies.factory import make_pre_post_processors
+    from lerobot.policies.smolvla.configuration_smolvla import SmolVLAConfig
+    from lerobot.policies.smolvla.modeling_smolvla import SmolVLAPolicy
+
+    config = SmolVLAConfig(
+        input_features={
+            camera: PolicyFeature(type=FeatureType.VISUAL, shape=(3, pixels, pixels)),
+            "observation.state": PolicyFeature(type=FeatureType.STATE, shape=(state,)),
+        },
+        output_features={"action": PolicyFeature(type=FeatureType.ACTION, shape=(action,))},
+        chunk_size=chunk,
+        n_action_steps=executed,
+        max_state_dim=state,
+        max_action_dim=action,
+        num_steps=steps,
+        resize_imgs_with_padding=(32, 32),
+        tokenizer_max_length=12,
+        vlm_model_name=str(vlm),
+        num_vlm_layers=depth,
+        expert_width_multiplier=1.0,
+        freeze_vision_encoder=False,
+        train_expert_only=False,
+        device="cpu",
+        push_to_hub=False,
+    )
+    with torch.random.fork_rng(devices=[]), contextlib.redirect_stdout(io.StringIO()):
+        torch.manual_seed(seed)
+        policy = SmolVLAPolicy(config).eval()
+    save(policy, folder, make_pre_post_processors(config, dataset_stats=stats))
+    return policy
+
+
+def save(policy: Any, folder: str | Path, processors: tuple[Any, Any]) -> None:
+    """Write a policy of lerobot's and its processors to a folder, as lerobot's training does."""
+    policy.save_pretrained(folder)
+    for processor in processors:
+        processor.save_pretrained(folder)
+    policy.config.pretrained_path = Path(folder)
