@@ -114,13 +114,13 @@ def rank_data(
         "data_over_noise": judge(noise),
     }
     found: dict[str, Any] = {name: estimate(_beats(q, other)) for name, other in pairs.items()}
-    found["returns"] = _correlate(q, returns, generator)
+    found["returns"] = correlate(q, returns, generator)
     here, again = (_worth(field, value, like, bounds, generator) for _ in range(2))
     later = open_batch(policy, critic, _in_form(drawn.next_observations, batch), critic_inputs)
     came = drawn.rewards.double().cpu() + drawn.discount * drawn.masks.double().cpu() * _worth(
         later[0], later[1], like, bounds, generator
     )
-    found["foresight"] = _correlate(q - here, came - again, generator)
+    found["foresight"] = correlate(q - here, came - again, generator)
     return found
 
 
@@ -160,7 +160,7 @@ def _beats(a: Tensor, b: Tensor) -> Tensor:
     return (a > b).double() + 0.5 * (a == b).double()
 
 
-def _correlate(q: Float[Tensor, "N"], returns: Float[Tensor, "N"], generator: torch.Generator) -> Estimate:
+def correlate(q: Float[Tensor, "N"], returns: Float[Tensor, "N"], generator: torch.Generator) -> Estimate:
     """Return Spearman's rank correlation and its bootstrap interval over rows."""
 
     def spearman(rows: Tensor) -> float:
