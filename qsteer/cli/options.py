@@ -49,6 +49,23 @@ def read_task(args: argparse.Namespace) -> str:
     return getattr(args, "task", TASKS[0])
 
 
+def add_dataset_options(parser: argparse._ActionsContainer) -> None:
+    """Add ``--dataset`` and how its rewards are read."""
+    parser.add_argument("--dataset", help="its folder, or its name on the hub")
+    parser.add_argument(
+        "--rewards",
+        choices=["dataset", "sparse"],
+        help="the dataset's own, or -1 per step until success; default: the former where it has them",
+    )
+    parser.add_argument(
+        "--failures",
+        nargs="+",
+        type=natural_int,
+        metavar="N",
+        help="episodes that failed, if no column says so",
+    )
+
+
 def add_plugin_option(parser: argparse._ActionsContainer) -> None:
     """Add ``--plugin``."""
     parser.add_argument(
@@ -94,7 +111,7 @@ def refuse_given(args: argparse.Namespace, names: Sequence[str], why: str) -> No
         raise ValueError(f"--{given[0]}: expected none {why}; leave it out")
 
 
-def add_device_option(parser: argparse.ArgumentParser) -> None:
+def add_device_option(parser: argparse._ActionsContainer) -> None:
     """Add ``--device``."""
     parser.add_argument("--device", type=device, default="cpu", help="cpu or cuda")
 

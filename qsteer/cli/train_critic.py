@@ -7,12 +7,12 @@ from pathlib import Path
 from qsteer.cli.options import (
     Commands,
     add_command,
+    add_dataset_options,
     add_plugin_option,
     add_task_option,
     add_training_options,
     import_plugins,
     natural_float,
-    natural_int,
     positive_float,
     positive_int,
     read_task,
@@ -36,25 +36,13 @@ def add_parser(commands: Commands) -> None:
     parser.add_argument("--rho", type=natural_float, help="pessimism; default: the recipe's")
     add_training_options(parser, "critic")
     group = parser.add_argument_group("on a LeRobotDataset")
-    group.add_argument("--dataset", help="its folder, or its name on the hub")
+    add_dataset_options(group)
     group.add_argument(
         "--policy", help="the lerobot policy that is to be steered: folder, or name on the hub"
     )
     group.add_argument("--views", nargs="+", metavar="KEY", help="images that the critic sees")
     group.add_argument(
         "--features", action="store_true", help="the critic sees the policy's features, which know the task"
-    )
-    group.add_argument(
-        "--rewards",
-        choices=["dataset", "sparse"],
-        help="the dataset's own, or -1 per step until success; default: the former where it has them",
-    )
-    group.add_argument(
-        "--failures",
-        nargs="+",
-        type=natural_int,
-        metavar="N",
-        help="episodes that failed, if no column says so",
     )
     group.add_argument("--horizon", type=positive_int, help="actions per chunk; default: n_action_steps")
     group.add_argument("--gamma", type=positive_float, help="discount per step; default: 0.99")

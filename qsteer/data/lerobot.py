@@ -12,7 +12,17 @@ from torch.utils.data import default_collate
 from qsteer.adapters import host_of
 from qsteer.checks import check_finite
 from qsteer.critics.encoders import FEATURES, pooled, to_unit_view
-from qsteer.data.exchange import ACTION, DONE, REWARD, SUCCESS, TRUNCATED, read_trajectories
+from qsteer.data.episodes import Episodes
+from qsteer.data.exchange import (
+    ACTION,
+    DONE,
+    REWARD,
+    STATE,
+    SUCCESS,
+    TRUNCATED,
+    read_trajectories,
+    to_episodes,
+)
 from qsteer.data.layout import Trajectory
 from qsteer.steering.opening import open_action
 
@@ -197,6 +207,23 @@ class Seen:
             ValueError: a column holds NaN or infinity.
         """
         return read_trajectories(self._frames(), self.keys)
+
+    def episodes(self, which: Sequence[bool]) -> Episodes:
+        """Return some of the episodes, whose observations are the numbers (N, 1) of their frames.
+
+        Raises:
+            ValueError: none of them is whole, or as :meth:`trajectories`.
+        """
+        numbered = (
+            frame | {STATE: torch.tensor([float(number)])} for number, frame in enumerate(self._frames())
+        )
+        found = read_trajectories(numbered, [STATE])
+        return to_episodes(trajectory for trajectory, kept in zip(found, which, strict=True) if kept)
+
+    def batch(self, numbers: Sequence[int]) -> dict[str, Any]:
+        """Return these frames as the policy gets them."""
+        batch = self.preprocessor(default_collate([self.dataset[i] for i in numbers]))
+        return {key: v for key, v in batch.items() if key != ACTION and not key.startswith("next.")}
 
     def _frames(self) -> Iterator[dict[str, Any]]:
         whole = bool(self.views) or self.features
