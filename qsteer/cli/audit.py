@@ -70,6 +70,8 @@ def run(args: argparse.Namespace) -> None:
 
     if args.dataset is None:
         refuse_given(args, ("rewards", "failures", "plugin"), "without --dataset")
+        if args.device != "cpu":
+            raise ValueError(f"--device: expected cpu without --dataset, got {args.device}; leave it out")
     else:
         refuse_given(args, ("task", "data"), "beside --dataset")
         import_plugins(args)

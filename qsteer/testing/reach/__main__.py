@@ -8,7 +8,7 @@ from qsteer.testing.reach.world import record_dataset
 
 parser = argparse.ArgumentParser(prog="python -m qsteer.testing.reach", description=__doc__)
 parser.add_argument("directory", type=Path, help="for dataset/ and policy/")
-parser.add_argument("--episodes", type=int, default=200)
+parser.add_argument("--episodes", type=int, default=300)
 parser.add_argument("--steps", type=int, default=3000)
 args = parser.parse_args()
 found = record_dataset(args.directory / "dataset", args.episodes)

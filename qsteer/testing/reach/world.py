@@ -9,9 +9,9 @@ import numpy as np
 from qsteer.testing.reach.configuration_reach import ACTION, IMAGE, PIXELS, STATE, TASKS
 
 GOALS = {TASKS[0]: (-200.0, 150.0), TASKS[1]: (200.0, 150.0)}
-RADIUS, STRIDE, EDGE = 30.0, 45.0, 400.0
+RADIUS, STRIDE, EDGE = 25.0, 45.0, 400.0
 """Of a goal; the longest step; of the plane, from its middle. All in mm."""
-REPLANS, ERROR, TREMOR = 4, 120.0, 5.0
+REPLANS, ERROR, TREMOR = 4, 150.0, 5.0
 """The demonstrator aims anew every so many steps, at so many mm from the goal, with a hand that trembles."""
 
 
