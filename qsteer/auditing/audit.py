@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from qsteer.auditing.awake import check_awake
 from qsteer.auditing.contract import check_bounds, check_clock, check_contract, check_numbers
@@ -37,6 +38,7 @@ def audit(
     samples: int = 16,
     gamma: float = 0.99,
     critic_inputs: Callable[[Any], Any] | None = None,
+    observe: Callable[[Tensor], Any] | None = None,
     seed: int = 0,
 ) -> Audit:
     """Ask whether a critic can be trusted to steer a policy, without a rollout.
@@ -66,6 +68,8 @@ def audit(
         samples: actions of the policy per state.
         gamma: discount per step, for the data's returns.
         critic_inputs: as for :func:`qsteer.steer`.
+        observe: makes of observations of ``data`` (B, O) what the policy takes, for one that takes more than
+            a state; see :meth:`qsteer.data.lerobot.Seen.episodes`.
         seed: of all noise; torch's global generator is not used.
 
     Raises:
@@ -119,6 +123,7 @@ def audit(
             alphas,
             gamma,
             critic_inputs,
+            observe,
             generator,
             seed,
         )
@@ -146,6 +151,7 @@ def _ask_all(
     alphas: Sequence[float],
     gamma: float,
     critic_inputs: Callable[[Any], Any] | None,
+    observe: Callable[[Tensor], Any] | None,
     generator: torch.Generator,
     seed: int,
 ) -> tuple[tuple[Check, ...], tuple[tuple[float, float], float] | None]:
@@ -156,8 +162,9 @@ def _ask_all(
     ranked = None
     if data is not None:
         horizon = getattr(getattr(critic, "config", None), "horizon", None) or probes[0].noise.shape[2]
+        bounds = probes[0].bounds
         ranked = rank_data(
-            policy, critic, data, batch, critic_inputs, probes[0].bounds, gamma, generator, horizon
+            policy, critic, data, batch, critic_inputs, bounds, gamma, generator, horizon, observe
         )
     swept = sweep(probes, rule, alphas, seed)
     advice = None if swept is None else recommend(swept)

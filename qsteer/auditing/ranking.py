@@ -1,6 +1,7 @@
 """Does the critic rank actions as it should?"""
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from qsteer.flow import ask, clip_actions
 from qsteer.sampling import sample
 from qsteer.types import Bindable, Bounds, Field, Value
 
-ROWS, ACTIONS = 512, 4
+ROWS, OBSERVED_ROWS, ACTIONS = 512, 128, 4
 BLIND, DIM = 0.25, 0.4
 AGAINST = -0.25
 
@@ -73,6 +74,7 @@ def rank_data(
     gamma: float,
     generator: torch.Generator,
     horizon: int,
+    observe: Callable[[Tensor], Any] | None = None,
 ) -> dict[str, Any]:
     """Compare the data's actions with others, and values with the discounted returns that followed.
 
@@ -86,13 +88,16 @@ def rank_data(
         gamma: discount per step.
         generator: of rows and noise.
         horizon: actions per chunk that the critic sees.
+        observe: makes of the data's observations what the policy takes; None: they are its states.
 
-    Cost: 13 chains of the policy and 16 critic forwards on 512 rows.
+    Cost: 13 chains of the policy and 16 critic forwards on 512 rows; with ``observe`` on 128.
     """
     chunks = Chunks(data, horizon, gamma, "returns")
-    rows = chunks.starts[torch.randint(len(chunks), (ROWS,), generator=generator).to(chunks.starts.device)]
+    size = ROWS if observe is None else OBSERVED_ROWS
+    rows = chunks.starts[torch.randint(len(chunks), (size,), generator=generator).to(chunks.starts.device)]
     drawn = chunks.gather(rows)
-    obs = _in_form(drawn.observations, batch)
+    read = observe or partial(_in_form, batch=batch)
+    obs = read(drawn.observations)
     if obs is None:
         return {}
     field, value, like = open_batch(policy, critic, obs, critic_inputs)
@@ -114,13 +119,13 @@ def rank_data(
         "data_over_noise": judge(noise),
     }
     found: dict[str, Any] = {name: estimate(_beats(q, other)) for name, other in pairs.items()}
-    found["returns"] = _correlate(q, returns, generator)
+    found["returns"] = correlate(q, returns, generator)
     here, again = (_worth(field, value, like, bounds, generator) for _ in range(2))
-    later = open_batch(policy, critic, _in_form(drawn.next_observations, batch), critic_inputs)
+    later = open_batch(policy, critic, read(drawn.next_observations), critic_inputs)
     came = drawn.rewards.double().cpu() + drawn.discount * drawn.masks.double().cpu() * _worth(
         later[0], later[1], like, bounds, generator
     )
-    found["foresight"] = _correlate(q - here, came - again, generator)
+    found["foresight"] = correlate(q - here, came - again, generator)
     return found
 
 
@@ -160,7 +165,7 @@ def _beats(a: Tensor, b: Tensor) -> Tensor:
     return (a > b).double() + 0.5 * (a == b).double()
 
 
-def _correlate(q: Float[Tensor, "N"], returns: Float[Tensor, "N"], generator: torch.Generator) -> Estimate:
+def correlate(q: Float[Tensor, "N"], returns: Float[Tensor, "N"], generator: torch.Generator) -> Estimate:
     """Return Spearman's rank correlation and its bootstrap interval over rows."""
 
     def spearman(rows: Tensor) -> float:

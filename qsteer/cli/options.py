@@ -2,7 +2,9 @@
 
 import argparse
 import math
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Sequence
+from importlib import import_module
 from pathlib import Path
 from typing import Any, Never
 
@@ -32,14 +34,84 @@ def add_command(
     return parser
 
 
-def add_task_option(parser: argparse.ArgumentParser) -> None:
-    """Add ``--task``."""
+def add_task_option(parser: argparse.ArgumentParser, *, alone: bool = True) -> None:
+    """Add ``--task``; where there are others to choose from (not ``alone``), :func:`read_task` reads it."""
+    text = "which recipe (qsteer/experiments/tasks.py)"
+    if alone:
+        parser.add_argument("--task", choices=TASKS, default=TASKS[0], help=text)
+    else:
+        text += f"; default: {TASKS[0]}"
+        parser.add_argument("--task", choices=TASKS, default=argparse.SUPPRESS, help=text)
+
+
+def read_task(args: argparse.Namespace) -> str:
+    """Return the recipe's name."""
+    return getattr(args, "task", TASKS[0])
+
+
+def add_dataset_options(parser: argparse._ActionsContainer) -> None:
+    """Add ``--dataset`` and how its rewards are read."""
+    parser.add_argument("--dataset", help="its folder, or its name on the hub")
     parser.add_argument(
-        "--task", choices=TASKS, default="cube-single", help="which recipe (qsteer/experiments/tasks.py)"
+        "--rewards",
+        choices=["dataset", "sparse"],
+        help="the dataset's own, or -1 per step until success; default: the former where it has them",
+    )
+    parser.add_argument(
+        "--failures",
+        nargs="+",
+        type=natural_int,
+        metavar="N",
+        help="episodes that failed, if no column says so",
     )
 
 
-def add_device_option(parser: argparse.ArgumentParser) -> None:
+def add_plugin_option(parser: argparse._ActionsContainer) -> None:
+    """Add ``--plugin``."""
+    parser.add_argument(
+        "--plugin",
+        action="append",
+        default=[],
+        metavar="MODULE",
+        help="import it first: it registers policies or environments with lerobot; may be repeated",
+    )
+
+
+def import_plugins(args: argparse.Namespace) -> None:
+    """Import what ``--plugin`` names, and the plugins that are installed.
+
+    Raises:
+        ModuleNotFoundError: there is no such module.
+    """
+    from lerobot.utils.import_utils import register_third_party_plugins
+
+    register_third_party_plugins()
+    sys.path.append(str(Path.cwd()))  # where one's own module may lie
+    for name in args.plugin:
+        try:
+            import_module(name)
+        except ModuleNotFoundError as error:
+            if error.name is None or not f"{name}.".startswith(f"{error.name}."):
+                raise
+            raise ModuleNotFoundError(
+                f"--plugin: expected a module that can be imported, got {name!r}; give its name as Python "
+                "imports it"
+            ) from None
+
+
+def refuse_given(args: argparse.Namespace, names: Sequence[str], why: str) -> None:
+    """Raise if any of these options was given; "" and None and [] and False stand for none.
+
+    Raises:
+        ValueError: one was.
+    """
+    if given := [
+        name for name in names if getattr(args, name.replace("-", "_"), None) not in (None, [], False)
+    ]:
+        raise ValueError(f"--{given[0]}: expected none {why}; leave it out")
+
+
+def add_device_option(parser: argparse._ActionsContainer) -> None:
     """Add ``--device``."""
     parser.add_argument("--device", type=device, default="cpu", help="cpu or cuda")
 

@@ -243,9 +243,21 @@ def from_lerobot_dataset(dataset: Any) -> Iterator[Trajectory]:
             f"from_lerobot_dataset: expected {REWARD} and {DONE}, got no {missing}; relabel the data"
         )
     keys = [key for key in features if key.startswith("observation.")]
+    yield from read_trajectories((dataset[i] for i in range(len(dataset))), keys)
+
+
+def read_trajectories(rows: Iterable[Mapping[str, Any]], keys: list[str]) -> Iterator[Trajectory]:
+    """Join a dataset's frames, one after another, to the trajectories of its episodes.
+
+    Args:
+        rows: frames with ``keys``, action, reward, end and ``episode_index``.
+        keys: of the observations.
+
+    Raises:
+        ValueError: as :func:`from_lerobot_dataset`.
+    """
     frames: list[Mapping[str, Any]] = []
-    for i in range(len(dataset)):
-        frame = dataset[i]
+    for frame in rows:
         if frames and frame["episode_index"] != frames[-1]["episode_index"]:
             yield _check_finite(_name_episode(frames), _read_episode(frames, keys))
             frames = []

@@ -31,7 +31,7 @@ from qsteer.rules import (
 from qsteer.samplers import BeamSearch, BestOfN, Euler, KeepBest, RandomOfN, TrustRegion
 from qsteer.sampling import FastSampling, acting, sample
 from qsteer.trace import Trace
-from qsteer.types import Rule, Sampler
+from qsteer.types import Clip, Rule, Sampler
 
 
 @dataclass(frozen=True)
@@ -295,7 +295,7 @@ def _suggest(name: str, error: Exception) -> str:
     return f" ({error})"
 
 
-def parse(spec: str, maps: Maps | None = None) -> Arm:
+def parse(spec: str, maps: Maps | None = None, *, clip: Clip = "policy") -> Arm:
     """Make an arm of a short name.
 
     ``base`` is the frozen policy alone. A rule has a strength, a number or, in the matched norm, ``auto``
@@ -310,18 +310,18 @@ def parse(spec: str, maps: Maps | None = None) -> Arm:
     ``trust-region=0.3``, ``beam-search=0.3`` (``-map``: on the flow map, ``-fmq``: on the adapted one),
     ``map-best-of-8``, ``fmq-best-of-8``, ``keep-best``; each goes around what precedes it:
     ``tweedie=0.2+best-of-8+keep-best``.
-    Actions are clipped to the policy's bounds.
 
     Args:
         spec: the name.
         maps: what the arms which need a learnt map use.
+        clip: of finished actions, see :class:`qsteer.Euler`; None: what :func:`qsteer.steer` does.
 
     Raises:
         ValueError: the name is not of that form.
         FileNotFoundError: it needs a map which was not loaded.
     """
     rule: Rule | None = None
-    sampler: Sampler = Euler(clip="policy")
+    sampler: Sampler = Euler(clip=clip)
     maps = maps or Maps()
     for part in () if spec == "base" else spec.split("+"):
         name, number = split_part(part)

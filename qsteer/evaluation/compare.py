@@ -1,23 +1,25 @@
 """Compare arms: one frozen policy, one critic, the same episodes and the same noise for every arm."""
 
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from qsteer.bench.counting import count
 from qsteer.bench.timing import time_calls
 from qsteer.compiling.kept import Mode
 from qsteer.critics.critic import Critic
-from qsteer.envs.rollouts import MakeEnv, Rollouts, Simulators
+from qsteer.envs.rollouts import Agent, MakeEnv, Rollouts, Simulators
 from qsteer.envs.seeds import EVALUATION_SEED
 from qsteer.evaluation.arms import Arm
 from qsteer.policies import FlowPolicy
 from qsteer.statistics import paired_interval, wilson_interval
 from qsteer.trace import Trace
+from qsteer.types import Field, Value
 
 ROUNDS = 50
 """Timed actions of each arm, for the milliseconds of a table."""
@@ -64,12 +66,74 @@ def compare(
         ValueError: the critic is of other sizes than the policy, or was trained for another contract.
     """
     policy.check_critic(critic.config)
+    return compare_driven(
+        make_env,
+        _drive(policy, critic),
+        arms,
+        episodes=episodes,
+        seed=seed,
+        num_envs=num_envs,
+        record=record,
+        traces=traces,
+        compile=compile,
+        progress=progress,
+    )
+
+
+@dataclass(frozen=True)
+class Driver:
+    """How arms act with one policy and one critic.
+
+    Attributes:
+        horizon: executed steps of a chunk.
+        noise_shape: of one chunk; None: that of the executed actions.
+        agent: ``(arm, trace, compile, rows) -> act``, see :meth:`qsteer.evaluation.arms.Arm.agent`.
+        open: returns velocity, value and noise for an observation.
+        observation: one, of a single row, on which costs are counted and actions are timed.
+        rounds: timed actions of each arm.
+    """
+
+    horizon: int
+    noise_shape: tuple[int, ...] | None
+    agent: Callable[[Arm, Trace | None, Mode | None, int], Agent]
+    open: Callable[[Any], tuple[Field, Value | None, Tensor]]
+    observation: Any
+    rounds: int
+
+
+def _drive(policy: FlowPolicy, critic: Critic) -> Driver:
+    shape = policy.config.horizon, policy.config.action_dim
+    return Driver(
+        policy.config.horizon,
+        None,
+        lambda arm, trace, mode, rows: arm.agent(policy, critic, trace, compile=mode, rows=rows),
+        lambda obs: (policy.field(obs), critic.bind(obs), torch.randn(1, *shape)),
+        torch.zeros(1, policy.config.obs_dim),
+        ROUNDS,
+    )
+
+
+def compare_driven(
+    make_env: MakeEnv,
+    driver: Driver,
+    arms: Sequence[Arm],
+    *,
+    episodes: int,
+    seed: int = EVALUATION_SEED,
+    num_envs: int = 8,
+    record: bool = False,
+    traces: Mapping[str, Trace] | None = None,
+    compile: Mode | None = None,
+    progress: bool = True,
+) -> tuple[dict[str, Any], list[Rollouts]]:
+    """Do what :func:`compare` does for any policy that a :class:`Driver` acts with."""
     kept = {arm.spec: Trace(steps=False, displacement=True) for arm in arms} | dict(traces or {})
     num_envs = min(num_envs, episodes)
-    with Simulators(make_env, horizon=policy.config.horizon, num_envs=num_envs) as simulators:
+    with Simulators(make_env, horizon=driver.horizon, num_envs=num_envs) as simulators:
         runs = [
             simulators.rollout(
-                arm.agent(policy, critic, kept[arm.spec], compile=compile, rows=num_envs),
+                driver.agent(arm, kept[arm.spec], compile, num_envs),
+                noise_shape=driver.noise_shape,
                 episodes=episodes,
                 seed=seed,
                 name=arm.spec,
@@ -79,25 +143,21 @@ def compare(
             for arm in arms
         ]
     moved = [kept[arm.spec].arrays()["displacement"] for arm in arms]
-    return {"seed": seed, "arms": _report_arms(policy, critic, arms, runs, moved)}, runs
+    return {"seed": seed, "arms": _report_arms(driver, arms, runs, moved)}, runs
 
 
 def _report_arms(
-    policy: FlowPolicy,
-    critic: Critic,
-    arms: Sequence[Arm],
-    runs: Sequence[Rollouts],
-    displacements: Sequence[np.ndarray],
+    driver: Driver, arms: Sequence[Arm], runs: Sequence[Rollouts], displacements: Sequence[np.ndarray]
 ) -> list[dict[str, Any]]:
-    obs = torch.zeros(1, policy.config.obs_dim)
-    noise = torch.randn(1, policy.config.horizon, policy.config.action_dim)
-    agents = {arm.spec: arm.agent(policy, critic) for arm in arms}
-    times = time_calls({spec: partial(act, obs, noise) for spec, act in agents.items()}, repeats=ROUNDS)
+    obs = driver.observation
+    field, value, noise = driver.open(obs)
+    calls = {arm.spec: partial(driver.agent(arm, None, None, 1), obs, noise.cpu()) for arm in arms}
+    times = time_calls(calls, repeats=driver.rounds)
     rows = []
     for arm, run, moved in zip(arms, runs, displacements, strict=True):
         low, high = wilson_interval(int(run.success.sum()), len(run.success))
         difference = paired_interval(run.success, runs[0].success)
-        cost = count(policy.field(obs), critic.bind(obs), noise, arm.rule, arm.sampler)
+        cost = count(field, value, noise, arm.rule, arm.sampler)
         rows.append(
             {
                 "name": arm.name,
