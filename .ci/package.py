@@ -14,6 +14,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 UV = ROOT / ".ci" / "uv"
+PLUGIN = Path("adapters/lerobot_policy_qsteer")
 FOLDERS = {"qsteer": "", "adapters": "qsteer/", "critics": "qsteer/"}  # and their place in the wheel
 
 IMPORTS = """
@@ -24,6 +25,16 @@ for module in qsteer, qsteer.adapters, qsteer.critics:
     assert module.__file__.startswith(sys.prefix), f"{module.__file__} is not under {sys.prefix}"
 for name in "adapters", "critics":
     assert importlib.util.find_spec(name) is None, f"{name} can be imported as a top-level module"
+"""
+
+PLUGGED = """
+import sys
+from lerobot.configs import PreTrainedConfig
+from lerobot.utils.import_utils import register_third_party_plugins
+register_third_party_plugins()
+import lerobot_policy_qsteer
+assert lerobot_policy_qsteer.__file__.startswith(sys.prefix), lerobot_policy_qsteer.__file__
+assert "qsteer" in PreTrainedConfig.get_known_choices()
 """
 
 USER_SCRIPT = """
@@ -70,7 +81,13 @@ def check(scratch: Path) -> None:
     assert files == direct, f"in only one of the two wheels: {sorted(files ^ direct)}"
     print(f"ok: {wheel.name} has the same files whether built from the sdist or from the tree")
 
-    modules = [path.relative_to(tree) for top in FOLDERS for path in (tree / top).rglob("*.py")]
+    plugin = tree / PLUGIN
+    modules = [
+        path.relative_to(tree)
+        for top in FOLDERS
+        for path in (tree / top).rglob("*.py")
+        if not path.is_relative_to(plugin)
+    ]
     expected = {f"{FOLDERS[path.parts[0]]}{path}" for path in modules} | {"qsteer/py.typed"}
     contents = {name for name in files if ".dist-info/" not in name}
     assert contents == expected, f"in only one of wheel and tree: {sorted(contents ^ expected)}"
@@ -78,11 +95,18 @@ def check(scratch: Path) -> None:
 
     run(UV, "venv", "--python", sys.executable, env, cwd=empty)
     python = env / "bin" / "python"
-    run(UV, "pip", "install", "--python", python, "--no-deps", wheel, cwd=empty)
+    plugged, inside = build(plugin, scratch / "plugin", "--wheel")
+    run(UV, "pip", "install", "--python", python, "--no-deps", wheel, plugged, cwd=empty)
     site = run(python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))", cwd=empty).strip()
     Path(site, "dependencies.pth").write_text(sysconfig.get_path("purelib"))
     run(python, "-c", IMPORTS, cwd=empty)
     print("ok: qsteer, qsteer.adapters and qsteer.critics import from it, adapters and critics do not")
+
+    assert {name for name in inside if ".dist-info/" not in name} == {
+        str(path.relative_to(plugin)) for path in (plugin / plugin.name).rglob("*.py")
+    }, f"in only one of the plugin's wheel and its tree: {sorted(inside)}"
+    run(python, "-c", PLUGGED, cwd=empty)
+    print(f"ok: {plugged.name} is found by lerobot")
 
     script = empty / "user_script.py"
     script.write_text(USER_SCRIPT)

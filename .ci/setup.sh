@@ -30,4 +30,5 @@ fi
 echo "setup: installing qsteer and its dependencies into .venv (the first time this fetches several GB)"
 quiet=--quiet
 if [ -t 2 ]; then quiet=; fi # a person sees uv's progress, a log does not
-.ci/uv pip install $quiet --python .venv/bin/python --editable ".[lerobot,ogbench,plots,docs,dev]"
+.ci/uv pip install $quiet --python .venv/bin/python --editable ".[lerobot,ogbench,plots,docs,dev]" \
+    --editable "./adapters/lerobot_policy_qsteer[async]" "lerobot[diffusion]"

@@ -43,6 +43,7 @@ FILES = sorted(
     path
     for folder in (ROOT, *(ROOT / name for name in ("adapters", "critics")))
     for path in folder.rglob("*.py")
+    if "lerobot_policy_qsteer" not in path.parts  # a distribution of its own
 )
 
 

@@ -69,8 +69,7 @@ class LerobotPolicy:
             field, value, like = self.open(obs, critic)
             x = noise.to(like)
             chunk = sample(field, value, x, rule=arm.rule, sampler=arm.sampler, trace=trace)
-        host = host_of(self.policy)
-        dim = host.read(self.policy, host.action_shape)[-1]
+        dim = host_of(self.policy).action_dim(self.policy)
         steps = [self.postprocessor(step) for step in chunk[:, : self.horizon, :dim].unbind(1)]
         return torch.stack([self.env_processors[1]({"action": step})["action"] for step in steps], 1).cpu()
 

@@ -13,14 +13,14 @@ EPISODES = 12
 
 
 @cache
-def folder(success: bool) -> Path:
+def folder(success: bool, steps: int = 20) -> Path:
     """A folder with ``dataset`` and ``policy``."""
     path = Path(mkdtemp(prefix="reach"))
-    clone(record_dataset(path / "dataset", EPISODES, success=success), path / "policy", steps=20)
+    clone(record_dataset(path / "dataset", EPISODES, success=success), path / "policy", steps=steps)
     return path
 
 
-def opened(success: bool = True) -> tuple[Any, Any, Any]:
+def opened(success: bool = True, steps: int = 20) -> tuple[Any, Any, Any]:
     """Dataset, policy and its preprocessor."""
-    policy, before, _ = open_policy(folder(success) / "policy")
-    return open_dataset(folder(success) / "dataset"), policy, before
+    policy, before, _ = open_policy(folder(success, steps) / "policy")
+    return open_dataset(folder(success, steps) / "dataset"), policy, before
