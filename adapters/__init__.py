@@ -7,12 +7,12 @@ A policy of your own needs no entry here: give its class, or the object, an attr
 from inspect import getattr_static
 from typing import Any
 
-from qsteer.adapters import drawing, lerobot, openpi
+from qsteer.adapters import dit, drawing, lerobot, openpi, vla_jepa
 from qsteer.adapters.plain import PlainPolicy
 from qsteer.contract import Contract
 from qsteer.hosts import Host
 
-HOSTS = (*lerobot.HOSTS, *openpi.HOSTS, *drawing.HOSTS)
+HOSTS = (*lerobot.HOSTS, *dit.HOSTS, *vla_jepa.HOSTS, *openpi.HOSTS, *drawing.HOSTS)
 
 __all__ = ["HOSTS", "Host", "PlainPolicy", "contract_of", "host_of", "unwrapped"]
 

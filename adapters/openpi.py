@@ -29,7 +29,7 @@ PI0_PYTORCH = Host(
     entry="sample_actions",
     step="denoise_step",
     batch="sample_actions",
-    clock=replace(MIRRORED, summed=True),
+    clock=replace(MIRRORED, count="sum"),
     steps=10,
     executed="config.action_horizon",
     action_shape="config.action_dim",

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import torch
@@ -26,7 +27,8 @@ class Clock:
         action: host time of the clean action.
         sign: +1 when the host's velocity points to the action, -1 when it points to the noise.
         steps: number of Euler steps when the sampler names none.
-        summed: the host adds its float32 step up from the first time on, as openpi does.
+        count: how the host comes to the time of step i: ``index``, ``noise + i * step``; ``sum``, adding its
+            float32 step up, as openpi does; ``linspace``, by ``torch.linspace``, whose differences are steps.
 
     Raises:
         ValueError: noise and action at the same time, a sign that is not one, or fewer than one step.
@@ -36,7 +38,7 @@ class Clock:
     action: float = 1.0
     sign: int = 1
     steps: int = 10
-    summed: bool = False
+    count: Literal["index", "sum", "linspace"] = "index"
 
     def __post_init__(self) -> None:
         """Check the arguments."""
@@ -51,10 +53,15 @@ class Clock:
         """Yield ``(t, dt)`` of each Euler step; ``t`` is exact for the host's float32 time."""
         steps = self.steps if steps is None else steps
         span, summed = self.action - self.noise, np.float32(self.noise)
+        spaced = torch.linspace(self.noise, self.action, steps + 1, dtype=torch.float32, device="cpu")
         for i in range(steps):
-            host = float(summed if self.summed else np.float32(self.noise + i * (span / steps)))
+            index = np.float32(self.noise + i * (span / steps))
+            host = float({"index": index, "sum": summed, "linspace": spaced[i].numpy()}[self.count])
+            dt = 1.0 / steps
             summed += np.float32(span / steps)
-            yield abs(host - self.noise) / abs(span), 1.0 / steps  # abs: never -0.0, whose 1/t is -inf
+            if self.count == "linspace":
+                dt = abs(float(spaced[i + 1] - spaced[i])) / abs(span)
+            yield abs(host - self.noise) / abs(span), dt  # abs: never -0.0, whose 1/t is -inf
 
     def snap(self, t: Time) -> Time:
         """Return the nearest times that are exact for the host's float32 time, as :meth:`grid`'s are.

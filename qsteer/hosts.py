@@ -44,6 +44,7 @@ class Host:
         clock: the host's time and sign.
         steps: its configured number of Euler steps, or that number.
         executed: how many steps of a chunk are executed; the critic sees no others.
+        first: the step of a chunk at which execution begins; None: the first.
         action_shape: shape of one action without padding, whose last entry is the number of dimensions, or
             that number.
         x: the step's argument that is the noisy chunk (B, H, A).
@@ -51,6 +52,12 @@ class Host:
         num_steps: the entry's argument that overrides ``steps``, if it has one.
         observe: what a critic is bound to, of the batch method's arguments by name; None: the first of them.
         padded: ``action_shape`` counts padding, and the critic must say how many dimensions it sees.
+        velocity: ``(policy, context, x, t) -> velocity`` in the host's own convention, where its loop has no
+            method for it: of its own modules, which ``step`` is one of. None: ``step`` returns it.
+        context: ``(arguments of the entry, other arguments of the step) -> context``, for ``velocity``.
+        result: what the entry returns for an action; None: the action.
+        refuses: ``policy -> what was got``, of a policy of the class that the record does not describe; None
+            if it does.
         marks: attributes by which a policy is told from others whose class has the same name.
         chunk: number of steps of a chunk; None: it is not known before an action.
         queue: actions that wait to be executed, a deque or a dict with one at ``action``; None: it has none.
@@ -90,6 +97,11 @@ class Host:
     num_steps: str = "num_steps"
     observe: Callable[[dict[str, Any]], Any] | None = None
     padded: bool = False
+    first: Callable[[Any], int] | None = None
+    velocity: Callable[[Any, dict[str, Any], Tensor, Tensor], Tensor] | None = None
+    context: Callable[[dict[str, Any], dict[str, Any]], dict[str, Any]] | None = None
+    result: Callable[[Tensor], Any] | None = None
+    refuses: Callable[[Any], str | None] | None = None
     marks: tuple[str, ...] = ()
     chunk: str | None = None
     queue: str | None = None
@@ -122,6 +134,10 @@ class Host:
         """Return the number of an action's dimensions."""
         shape = self.read(policy, self.action_shape)
         return shape if isinstance(shape, int) else shape[-1]
+
+    def begins(self, policy: Any) -> int:
+        """Return the step of a chunk at which execution begins."""
+        return 0 if self.first is None else self.first(policy)
 
     def site(self, policy: Any, path: str) -> tuple[Any, str]:
         """Return the object that has the method at ``path``, and the method's name."""
@@ -202,9 +218,11 @@ class HostField(Field):
     def __call__(self, x: Float[Tensor, "B H A"], t: Time) -> Float[Tensor, "B H A"]:
         """Run the host's step, on a context that it may change."""
         context = self.host.repeat(self.context, 1)
-        chunk = {self.host.x: x, self.host.t: expand_time(self.clock.to_host(t), x, torch.float32)}
+        time = expand_time(self.clock.to_host(t), x, torch.float32)
         with cut(self.bypassed):
-            return self.clock.velocity(self.step(**context, **chunk))
+            if self.host.velocity is not None:
+                return self.clock.velocity(self.host.velocity(self.policy, context, x, time))
+            return self.clock.velocity(self.step(**context, **{self.host.x: x, self.host.t: time}))
 
     def truncated(self, layers: int) -> "HostField":
         """Return the same velocity, whose gradient runs through the last ``layers`` of the denoiser's layers.

@@ -62,6 +62,14 @@ def check_velocity(host: Host, rule: Rule | None, sampler: Sampler) -> None:
         )
 
 
+def check_kind(policy: Any, host: Host) -> None:
+    """Raise unless the record describes this policy, not only its class."""
+    if host.refuses is not None and (got := host.refuses(policy)) is not None:
+        raise TypeError(
+            f"policy: expected a {host.serves} that integrates a velocity by Euler's method, got {got}"
+        )
+
+
 def check_rtc(policy: Any, host: Host) -> None:
     """Raise if real-time chunking is on, and nothing is known of how the host guides by it."""
     if chunks(policy, host) and host.hold is None:

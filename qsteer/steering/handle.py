@@ -26,6 +26,7 @@ from qsteer.sampling import acting, outside_inference_mode, sample, steered_acti
 from qsteer.steering.checks import (
     check_critic,
     check_executed,
+    check_kind,
     check_methods,
     check_rtc,
     check_velocity,
@@ -271,11 +272,12 @@ class Handle(Interception):
         assert self._compiled is not None and self.host.whole is not None
         rule, sampler = self.rule, self.sampler
         sizes = read_sizes(critic, self.policy, self.host, self.executed)
+        first = self.host.begins(self.policy)
 
         def act(inputs: tuple[Any, tuple[Any, ...], dict[str, Any]]) -> Tensor:
             batch, args, kwargs = inputs
             field, noise = self._encode(args, kwargs)
-            value = Executed.of(bind_critic(critic, batch, None, field), noise, *sizes)
+            value = Executed.of(bind_critic(critic, batch, None, field), noise, *sizes, first)
             return steered_action(field, value, noise, rule, sampler)
 
         method = self.host.whole(self.policy), critic, sizes, rule, sampler, id(rule), id(sampler)
@@ -294,18 +296,19 @@ class Handle(Interception):
     ) -> tuple[Field, Executed, Float[Tensor, "B H A"]]:
         """Encode the observation for policy and critic; before a graph, each on a stream of its own."""
         sizes = read_sizes(critic, self.policy, self.host, self.executed)
+        first = self.host.begins(self.policy)
         if self._compiled is None or self._compiled.mode != "graph" or read_inputs(critic).features:
             field, noise = self._encode(args, kwargs)
             value = self._bind(critic, batch, field)
         else:
             # What the second stream allocates is free for it again only after the first has used it.
-            first, second = self._compiled.streams
-            second.wait_stream(first)
-            with torch.cuda.stream(second):
+            one, two = self._compiled.streams
+            two.wait_stream(one)
+            with torch.cuda.stream(two):
                 value = self._bind(critic, batch, None)
             field, noise = self._encode(args, kwargs)
-            first.wait_stream(second)
-        return field, Executed.of(value, noise, *sizes), noise
+            one.wait_stream(two)
+        return field, Executed.of(value, noise, *sizes, first), noise
 
     def _bind(self, critic: Bindable, batch: Any, field: Field | None) -> Value:
         value = bind_critic(critic, batch, self.critic_inputs, field)
@@ -404,6 +407,7 @@ def steer(
             "or call qsteer.unsteer(policy) first"
         )
     check_velocity(host, rule, sampler)
+    check_kind(policy, host)
     check_methods(policy, host)
     check_rtc(policy, host)
     check_executed(executed, policy, host)

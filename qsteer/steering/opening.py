@@ -32,6 +32,7 @@ from qsteer.hosts import DrawnField, Host, HostField, bounds_of
 from qsteer.sampling import acting, outside_inference_mode
 from qsteer.steering.checks import (
     check_critic,
+    check_kind,
     check_methods,
     check_num_steps,
     check_rtc,
@@ -178,6 +179,8 @@ class Interception(ABC):
         noise = context.pop(self.host.x)
         del context[self.host.t]
         clock = replace(self.host.clock, steps=steps)
+        if self.host.context is not None:
+            context = self.host.context(arguments, context)
         field = HostField(self.host, step, context, self.policy, clock)
         if self.host.hold is not None and chunks(self.policy, self.host):
             return self.host.hold(self.policy, field, flattened(entry, arguments), noise), noise
@@ -242,7 +245,7 @@ class Interception(ABC):
         raise _Interruption(named(step, args, kwargs))
 
     @uncompiled
-    def _entry(self, *args: Any, **kwargs: Any) -> Float[Tensor, "B H A"]:
+    def _entry(self, *args: Any, **kwargs: Any) -> Any:
         """Stand in for the host's entry."""
         check_rtc(self.policy, self.host)
         call = _call.get()
@@ -253,7 +256,8 @@ class Interception(ABC):
                 "steering, or remove the handle first"
             )
         call.entered.append(True)
-        return call.act(call.batch, args, kwargs)
+        action = call.act(call.batch, args, kwargs)
+        return action if self.host.result is None else self.host.result(action)
 
 
 class _Opener(Interception):
@@ -307,6 +311,7 @@ def open_action(
         (torch.Size([3, 5, 2]), None)
     """
     policy, host, _ = unwrapped(policy)
+    check_kind(policy, host)
     if host.step is None:
         raise TypeError(
             f"policy: expected one with a velocity field, got {host.serves}, which has none; steer it by "
@@ -328,7 +333,8 @@ def open_action(
         return Opened(field, None, noise)
     with acting(critic), outside_inference_mode():
         value = bind_critic(critic, batch, critic_inputs, field)
-        return Opened(field, Executed.of(value, noise, *read_sizes(critic, policy, host)), noise)
+        sizes = read_sizes(critic, policy, host)
+        return Opened(field, Executed.of(value, noise, *sizes, host.begins(policy)), noise)
 
 
 def is_bound(function: Any) -> bool:
@@ -400,27 +406,31 @@ def bind_critic(
 
 @dataclass(frozen=True)
 class Executed(Value):
-    """A critic's value on a host's padded chunk: it sees the first ``steps`` steps and ``dim`` dimensions."""
+    """A critic's value on a host's chunk: of ``steps`` steps from ``first`` on, and ``dim`` dimensions."""
 
     value: Value
     steps: int
     dim: int
     mask: Float[Tensor, "H A"]
+    first: int = 0
 
     @classmethod
-    def of(cls, value: Value, chunk: Float[Tensor, "B H A"], steps: int, dim: int) -> "Executed":
+    def of(
+        cls, value: Value, chunk: Float[Tensor, "B H A"], steps: int, dim: int, first: int = 0
+    ) -> "Executed":
         """Return the value for chunks like ``chunk``; a mask of the value's own is kept."""
-        if steps > chunk.shape[1]:
+        if first + steps > chunk.shape[1]:
             raise ValueError(
-                f"executed: expected at most the {chunk.shape[1]} steps of the policy's chunk, got {steps}"
+                f"executed: expected at most the {chunk.shape[1] - first} steps of the policy's chunk, got "
+                f"{steps}"
             )
         mask = chunk.new_zeros(chunk.shape[1:])
-        mask[:steps, :dim] = 1.0 if value.mask is None else value.mask
-        return cls(value, steps, dim, mask)
+        mask[first : first + steps, :dim] = 1.0 if value.mask is None else value.mask
+        return cls(value, steps, dim, mask, first)
 
     def seen(self, a: Float[Tensor, "B H A"]) -> Float[Tensor, "B h d"]:
         """Return the part of ``a`` which the critic sees."""
-        return a[:, : self.steps, : self.dim]
+        return a[:, self.first : self.first + self.steps, : self.dim]
 
     def __call__(self, a: Float[Tensor, "B H A"]) -> Float[Tensor, "B"]:
         """Return the value of what the critic sees."""

@@ -151,7 +151,7 @@ class TestPolicyServer:
         torch.manual_seed(0)
         critic = Critic(CriticConfig(2, action_dim=2, horizon=6, hidden=(16,)))
         with qsteer.steer(policy, critic, qsteer.Tweedie(0.5, clip=None), executed=6) as handle:
-            path = handle.save_pretrained(tmp_path)
+            path = handle.save_pretrained(tmp_path / "saved")
         server = self.serve(path, 6)
         assert "steers the first 6 of 6 steps" in repr(server.policy.handle)
         batch = {"observation.state": torch.zeros(1, 2), "task": [policy.config.tasks[0]]}

@@ -20,7 +20,7 @@ from qsteer.steering.handle import steer, unsteer
 BASE = qsteer.Euler()
 
 
-@pytest.fixture(params=hosts.HOSTS)
+@pytest.fixture(params=(*hosts.HOSTS, *hosts.HEADS))
 def name(request: pytest.FixtureRequest) -> str:
     return request.param
 
@@ -59,7 +59,7 @@ def test_law_02_a_deepcopy_runs_its_own_model(name: str):
     steer(policy, hosts.Target(), STRONG)
     host, steered = host_of(policy), chunk(policy)
     for path in (host.entry, host.step, host.batch):
-        owner = policy if path == host.batch else hosts.loop(policy)
+        owner = host.site(policy, path)[0]
         assert isinstance(vars(owner)[path.rpartition(".")[2]], MethodType)
     twin = copy.deepcopy(policy)
     for parameter in policy.parameters():
@@ -126,15 +126,15 @@ def test_law_05_zero_alpha_is_bit_identical(policy: nn.Module):
     for steps in (3, 7, 10):
         hosts.set_steps(policy, steps)
         torch.manual_seed(steps)
-        base, state = policy.predict_action_chunk(batch), torch.get_rng_state()
+        base, state = hosts.plan(policy, batch), torch.get_rng_state()
         for method in (BASE, None, qsteer.Tweedie(alpha=0.0), qsteer.QGF(weight=0.0), qsteer.BestOfN(1)):
             with steer(policy, hosts.Target(), method):
                 torch.manual_seed(steps)
-                assert torch.equal(policy.predict_action_chunk(batch), base), (steps, method)
+                assert torch.equal(hosts.plan(policy, batch), base), (steps, method)
                 assert torch.equal(torch.get_rng_state(), state), "the host's own random stream"
         with steer(policy, hosts.Target(), STRONG):
             torch.manual_seed(steps)
-            assert not torch.equal(policy.predict_action_chunk(batch), base)
+            assert not torch.equal(hosts.plan(policy, batch), base)
             assert torch.equal(torch.get_rng_state(), state)
 
 
@@ -279,12 +279,12 @@ def test_law_08_tweedie_is_the_true_gradient(name: str, monkeypatch: pytest.Monk
     monkeypatch.setattr(Tensor, "float", Tensor.double)
     policy, critic, seen = hosts.build(name).double(), hosts.Target().double(), []
     batch = {
-        key: value.double() if value.is_floating_point() else value
+        key: value.double() if isinstance(value, Tensor) and value.is_floating_point() else value
         for key, value in hosts.observe(policy).items()
     }
     rule = qsteer.Tweedie(alpha=1.0, scaling="raw", clip=None)
     with steer(policy, critic, rule, sampler=hosts.Spy(seen)):
-        policy.predict_action_chunk(batch, noise=hosts.draw(policy).double())
+        hosts.plan(policy, batch, None if hosts.is_head(policy) else hosts.draw(policy).double())
         steered, value, noise = seen[0]
         field, mask = steered.base, value.mask.bool()
         for time, x in ((0.2, noise), (0.7, 0.5 * noise)):

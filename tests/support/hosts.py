@@ -5,12 +5,14 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
+import pytest
 import torch
 from torch import Tensor, nn
 
 import qsteer
 from qsteer.adapters import PlainPolicy, host_of
 from qsteer.clock import MIRRORED
+from qsteer.testing import heads
 from qsteer.testing import hosts as random_hosts
 from qsteer.types import Field, Sampler, Value
 
@@ -19,6 +21,8 @@ torch.set_num_threads(1)
 
 LEROBOT = ("pi0", "pi05", "smolvla")
 HOSTS = (*LEROBOT, "plain")
+HEADS = ("multi_task_dit", "vla_jepa")
+"""Whose noise is their own, and which no fast path knows."""
 STRONG = qsteer.Tweedie(alpha=0.3, clip=None)
 """A rule whose effect is seen."""
 
@@ -48,6 +52,9 @@ class Plain(PlainPolicy):
 
 def build(name: str, seed: int = 0) -> nn.Module:
     """A new host; other seeds, other weights."""
+    if name in HEADS:
+        pytest.importorskip("diffusers")
+        return getattr(heads, name)(seed=seed)
     return Plain(seed) if name == "plain" else getattr(random_hosts, name)(seed=seed)
 
 
@@ -61,6 +68,8 @@ def observe(policy: nn.Module, rows: int = 1, seed: int = 0) -> dict[str, Tensor
     """A random batch."""
     if isinstance(policy, PlainPolicy):
         return {"observation.state": torch.randn(rows, 4, generator=torch.Generator().manual_seed(seed))}
+    if is_head(policy):
+        return heads.observe(policy, rows, seed)
     return random_hosts.batch(policy, rows, seed)
 
 
@@ -70,9 +79,30 @@ def draw(policy: nn.Module, rows: int = 1, seed: int = 0) -> Tensor:
     return torch.randn(rows, *shape, generator=torch.Generator().manual_seed(seed))
 
 
+def is_head(policy: nn.Module) -> bool:
+    """Whether a policy draws its own noise."""
+    return getattr(policy, "name", None) in HEADS
+
+
 def chunk(policy: nn.Module, rows: int = 2, seed: int = 0) -> Tensor:
     """An action of the policy's own entry, for observations and noise of a seed."""
-    return policy.predict_action_chunk(observe(policy, rows, seed), noise=draw(policy, rows, seed))
+    batch = observe(policy, rows, seed)
+    if not is_head(policy):
+        return plan(policy, batch, draw(policy, rows, seed))
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return plan(policy, batch)
+
+
+def plan(policy: nn.Module, batch: dict[str, Tensor], noise: Tensor | None = None) -> Tensor:
+    """A chunk of the policy, whose noise is its own where it is None."""
+    if not is_head(policy):
+        return policy.predict_action_chunk(batch, noise=noise)
+    for name, queue in policy._queues.items():
+        queue.clear()
+        if name in batch:  # a history, which select_action would have filled
+            queue.extend([batch[name]] * queue.maxlen)
+    return policy.predict_action_chunk(dict(batch))
 
 
 def loop(policy: nn.Module) -> nn.Module:
@@ -83,8 +113,8 @@ def loop(policy: nn.Module) -> nn.Module:
 
 def set_steps(policy: nn.Module, steps: int) -> None:
     """Configure the host's number of Euler steps."""
-    owner, _, name = host_of(policy).steps.rpartition(".")
-    setattr(getattr(policy, owner) if owner else policy, name, steps)
+    host = host_of(policy)
+    setattr(*host.site(policy, host.steps), steps)
 
 
 class Target(nn.Module):
