@@ -80,8 +80,7 @@ def run_on_dataset(args: argparse.Namespace) -> None:
     import_plugins(args)
     from qsteer.adapters import contract_of
     from qsteer.data.lerobot import open_dataset, open_policy
-    from qsteer.training import CriticTraining
-    from qsteer.training.dataset import train_from_dataset
+    from qsteer.training import CriticTraining, train_from_dataset
 
     out = start_run(args, Path(args.out))
     dataset = open_dataset(args.dataset)

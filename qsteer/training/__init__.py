@@ -2,6 +2,7 @@
 
 from qsteer.data.batches import DatasetBatches, SafetensorsBatches, lerobot_batches, record
 from qsteer.training.critic import CriticTraining, train_critic
+from qsteer.training.dataset import Ranking, train_from_dataset
 from qsteer.training.maps import (
     FlowMapTraining,
     MetaTraining,
@@ -20,6 +21,7 @@ __all__ = [
     "MetaTraining",
     "PolicyTraining",
     "PosteriorError",
+    "Ranking",
     "SafetensorsBatches",
     "StateTeacher",
     "Teacher",
@@ -28,5 +30,6 @@ __all__ = [
     "lerobot_batches",
     "record",
     "train_critic",
+    "train_from_dataset",
     "train_policy",
 ]

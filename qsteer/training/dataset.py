@@ -126,25 +126,25 @@ def train_from_dataset(
     )
     _warn_of_tasks(seen)
     data, held = read_replays(seen, out / "data", training, device, progress)
-    if not data.ready():
-        raise ValueError(
-            f"dataset: expected episodes of more than {data.layout.span} steps, for target "
-            f"{training.target!r} and horizon {training.horizon}, got at most {max(seen.lengths())}; lower "
-            "the horizon"
-        )
-    found = _Summary.of(data, training.observation_key)
-    _warn_of_rewards(seen, found)
-
-    config = training.critic_config(found.states.shape[1], found.actions.shape[1])
-    sizes = {key: column.shape[1] for key, column in found.inputs.items()}
-    config = replace(config, views=tuple(views), features=sizes.get(FEATURES, 0))
-    policy_contract = replace(contract_of(policy), horizon=training.horizon)
-    config = replace(config, contract=training.contract(config, found.contract, policy_contract))
-    with torch.random.fork_rng(devices=[]):
-        critic = fresh_critic(config, [training.seed], found.inputs)
-        learner = LEARNERS[training.target](critic.to(device), data, training).to(device)
-    identity = training.describe() | {"data": found.digest, "inputs": list(config.keys)}
     try:
+        if not data.ready():
+            raise ValueError(
+                f"dataset: expected episodes of more than {data.layout.span} steps, for target "
+                f"{training.target!r} and horizon {training.horizon}, got at most {max(seen.lengths())}; "
+                "lower the horizon"
+            )
+        found = _Summary.of(data, training.observation_key)
+        _warn_of_rewards(seen, found)
+
+        config = training.critic_config(found.states.shape[1], found.actions.shape[1])
+        sizes = {key: column.shape[1] for key, column in found.inputs.items()}
+        config = replace(config, views=tuple(views), features=sizes.get(FEATURES, 0))
+        policy_contract = replace(contract_of(policy), horizon=training.horizon)
+        config = replace(config, contract=training.contract(config, found.contract, policy_contract))
+        with torch.random.fork_rng(devices=[]):
+            critic = fresh_critic(config, [training.seed], found.inputs)
+            learner = LEARNERS[training.target](critic.to(device), data, training).to(device)
+        identity = training.describe() | {"data": found.digest, "inputs": list(config.keys)}
         fit(learner, out, training, identity, progress=progress)
         learner.target.eval().save_pretrained(out)
         ranking = rank(learner.target, held, training.seed)

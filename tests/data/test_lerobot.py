@@ -70,7 +70,7 @@ def test_failures_that_are_named_are_failures() -> None:
 def test_features_are_those_of_an_action_and_know_the_task(world: tuple[Any, Any, Any]) -> None:
     dataset, policy, before = world
     state = torch.get_rng_state()
-    found = list(Seen(dataset, policy, before, features=True, views=(IMAGE,), view_size=16).trajectories())
+    found = list(Seen(dataset, policy, before, features=True, views=(IMAGE,), view_size=12).trajectories())
     assert torch.equal(torch.get_rng_state(), state)
     frame = dict(dataset[0])
     batch = before({k: v[None] if isinstance(v, torch.Tensor) else [v] for k, v in frame.items()})
@@ -78,8 +78,8 @@ def test_features_are_those_of_an_action_and_know_the_task(world: tuple[Any, Any
     first = found[0].observations
     torch.testing.assert_close(first[FEATURES][:1], field.features)
     assert not torch.equal(first[FEATURES][0, 2:], found[1].observations[FEATURES][0, 2:])  # the other task
-    view = to_unit_view(frame[IMAGE][None], 16, torch.zeros(()))
-    assert first[IMAGE].dtype == torch.uint8 and first[IMAGE].shape[1:] == (3, 16, 16)
+    view = to_unit_view(frame[IMAGE][None], 12, torch.zeros(()))
+    assert first[IMAGE].dtype == torch.uint8 and first[IMAGE].shape[1:] == (3, 12, 12)
     assert (first[IMAGE][:1] / 255 - view).abs().max() <= 0.5 / 255 + 1e-6
 
 
