@@ -48,7 +48,7 @@ def multi_task_dit(seed: int = 0, steps: int = 10) -> nn.Module:
 
 
 def vla_jepa(seed: int = 0, steps: int = 10) -> nn.Module:
-    """Return a random VLA-JEPA without its world model: 4 of 6 steps, 3 dimensions; see :func:`multi_task_dit`."""
+    """Return a random VLA-JEPA without its world model; arguments and errors as of :func:`multi_task_dit`."""
     with _name_extra():
         from lerobot.policies.vla_jepa import modeling_vla_jepa as modelling
         from lerobot.policies.vla_jepa.configuration_vla_jepa import VLAJEPAConfig
@@ -125,7 +125,7 @@ class _Qwen(nn.Module):
 
 
 def _model_of(modelling: Any) -> type:
-    """Return VLA-JEPA's model, whose tokens are made of the images' colours and the instruction's checksum."""
+    """Return VLA-JEPA's model, whose tokens are made of the images' colours and the instruction."""
 
     class Model(modelling.VLAJEPAModel):
         def __init__(self, config: Any) -> None:
