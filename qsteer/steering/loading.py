@@ -3,12 +3,14 @@
 from pathlib import Path
 from typing import Any
 
+from safetensors.torch import load_file
+
 from qsteer.adapters import unwrapped
 from qsteer.adapters.files import load_base
 from qsteer.critics.critic import Critic
 from qsteer.files import read_json
 from qsteer.hosts import parameters_of
-from qsteer.hub import HubModule, fetch
+from qsteer.hub import WEIGHTS, HubModule, fetch
 from qsteer.steering.handle import Handle, steer
 from qsteer.steering.parts import decode
 from qsteer.steering.saving import CRITIC, FORMAT, STEERING, weights_of
@@ -50,14 +52,16 @@ def load(
         )
 
     def network(kind: type[HubModule], at: str) -> HubModule:
-        return kind.from_pretrained(folder / at)
+        if not (folder / at).resolve().is_relative_to(folder.resolve()):
+            raise ValueError(f"{folder / STEERING}: expected a folder inside it, got {at!r}; save it again")
+        return restored(kind, folder / at)
 
     rule, sampler = decode(saved["rule"], network), decode(saved["sampler"], network)
     base = saved["base"]
     if policy is None:
         policy = load_base(base, device)
     check_base(policy, base)
-    critic = Critic.from_pretrained(folder / CRITIC).eval()
+    critic = restored(Critic, folder / CRITIC).eval()
     place = next((parameter.device for parameter in parameters_of(unwrapped(policy)[0])), None)
     for network_of in (critic, *modules_in(rule), *modules_in(sampler)):
         network_of.to(place).requires_grad_(False)
@@ -70,6 +74,15 @@ def load(
         compile=saved["compile"],
         executed=saved["executed"],
     )
+
+
+def restored[M: HubModule](kind: type[M], folder: Path) -> M:
+    """Return a network in the precision in which it was saved."""
+    network, weights = kind.from_pretrained(folder), load_file(folder / WEIGHTS)
+    dtypes = {tensor.dtype for tensor in weights.values() if tensor.is_floating_point()}
+    if len(dtypes) == 1:
+        network.to(dtypes.pop()).load_state_dict(weights)
+    return network
 
 
 def check_base(policy: Any, saved: dict[str, Any]) -> None:

@@ -247,6 +247,7 @@ class Interception(ABC):
     @uncompiled
     def _entry(self, *args: Any, **kwargs: Any) -> Any:
         """Stand in for the host's entry."""
+        check_kind(self.policy, self.host)
         check_rtc(self.policy, self.host)
         call = _call.get()
         if call is None or call.by is not self:

@@ -1,5 +1,6 @@
 """A steering in a directory: what comes back acts as what was saved, bit for bit."""
 
+import copy
 import json
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -106,6 +107,16 @@ def test_a_live_critic_is_saved_as_it_acts(critic, tmp_path):
         assert torch.equal(act(policy), steered)
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_precision_comes_back(critic, tmp_path, dtype):
+    policy, critic = hosts.build("plain").to(dtype), copy.deepcopy(critic).to(dtype)
+    with qsteer.steer(policy, critic, hosts.STRONG) as handle:
+        handle.save_pretrained(tmp_path)
+    with qsteer.load(tmp_path, policy=policy) as handle:
+        pairs = zip(critic.parameters(), handle.critic.parameters(), strict=True)
+        assert all(torch.equal(ours, theirs) and theirs.dtype == dtype for ours, theirs in pairs)
+
+
 def test_the_fast_path_and_the_trace_come_back(critic, tmp_path):
     policy = hosts.build("plain")
     with qsteer.steer(policy, critic, hosts.STRONG, compile="static", trace=True) as handle:
@@ -172,6 +183,10 @@ def spoil(folder: Path, **changes: object) -> None:
         ({"rule": {"class": "Tweedie", "beta": 1}}, r"got Tweedie's \['beta'\]"),
         ({"rule": {"class": "Tweedie", "alpha": -1.0}}, r"expected a finite strength of at least 0"),
         ({"sampler": {"class": "system", "n": 1}}, r"got the class 'system'"),
+        (
+            {"rule": {"class": "Posterior", "posterior": {"module": "MetaFlowMap", "at": "../other"}}},
+            r"expected a folder inside it, got '../other'",
+        ),
     ],
 )
 def test_a_directory_that_is_not_understood(critic, tmp_path, changes, message):
