@@ -1,7 +1,7 @@
 """lerobot's own policies and action heads with random weights, on stand-ins for what they would download.
 
-Multi-task DiT is lerobot's whole policy on a stand-in for CLIP's text encoder; VLA-JEPA is its policy and
-action head on a stand-in for Qwen3-VL, which makes tokens of images and instruction.
+Multi-task DiT is lerobot's whole policy on a stand-in for CLIP's text encoder; VLA-JEPA and GR00T N1.7 are
+their policies and action heads on stand-ins for Qwen3-VL, which make tokens of images or instruction.
 """
 
 from types import SimpleNamespace
@@ -71,6 +71,22 @@ def vla_jepa(seed: int = 0, steps: int = 10) -> nn.Module:
         return _build_random(lambda: modelling.VLAJEPAPolicy(config), seed, "cpu")
 
 
+def groot(seed: int = 0, steps: int = 10) -> nn.Module:
+    """Return a random GR00T N1.7; arguments and errors as of :func:`multi_task_dit`."""
+    with _name_extra():
+        from lerobot.policies.groot import modeling_groot as modelling
+        from lerobot.policies.groot.configuration_groot import GrootConfig
+    config = GrootConfig(
+        **_features(images=True), chunk_size=6, n_action_steps=4, device="cpu", use_bf16=False
+    )
+    with _replace(modelling, GR00TN17=SimpleNamespace(from_pretrained=lambda **_: _Groot(steps))):
+        policy = _build_random(lambda: modelling.GrootPolicy(config), seed, "cpu")
+    for parameter in policy.parameters():
+        if parameter.ndim == 3:  # one matrix for each robot, whose rows were counted as inputs
+            parameter.data *= parameter.shape[2] ** 0.5
+    return policy
+
+
 def observe(policy: Any, rows: int = 1, seed: int = 0) -> dict[str, Any]:
     """Return random observations as the policy's ``select_action`` takes them."""
     draw = torch.Generator().manual_seed(seed)
@@ -78,6 +94,9 @@ def observe(policy: Any, rows: int = 1, seed: int = 0) -> dict[str, Any]:
     if policy.name == "vla_jepa":
         pictures = torch.rand(rows, 3, 8, 8, generator=draw)
         return seen | {CAMERA: pictures, "task": ["pick up the cube"] * rows}
+    if policy.name == "groot":
+        state = torch.cat([seen[STATE], torch.zeros(rows, 2)], 1)[:, None]
+        return {"state": state, "embodiment_id": torch.zeros(rows, dtype=torch.long)}
     tokens = torch.randint(1, 60, (rows, 4), generator=draw)
     return seen | {
         "observation.language.tokens": tokens,
@@ -138,3 +157,48 @@ def _model_of(modelling: Any) -> type:
             return self.qwen.embed(colours + words[:, None].to(colours)).unflatten(1, (2, 16)), None
 
     return Model
+
+
+class _Groot(nn.Module):
+    """GR00T N1.7's action head, behind a backbone that makes tokens of the state."""
+
+    def __init__(self, steps: int) -> None:
+        from lerobot.policies.groot.groot_n1_7 import GR00TN17ActionHead, GR00TN17Config
+
+        super().__init__()
+        sizes = {"num_layers": 2, "num_attention_heads": 2, "attention_head_dim": 8, "dropout": 0.0}
+        config = GR00TN17Config(
+            backbone_embedding_dim=16,
+            max_state_dim=6,
+            max_action_dim=5,
+            action_horizon=6,
+            hidden_size=16,
+            input_embedding_dim=16,
+            max_seq_len=16,
+            max_num_embodiments=2,
+            num_inference_timesteps=steps,
+            diffusion_model_cfg=sizes
+            | {
+                "norm_type": "ada_norm",
+                "final_dropout": False,
+                "output_dim": 16,
+                "interleave_self_attention": True,
+                "positional_embeddings": None,
+            },
+            vl_self_attention_cfg=sizes | {"final_dropout": False, "positional_embeddings": None},
+        )
+        self.config, self.backbone = config, nn.Linear(6, 48)
+        self.action_head = GR00TN17ActionHead(config)
+
+    def get_action(self, inputs: dict[str, Any], options: Any = None) -> Any:
+        """Return the head's actions."""
+        from transformers.feature_extraction_utils import BatchFeature
+
+        tokens = self.backbone(inputs["state"][:, 0]).unflatten(1, (3, 16))
+        image = torch.tensor([True, True, False]).expand(len(tokens), 3)
+        seen = {
+            "backbone_features": tokens,
+            "image_mask": image,
+            "backbone_attention_mask": torch.ones_like(image),
+        }
+        return self.action_head.get_action(BatchFeature(data=seen), BatchFeature(data=inputs), options)

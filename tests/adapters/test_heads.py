@@ -20,10 +20,10 @@ def test_the_chain_runs_from_noise_to_action(name):
     for t, dt in field.clock.grid():
         last, x = (x, t), x + dt * field(x, t)
     first = host_of(policy).begins(policy)
-    torch.testing.assert_close(x[:, first : first + action.shape[1]], action)
+    torch.testing.assert_close(x[:, first : first + action.shape[1], :3], action)
     torch.testing.assert_close(qsteer.flow.denoise(last[0], field(*last), last[1]), x, rtol=1e-4, atol=1e-5)
-    assert field.bounds == (-1.0, 1.0)
-    assert contract_of(policy).action_normalisation == "min_max"
+    assert field.bounds == (None if name == "groot" else (-1.0, 1.0))
+    assert contract_of(policy).action_normalisation == ("identity" if name == "groot" else "min_max")
 
 
 @pytest.mark.parametrize("steps", [1, 4, 10, 50, 100])
@@ -61,6 +61,17 @@ def test_a_dit_that_is_no_euler_chain_is_refused(change, message):
             hosts.chunk(policy)
     with pytest.raises(TypeError, match=message):
         qsteer.steer(policy, hosts.Target(), hosts.STRONG)
+
+
+def test_groots_own_chunking_is_refused():
+    policy = hosts.build("groot")
+    given = {"inference_delay": 1, "prev_chunk_left_over": torch.ones(1, 4, 3)}
+    batch = hosts.observe(policy)
+    base = policy.predict_action_chunk(batch, **given)
+    with qsteer.steer(policy, hosts.Target(), hosts.STRONG):
+        with pytest.raises(RuntimeError, match="expected no former chunk, got prev_chunk_left_over"):
+            policy.predict_action_chunk(batch, **given)
+    assert policy.predict_action_chunk(batch, **given).shape == base.shape
 
 
 @pytest.mark.parametrize("name", hosts.HEADS)

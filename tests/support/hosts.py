@@ -21,7 +21,7 @@ torch.set_num_threads(1)
 
 LEROBOT = ("pi0", "pi05", "smolvla")
 HOSTS = (*LEROBOT, "plain")
-HEADS = ("multi_task_dit", "vla_jepa")
+HEADS = ("multi_task_dit", "vla_jepa", "groot")
 """Whose noise is their own, and which no fast path knows."""
 STRONG = qsteer.Tweedie(alpha=0.3, clip=None)
 """A rule whose effect is seen."""
@@ -98,7 +98,7 @@ def plan(policy: nn.Module, batch: dict[str, Tensor], noise: Tensor | None = Non
     """A chunk of the policy, whose noise is its own where it is None."""
     if not is_head(policy):
         return policy.predict_action_chunk(batch, noise=noise)
-    for name, queue in policy._queues.items():
+    for name, queue in getattr(policy, "_queues", {}).items():
         queue.clear()
         if name in batch:  # a history, which select_action would have filled
             queue.extend([batch[name]] * queue.maxlen)
