@@ -17,13 +17,14 @@ from types import MethodType
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
+from qsteer.chunking import HeldValue
 from qsteer.clock import Clock, Time
 from qsteer.contract import Contract
-from qsteer.flow import expand_time, repeat_rows
-from qsteer.types import Bounds, Field
+from qsteer.flow import expand_time, factor, repeat_rows
+from qsteer.types import Bounds, Field, Value
 
 
 def repeat_context(context: Any, k: int) -> Any:
@@ -197,6 +198,10 @@ class HostField(Field):
     policy: Any
     clock: Clock
     bypassed: tuple[nn.Module, ...] = ()
+    fixed: Bool[Tensor, "B H"] | None = None
+    """Steps that a policy trained with real-time chunking is given, at the action's time; None: none."""
+    given: Float[Tensor, "B H A"] | None = None
+    """What they are."""
     _repeats: dict[int, "HostField"] = attribute(default_factory=dict, init=False, repr=False, compare=False)
 
     @property
@@ -217,12 +222,44 @@ class HostField(Field):
 
     def __call__(self, x: Float[Tensor, "B H A"], t: Time) -> Float[Tensor, "B H A"]:
         """Run the host's step, on a context that it may change."""
-        context = self.host.repeat(self.context, 1)
+        context, given = self.host.repeat(self.context, 1), x
         time = expand_time(self.clock.to_host(t), x, torch.float32)
+        if self.fixed is not None and self.given is not None:
+            x = torch.where(self.fixed[..., None], self.given, x)
+            time = torch.where(self.fixed, self.clock.action, time[:, None])
         with cut(self.bypassed):
             if self.host.velocity is not None:
-                return self.clock.velocity(self.host.velocity(self.policy, context, x, time))
-            return self.clock.velocity(self.step(**context, **{self.host.x: x, self.host.t: time}))
+                v = self.host.velocity(self.policy, context, x, time)
+            else:
+                v = self.step(**context, **{self.host.x: x, self.host.t: time})
+        v = self.clock.velocity(v)
+        if self.fixed is None:
+            return v
+        return torch.where(self.fixed[..., None], (x - given).detach() / factor(1 - t, x), v)
+
+    def with_given(self, noise: Float[Tensor, "B H A"], time: Tensor) -> "HostField":
+        """Return the field of a chain that begins at ``noise``, and at these host times, (B,) or (B, H).
+
+        Where there is one for each step of the chunk, those at the action's time are given.
+
+        Raises:
+            ValueError: they are others in other rows.
+        """
+        if time.ndim < 2:
+            return self
+        fixed = time == self.clock.action
+        if not torch.equal(fixed, fixed[:1].expand_as(fixed)):
+            raise ValueError(
+                f"{self.host.step}: expected the same steps of a chunk to be given in all rows, got "
+                f"{fixed.sum(1).tolist()} of them; ask for chunks of one delay at a time"
+            )
+        return replace(self, fixed=fixed, given=noise)
+
+    def judged(self, value: Value) -> Value:
+        """Return the value of a chunk whose fixed steps are what they are."""
+        if self.fixed is None or self.given is None:
+            return value
+        return HeldValue(value, self.given, self.fixed[0, :, None].to(self.given.dtype))
 
     def truncated(self, layers: int) -> "HostField":
         """Return the same velocity, whose gradient runs through the last ``layers`` of the denoiser's layers.
@@ -251,7 +288,10 @@ class HostField(Field):
     def repeat(self, k: int) -> "HostField":
         """Return the field for ``k`` rows per observation; nothing is encoded again, and repeated once."""
         if k not in self._repeats:
-            self._repeats[k] = replace(self, context=self.host.repeat(self.context, k))
+            fixed, given = repeat_rows((self.fixed, self.given), k)
+            self._repeats[k] = replace(
+                self, context=self.host.repeat(self.context, k), fixed=fixed, given=given
+            )
         return self._repeats[k]
 
 

@@ -177,11 +177,12 @@ class Interception(ABC):
         finally:
             _call.reset(token)
         noise = context.pop(self.host.x)
-        del context[self.host.t]
+        time = context.pop(self.host.t)
         clock = replace(self.host.clock, steps=steps)
         if self.host.context is not None:
             context = self.host.context(arguments, context)
         field = HostField(self.host, step, context, self.policy, clock)
+        field = field.with_given(noise, time)
         if self.host.hold is not None and chunks(self.policy, self.host):
             return self.host.hold(self.policy, field, flattened(entry, arguments), noise), noise
         return field, noise

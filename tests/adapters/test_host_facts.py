@@ -1,0 +1,142 @@
+"""What we stand on in lerobot's code: facts by name, so that a new version says which one it has moved."""
+
+import inspect
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+lerobot = pytest.importorskip("lerobot")
+POLICIES = "lerobot.policies"
+
+ARGUMENTS = {
+    "pi0's step": (
+        "pi0.modeling_pi0",
+        "PI0Pytorch.denoise_step",
+        "x_t timestep prefix_pad_masks past_key_values state",
+    ),
+    "pi0.5's step": (
+        "pi05.modeling_pi05",
+        "PI05Pytorch.denoise_step",
+        "x_t timestep prefix_pad_masks past_key_values",
+    ),
+    "SmolVLA's step": (
+        "smolvla.modeling_smolvla",
+        "VLAFlowMatching.denoise_step",
+        "x_t timestep prefix_pad_masks past_key_values",
+    ),
+    "pi0's entry": ("pi0.modeling_pi0", "PI0Pytorch.sample_actions", "noise num_steps"),
+    "pi0.5's entry": ("pi05.modeling_pi05", "PI05Pytorch.sample_actions", "noise num_steps"),
+    "SmolVLA's entry": ("smolvla.modeling_smolvla", "VLAFlowMatching.sample_actions", "noise"),
+    "the shared loop": (
+        "common.flow_matching",
+        "euler_integrate",
+        "denoise_fn noise num_steps rtc_processor rtc_enabled inference_delay prev_chunk_left_over "
+        "execution_horizon",
+    ),
+    "real-time chunking": (
+        "rtc.modeling_rtc",
+        "RTCProcessor.denoise_step",
+        "x_t prev_chunk_left_over inference_delay time original_denoise_step_partial execution_horizon",
+    ),
+    "its weights": ("rtc.modeling_rtc", "RTCProcessor.get_prefix_weights", "start end total"),
+    "multi-task DiT's step": (
+        "multi_task_dit.modeling_multi_task_dit",
+        "DiffusionTransformer.forward",
+        "x timestep conditioning_vec",
+    ),
+    "multi-task DiT's entry": (
+        "multi_task_dit.modeling_multi_task_dit",
+        "FlowMatchingObjective.conditional_sample",
+        "model batch_size conditioning_vec",
+    ),
+    "VLA-JEPA's first call": (
+        "vla_jepa.action_head",
+        "VLAJEPAActionHead._build_inputs",
+        "conditioning_tokens actions state timesteps",
+    ),
+    "GR00T's first call": (
+        "groot.groot_n1_7",
+        "MultiEmbodimentActionEncoder.forward",
+        "actions timesteps cat_ids",
+    ),
+    "GR00T's entry": (
+        "groot.groot_n1_7",
+        "GR00TN17ActionHead.get_action_with_features",
+        "backbone_features state_features embodiment_id backbone_output action_input",
+    ),
+}
+"""Module, function, and the names of the arguments that a Host record or an adapter relies on."""
+
+LINES = {
+    "noise at time 1": ("common.flow_matching", "euler_integrate", "time = 1.0 + step * dt"),
+    "steps of -1 / n": ("common.flow_matching", "euler_integrate", "dt = -1.0 / num_steps"),
+    "the Jacobian of real-time chunking is the identity": (
+        "rtc.modeling_rtc",
+        "RTCProcessor.denoise_step",
+        "v_t = original_denoise_step_partial(x_t)\n            x_t.requires_grad_(True)",
+    ),
+    "multi-task DiT counts by linspace": (
+        "multi_task_dit.modeling_multi_task_dit",
+        "FlowMatchingObjective.conditional_sample",
+        "torch.linspace(0, 1, num_steps + 1",
+    ),
+    "VLA-JEPA's whole steps": (
+        "vla_jepa.action_head",
+        "VLAJEPAActionHead.predict_action",
+        "int(t_cont * self.config.action_num_timestep_buckets)",
+    ),
+    "GR00T's whole steps": (
+        "groot.groot_n1_7",
+        "GR00TN17ActionHead.get_action_with_features",
+        "int(t_cont * self.num_timestep_buckets)",
+    ),
+}
+"""Where a line of a loop is: another clock or sign would steer in the wrong direction."""
+
+
+def source(module: str, name: str) -> Any:
+    """A function of lerobot's; a module that cannot be imported here is read instead."""
+    try:
+        found: Any = import_module(f"{POLICIES}.{module}")
+    except ImportError:
+        pytest.skip(f"{module} needs an extra")
+    for part in name.split("."):
+        found = getattr(found, part)
+    return found
+
+
+@pytest.mark.parametrize("fact", ARGUMENTS)
+def test_arguments(fact: str):
+    module, name, expected = ARGUMENTS[fact]
+    names = inspect.signature(source(module, name)).parameters
+    missing = [each for each in expected.split() if each not in names]
+    assert not missing, f"{fact}: {name} has no {missing}; correct its Host record"
+
+
+@pytest.mark.parametrize("fact", LINES)
+def test_lines(fact: str):
+    module, name, line = LINES[fact]
+    assert line in inspect.getsource(source(module, name)), f"{fact}: {name} has changed; look at its clock"
+
+
+@pytest.mark.parametrize("fact", ["pi0", "pi05", "smolvla"])
+def test_the_loop_is_in_euler_integrate(fact: str):
+    """And the step is looked up on the model at each call, so that an instance's own is met."""
+    text = (Path(lerobot.__file__).parent / "policies" / fact / f"modeling_{fact}.py").read_text()
+    assert "return euler_integrate(" in text and "self.denoise_step(" in text, f"{fact}: its loop has moved"
+
+
+def test_only_known_arguments_are_new_in_the_loop():
+    """``hard_prefix`` (lerobot's main branch) arrives as a time for each step, which HostField knows."""
+    known = set(ARGUMENTS["the shared loop"][2].split()) | {"hard_prefix", "hard_prefix_mask"}
+    found = set(inspect.signature(source("common.flow_matching", "euler_integrate")).parameters)
+    assert found <= known, f"the shared loop: new arguments {found - known}; see what they do to the velocity"
+
+
+def test_actions_are_normalised_as_the_bounds_suppose():
+    from lerobot.configs import NormalizationMode
+
+    known = {"MIN_MAX", "MEAN_STD", "IDENTITY", "QUANTILES", "QUANTILE10"}
+    assert {mode.name for mode in NormalizationMode} <= known, "a new mode: has it bounds?"
