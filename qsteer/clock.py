@@ -53,14 +53,17 @@ class Clock:
         """Yield ``(t, dt)`` of each Euler step; ``t`` is exact for the host's float32 time."""
         steps = self.steps if steps is None else steps
         span, summed = self.action - self.noise, np.float32(self.noise)
-        spaced = torch.linspace(self.noise, self.action, steps + 1, dtype=torch.float32, device="cpu")
+        spaced = (
+            torch.linspace(self.noise, self.action, steps + 1, dtype=torch.float32, device="cpu").numpy()
+            if self.count == "linspace"
+            else None
+        )
         for i in range(steps):
-            index = np.float32(self.noise + i * (span / steps))
-            host = float({"index": index, "sum": summed, "linspace": spaced[i].numpy()}[self.count])
-            dt = 1.0 / steps
-            summed += np.float32(span / steps)
-            if self.count == "linspace":
-                dt = abs(float(spaced[i + 1] - spaced[i])) / abs(span)
+            host, dt = float(np.float32(self.noise + i * (span / steps))), 1.0 / steps
+            if self.count == "sum":
+                host, summed = float(summed), summed + np.float32(span / steps)
+            if spaced is not None:
+                host, dt = float(spaced[i]), abs(float(spaced[i + 1] - spaced[i])) / abs(span)
             yield abs(host - self.noise) / abs(span), dt  # abs: never -0.0, whose 1/t is -inf
 
     def snap(self, t: Time) -> Time:

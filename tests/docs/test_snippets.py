@@ -16,6 +16,7 @@ import shutil
 import subprocess
 import sys
 import tomllib
+from dataclasses import fields
 from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -154,7 +155,7 @@ def commands(block: Block, directory: Path) -> list[list[str]]:
     """Return the commands of a shell block, as bash would call them."""
     log, binaries = directory / "log", directory / ".venv/bin"
     binaries.mkdir(parents=True)
-    names = ("qsteer", "python", "pip", "make", "git", "accelerate", "apt-get", "pre-commit")
+    names = ("qsteer", "python", "pip", "make", "git", "accelerate", "apt-get", "pre-commit", "lerobot-eval")
     bash = shutil.which("bash")
     for name in names:
         (binaries / name).write_text(STUB.format(bash=bash, name=name, log=log))
@@ -187,6 +188,11 @@ def test_shell_blocks(page, tmp_path, monkeypatch, parsing, capsys):
                     monkeypatch.setattr(sys, "argv", arguments)
                     with pytest.raises(Parsed):
                         runpy.run_path(str(ROOT / arguments[0]), run_name="__main__")
+                case "lerobot-eval":
+                    plugin = pytest.importorskip("lerobot_policy_qsteer")
+                    known = {field.name for field in fields(plugin.QSteerConfig)} | {"path", "type"}
+                    named = {a.partition("=")[0] for a in arguments if a.startswith("--policy.")}
+                    assert {name.removeprefix("--policy.") for name in named} <= known, where
                 case "make":
                     assert {a for a in arguments if "=" not in a} <= {*targets}, where
                 case "pip":
