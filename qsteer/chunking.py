@@ -59,6 +59,11 @@ class Held(Field):
         return v + pull * (self.previous - denoise(x, v, t))
 
     @property
+    def held(self) -> bool:  # type: ignore[override]
+        """It is."""
+        return True
+
+    @property
     def free(self) -> Field:
         """The policy's own velocity."""
         return self.field

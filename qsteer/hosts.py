@@ -214,6 +214,11 @@ class HostField(Field):
         """What the host's record says of its actions."""
         return bounds_of(self.host, self.policy)
 
+    @property
+    def held(self) -> bool:  # type: ignore[override]
+        """Whether the policy is given steps of its chunk."""
+        return self.fixed is not None
+
     @cached_property
     def dtype(self) -> torch.dtype | None:  # type: ignore[override]
         """The coarsest dtype of the step's parameters; None: it has none."""

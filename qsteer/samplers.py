@@ -275,7 +275,7 @@ class BeamSearch(Sampler):
         """Return the flow map for the observations; without one, the policy's own integration."""
         if self.flow_map is None:
             return EulerMap(field, self._completion.steps)
-        if (base := field.base).free is not base:
+        if field.base.held:
             raise ValueError(
                 f"{type(self).__name__}: expected completions by a chain, which real-time chunking holds to "
                 "the former chunk, got a flow map, which it cannot; leave flow_map out"

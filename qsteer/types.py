@@ -38,12 +38,14 @@ class Field(ABC):
         features: what the policy made of its observations, for learnt maps and critics: a tensor (B, F), or
             tokens (B, L, F) and their mask (B, L); None: nothing.
         dtype: the coarsest floating-point type the velocity is computed in; None: that of x.
+        held: whether a part of its chunks is settled by a former one, see :mod:`qsteer.chunking`.
     """
 
     clock: Clock = PAPER
     bounds: Bounds = (-1.0, 1.0)
     features: Any = None
     dtype: torch.dtype | None = None
+    held: bool = False
 
     @abstractmethod
     def __call__(self, x: Float[Tensor, "B H A"], t: Time, /) -> Float[Tensor, "B H A"]:

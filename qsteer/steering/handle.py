@@ -239,7 +239,7 @@ class Handle(Interception):
                 action = self._whole(network, batch, args, kwargs)
             else:
                 field, value, noise = self._encoded(critic, batch, args, kwargs)
-                if self._compiled is not None and field.free is not field:
+                if self._compiled is not None and field.held:
                     raise RuntimeError(
                         "compile: expected real-time chunking to be off, got a chunk that is held to the "
                         "former one, which the fast path does not know; leave compile out, or switch it off"
