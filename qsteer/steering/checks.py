@@ -56,9 +56,9 @@ def check_velocity(host: Host, rule: Rule | None, sampler: Sampler) -> None:
     others = [each for each in nested(sampler) if not isinstance(each, WITHOUT_VELOCITY)]
     if host.step is None and (rule is not None or others):
         raise TypeError(
-            f"policy: expected one with a velocity field for {rule or others[0]}, got {host.serves}, which "
-            "has none; leave the rule out, and select among its chunks: sampler=BestOfN(8), RandomOfN(8), or "
-            "TrustRegion(0.3), which moves the finished chunk"
+            f"policy: expected one with a velocity field for {rule or others[0]}, got {host.serves}, whose "
+            "record names none; leave the rule out, and select among its chunks: sampler=BestOfN(8), "
+            "RandomOfN(8), or TrustRegion(0.3), which moves the finished chunk"
         )
 
 

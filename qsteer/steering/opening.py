@@ -316,8 +316,8 @@ def open_action(
     check_kind(policy, host)
     if host.step is None:
         raise TypeError(
-            f"policy: expected one with a velocity field, got {host.serves}, which has none; steer it by "
-            "selection, qsteer.steer(policy, critic, qsteer.BestOfN(8))"
+            f"policy: expected one with a velocity field, got {host.serves}, whose record names none; steer "
+            "it by selection, qsteer.steer(policy, critic, qsteer.BestOfN(8))"
         )
     if critic is not None:
         check_critic(critic, policy, host, own_inputs=critic_inputs is not None)
