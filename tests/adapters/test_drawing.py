@@ -11,7 +11,8 @@ from torch import Tensor, nn
 import qsteer
 from qsteer.adapters import drawing
 
-lerobot = pytest.importorskip("lerobot")
+pytest.importorskip("lerobot")
+import lerobot
 from lerobot.configs import FeatureType, PolicyFeature
 from lerobot.policies.act.configuration_act import ACTConfig
 from lerobot.policies.act.modeling_act import ACTPolicy
@@ -156,7 +157,7 @@ def test_a_policy_that_does_not_sample_is_warned_of(act):
     ids=lambda method: type(method).__name__,
 )
 def test_what_needs_a_velocity_says_so(diffusion, method):
-    message = r"expected one with a velocity field for .*, got DiffusionPolicy, whose record names none; .*BestOfN\(8\)"
+    message = r"a velocity field for .*, got DiffusionPolicy, whose record names none; .*BestOfN\(8\)"
     with pytest.raises(TypeError, match=message):
         qsteer.steer(diffusion, Target(), method)
     with (
