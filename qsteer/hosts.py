@@ -4,7 +4,9 @@ A :class:`Host` is data: dotted names read from a policy, a clock, and how the a
 are repeated. A :class:`HostField` is the policy's own step, closed over one encoded observation.
 """
 
+import inspect
 import os
+import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -25,6 +27,9 @@ from qsteer.clock import Clock, Time
 from qsteer.contract import Contract
 from qsteer.flow import expand_time, factor, repeat_rows
 from qsteer.types import Bounds, Field, Value
+
+LOCAL = "local"
+"""Where a context has the function that a Host's ``local`` names."""
 
 
 def repeat_context(context: Any, k: int) -> Any:
@@ -55,6 +60,9 @@ class Host:
         padded: ``action_shape`` counts padding, and the critic must say how many dimensions it sees.
         velocity: ``(policy, context, x, t) -> velocity`` in the host's own convention, where its loop has no
             method for it: of its own modules, which ``step`` is one of. None: ``step`` returns it.
+        local: name of a function inside the entry that evaluates the velocity, which ``context`` is given at
+            :data:`LOCAL`, for ``velocity``; None: there is none, or it is not needed.
+        noise: ``like -> noise`` of further candidates, where it is not standard normal.
         context: ``(arguments of the entry, other arguments of the step) -> context``, for ``velocity``.
         result: what the entry returns for an action; None: the action.
         refuses: ``policy -> what was got``, of a policy of the class that the record does not describe; None
@@ -100,6 +108,8 @@ class Host:
     padded: bool = False
     first: Callable[[Any], int] | None = None
     velocity: Callable[[Any, dict[str, Any], Tensor, Tensor], Tensor] | None = None
+    local: str | None = None
+    noise: Callable[[Tensor], Tensor] | None = None
     context: Callable[[dict[str, Any], dict[str, Any]], dict[str, Any]] | None = None
     result: Callable[[Tensor], Any] | None = None
     refuses: Callable[[Any], str | None] | None = None
@@ -242,7 +252,13 @@ class HostField(Field):
             return v
         return torch.where(self.fixed[..., None], (x - given).detach() / factor(1 - t, x), v)
 
-    def with_given(self, noise: Float[Tensor, "B H A"], time: Tensor) -> "HostField":
+    def draws(self, noise: Float[Tensor, "B H A"], n: int) -> Float[Tensor, "B n H A"]:
+        """Return where n further candidates of each row begin, by the host's kind of noise."""
+        if self.host.noise is None:
+            return super().draws(noise, n)
+        return self.host.noise(noise.repeat_interleave(n, 0)).unflatten(0, (-1, n))
+
+    def with_given(self, noise: Float[Tensor, "B H A"], time: Tensor | None) -> "HostField":
         """Return the field of a chain that begins at ``noise``, and at these host times, (B,) or (B, H).
 
         Where there is one for each step of the chunk, those at the action's time are given.
@@ -250,7 +266,7 @@ class HostField(Field):
         Raises:
             ValueError: they are others in other rows.
         """
-        if time.ndim < 2:
+        if time is None or time.ndim < 2:
             return self
         fixed = time == self.clock.action
         if not torch.equal(fixed, fixed[:1].expand_as(fixed)):
@@ -339,6 +355,46 @@ class DrawnField(Field):
                 skip_file_prefixes=(os.path.dirname(__file__),),
             )
         return drawn
+
+
+def is_bound(function: Any) -> bool:
+    """Return whether it is a bound method."""
+    return isinstance(function, MethodType)
+
+
+def places_of(policy: Any, host: Host, path: str, wrappers: tuple[Any, ...] = ()) -> list[tuple[Any, str]]:
+    """Return where an instance is asked for a method: its owner, and what was bound when it was constructed.
+
+    A policy or what is around it may keep a bound method, compiled or not (``self._sample_actions =
+    model.sample_actions``, as openpi's ``Policy`` does).
+    """
+    owner, name = host.site(policy, path)
+    own = getattr(type(owner), name)
+    kept = [
+        (holder, attribute)
+        for holder in {id(each): each for each in (policy, owner, *wrappers)}.values()
+        for attribute, kept in vars(holder).items()
+        if isinstance(held := inspect.unwrap(kept, stop=is_bound), MethodType)
+        and held.__self__ is owner
+        and held.__func__ is own
+    ]
+    return [(owner, name), *(place for place in kept if place[0] is not owner or place[1] != name)]
+
+
+def local_function(name: str) -> Callable[..., Tensor]:
+    """Return a function of that name inside one of the functions that are running in this thread.
+
+    Raises:
+        RuntimeError: there is none.
+    """
+    frame = sys._getframe(1)
+    while frame is not None:
+        if callable(found := frame.f_locals.get(name)):
+            return found
+        frame = frame.f_back  # type: ignore[assignment]
+    raise RuntimeError(
+        f"local: expected a function {name!r} in the host's loop, got none; correct its record"
+    )
 
 
 def bounds_of(host: Host, policy: Any) -> Bounds:

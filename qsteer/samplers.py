@@ -9,7 +9,6 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from dataclasses import field as attribute
-from functools import partial
 from typing import Any
 
 import torch
@@ -254,9 +253,7 @@ class BeamSearch(Sampler):
             a = clip_actions(jump.repeat(m)(a, 0.0, 1.0), bounds)
         for _ in range(self.rounds):
             a = a.repeat_interleave(self.branches, 0)
-            a = clip_actions(
-                jump.repeat(n)(t * a + (1 - t) * draw(partial(torch.randn_like, a)), t, 1.0), bounds
-            )
+            a = clip_actions(jump.repeat(n)(t * a + (1 - t) * fresh(field, a), t, 1.0), bounds)
             kept = scores(value, a, n).topk(m, 1).indices
             a = project(
                 take(rearrange(a, "(b n) h a -> b n h a", n=n), kept).flatten(0, 1), value.repeat(m), self.eta
@@ -369,6 +366,11 @@ def draw(make: Callable[[], Tensor]) -> Tensor:
     """Return what ``make`` draws, or what it drew before, see :class:`Draws`."""
     given = _draws.get()
     return make() if given is None else given(make)
+
+
+def fresh(field: Field, a: Float[Tensor, "B H A"]) -> Float[Tensor, "B H A"]:
+    """Return fresh noise for each row."""
+    return draw(lambda: field.base.draws(a, 1)[:, 0])
 
 
 def candidates(field: Field, noise: Float[Tensor, "B H A"], n: int) -> Float[Tensor, "B n H A"]:

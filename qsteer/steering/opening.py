@@ -28,7 +28,7 @@ from torch import Tensor
 from qsteer.adapters import unwrapped
 from qsteer.critics.encoders import FEATURES, pooled
 from qsteer.flow import normal
-from qsteer.hosts import DrawnField, Host, HostField, bounds_of
+from qsteer.hosts import LOCAL, DrawnField, Host, HostField, bounds_of, local_function, places_of
 from qsteer.sampling import acting, outside_inference_mode
 from qsteer.steering.checks import (
     check_critic,
@@ -177,7 +177,7 @@ class Interception(ABC):
         finally:
             _call.reset(token)
         noise = context.pop(self.host.x)
-        time = context.pop(self.host.t)
+        time = context.pop(self.host.t, None)
         clock = replace(self.host.clock, steps=steps)
         if self.host.context is not None:
             context = self.host.context(arguments, context)
@@ -243,7 +243,9 @@ class Interception(ABC):
         step, call = self.host.own(self.policy, self.host.step), _call.get()
         if call is None or call.by is not self or not call.encoding:
             return step(*args, **kwargs)
-        raise _Interruption(named(step, args, kwargs))
+        local = self.host.local
+        inside = {} if local is None else {LOCAL: local_function(local)}
+        raise _Interruption(named(step, args, kwargs) | inside)
 
     @uncompiled
     def _entry(self, *args: Any, **kwargs: Any) -> Any:
@@ -337,30 +339,6 @@ def open_action(
         value = bind_critic(critic, batch, critic_inputs, field)
         sizes = read_sizes(critic, policy, host)
         return Opened(field, Executed.of(value, noise, *sizes, host.begins(policy)), noise)
-
-
-def is_bound(function: Any) -> bool:
-    """Return whether it is a bound method."""
-    return isinstance(function, MethodType)
-
-
-def places_of(policy: Any, host: Host, path: str, wrappers: tuple[Any, ...] = ()) -> list[tuple[Any, str]]:
-    """Return where an instance is asked for a method: its owner, and what was bound when it was constructed.
-
-    A policy or what is around it may keep a bound method, compiled or not (``self._sample_actions =
-    model.sample_actions``, as openpi's ``Policy`` does).
-    """
-    owner, name = host.site(policy, path)
-    own = getattr(type(owner), name)
-    kept = [
-        (holder, attribute)
-        for holder in {id(each): each for each in (policy, owner, *wrappers)}.values()
-        for attribute, kept in vars(holder).items()
-        if isinstance(held := inspect.unwrap(kept, stop=is_bound), MethodType)
-        and held.__self__ is owner
-        and held.__func__ is own
-    ]
-    return [(owner, name), *(place for place in kept if place[0] is not owner or place[1] != name)]
 
 
 def interception_of(policy: Any, host: Host) -> Interception | None:

@@ -1,7 +1,7 @@
 """lerobot's own policies and action heads with random weights, on stand-ins for what they would download.
 
-Multi-task DiT is lerobot's whole policy on a stand-in for CLIP's text encoder; VLA-JEPA and GR00T N1.7 are
-their policies and action heads on stand-ins for Qwen3-VL, which make tokens of images or instruction.
+Multi-task DiT is lerobot's whole policy on a stand-in for CLIP's text encoder; VLA-JEPA, GR00T N1.7 and Evo1
+are their policies and action heads on stand-ins for Qwen3-VL and InternVL3, which make tokens.
 """
 
 from types import SimpleNamespace
@@ -87,11 +87,35 @@ def groot(seed: int = 0, steps: int = 10) -> nn.Module:
     return policy
 
 
+def evo1(seed: int = 0, steps: int = 10) -> nn.Module:
+    """Return a random Evo1; arguments and errors as of :func:`multi_task_dit`."""
+    with _name_extra():
+        from lerobot.policies.evo1 import evo1_model
+        from lerobot.policies.evo1.configuration_evo1 import Evo1Config
+        from lerobot.policies.evo1.modeling_evo1 import Evo1Policy
+    config = Evo1Config(
+        **_features(images=True),
+        chunk_size=6,
+        n_action_steps=4,
+        max_action_dim=5,
+        max_state_dim=6,
+        embed_dim=16,
+        hidden_dim=16,
+        state_hidden_dim=16,
+        num_heads=2,
+        num_layers=2,
+        num_inference_timesteps=steps,
+        device="cpu",
+    )
+    with _replace(evo1_model, InternVL3Embedder=_InternVL):
+        return _build_random(lambda: Evo1Policy(config), seed, "cpu")
+
+
 def observe(policy: Any, rows: int = 1, seed: int = 0) -> dict[str, Any]:
     """Return random observations as the policy's ``select_action`` takes them."""
     draw = torch.Generator().manual_seed(seed)
     seen: dict[str, Any] = {STATE: torch.randn(rows, 4, generator=draw)}
-    if policy.name == "vla_jepa":
+    if policy.name in ("vla_jepa", "evo1"):
         pictures = torch.rand(rows, 3, 8, 8, generator=draw)
         return seen | {CAMERA: pictures, "task": ["pick up the cube"] * rows}
     if policy.name == "groot":
@@ -157,6 +181,24 @@ def _model_of(modelling: Any) -> type:
             return self.qwen.embed(colours + words[:, None].to(colours)).unflatten(1, (2, 16)), None
 
     return Model
+
+
+class _InternVL(nn.Module):
+    """What Evo1 asks of InternVL3: fused tokens, here of the images' colours and the prompt's checksum."""
+
+    def __init__(self, **_: Any) -> None:
+        super().__init__()
+        self.model = nn.ModuleDict(
+            {name: nn.Identity() for name in ("language_model", "vision_tower", "multi_modal_projector")}
+        )
+        self.embed = nn.Linear(3, 48)
+
+    def get_fused_image_text_embedding_batched(
+        self, camera_images: list[Tensor], image_masks: Tensor, text_prompts: list[str], return_cls_only: bool
+    ) -> tuple[Tensor, None]:
+        """Return three tokens."""
+        words = torch.tensor([crc32(text.encode()) % 97 / 97 for text in text_prompts])
+        return self.embed(camera_images[0].mean((2, 3)) + words[:, None]).unflatten(1, (3, 16)), None
 
 
 class _Groot(nn.Module):

@@ -56,6 +56,11 @@ ARGUMENTS = {
         "VLAJEPAActionHead._build_inputs",
         "conditioning_tokens actions state timesteps",
     ),
+    "Evo1's first call": (
+        "evo1.flow_matching",
+        "FlowmatchingActionHead._project_actions",
+        "action_seq embodiment_id",
+    ),
     "GR00T's first call": (
         "groot.groot_n1_7",
         "MultiEmbodimentActionEncoder.forward",
@@ -86,6 +91,16 @@ LINES = {
         "vla_jepa.action_head",
         "VLAJEPAActionHead.predict_action",
         "int(t_cont * self.config.action_num_timestep_buckets)",
+    ),
+    "Evo1's own function": (
+        "evo1.flow_matching",
+        "FlowmatchingActionHead.get_action",
+        "def predict_velocity(seq: torch.Tensor, step_time_emb: torch.Tensor)",
+    ),
+    "Evo1's table of times": (
+        "evo1.flow_matching",
+        "FlowmatchingActionHead.get_action",
+        "time_index = min(int(t * 999), 999)",
     ),
     "GR00T's whole steps": (
         "groot.groot_n1_7",

@@ -23,6 +23,8 @@ LEROBOT = ("pi0", "pi05", "smolvla")
 HOSTS = (*LEROBOT, "plain")
 HEADS = ("multi_task_dit", "vla_jepa", "groot")
 """Whose noise is their own, and which no fast path knows."""
+ALL_HEADS = (*HEADS, "evo1")
+"""With Evo1, whose attention rounds differently when its parameters are frozen: adapters/test_heads.py."""
 STRONG = qsteer.Tweedie(alpha=0.3, clip=None)
 """A rule whose effect is seen."""
 
@@ -52,7 +54,7 @@ class Plain(PlainPolicy):
 
 def build(name: str, seed: int = 0) -> nn.Module:
     """A new host; other seeds, other weights."""
-    if name in HEADS:
+    if name in ALL_HEADS:
         pytest.importorskip("diffusers")
         return getattr(heads, name)(seed=seed)
     return Plain(seed) if name == "plain" else getattr(random_hosts, name)(seed=seed)
@@ -81,7 +83,7 @@ def draw(policy: nn.Module, rows: int = 1, seed: int = 0) -> Tensor:
 
 def is_head(policy: nn.Module) -> bool:
     """Whether a policy draws its own noise."""
-    return getattr(policy, "name", None) in HEADS
+    return getattr(policy, "name", None) in ALL_HEADS
 
 
 def chunk(policy: nn.Module, rows: int = 2, seed: int = 0) -> Tensor:
