@@ -21,6 +21,7 @@ from reach_runs import folder, opened
 
 import qsteer
 from qsteer.critics import Critic, CriticConfig
+from qsteer.testing import checkpoints
 
 STEPS = 200
 """Of cloning: some episodes succeed."""
@@ -42,15 +43,17 @@ def saved(critic: Critic, tmp_path_factory: pytest.TempPathFactory) -> Path:
         return handle.save_pretrained(path / "saved")
 
 
-def evaluate(out: Path, *options: str) -> dict[str, Any]:
+REACH = ("--env.type=reach", "--env.discover_packages_path=qsteer.testing.reach")
+
+
+def evaluate(out: Path, *options: str, env: tuple[str, ...] = REACH, episodes: int = 8) -> dict[str, Any]:
     """Run ``lerobot-eval`` as its command does, and return what it wrote."""
     from lerobot.scripts.lerobot_eval import main
 
     common = (
-        "--env.type=reach",
-        "--env.discover_packages_path=qsteer.testing.reach",
-        "--eval.n_episodes=8",
-        "--eval.batch_size=4",
+        *env,
+        f"--eval.n_episodes={episodes}",
+        f"--eval.batch_size={min(episodes, 4)}",
         "--policy.device=cpu",
         "--seed=3",
         f"--output_dir={out}",
@@ -81,6 +84,28 @@ def test_lerobot_eval_before_and_after(saved: Path, tmp_path: Path):
     assert rewards(same) == rewards(base), "nothing but the steering differs"
     assert rewards(typed) == rewards(steered) != rewards(base), "saved, or put together"
     assert len(set(rewards(base))) > 1
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_lerobot_eval_on_metaworld(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """A small random SmolVLA, which lerobot loads from the disk: an episode unsteered, and one steered."""
+    pytest.importorskip("metaworld")
+    monkeypatch.setenv("MUJOCO_GL", "osmesa")
+    vlm = checkpoints.write_vlm(tmp_path / "vlm", ["Push", "the", "puck", "to", "a", "goal"])
+    numbers = {"mean": torch.zeros(4), "std": torch.ones(4)}
+    stats = {"observation.state": numbers, "action": numbers}
+    size = {"state": 4, "action": 4, "chunk": 50, "executed": 50}
+    policy = checkpoints.smolvla(tmp_path / "policy", vlm, stats, **size)
+    critic = Critic(CriticConfig(4, action_dim=4, horizon=50, hidden=(16,)))
+    with qsteer.steer(policy, critic, qsteer.Tweedie(0.5)) as handle:
+        handle.save_pretrained(tmp_path / "steered")
+    env = ("--env.type=metaworld", "--env.task=push-v3", "--eval.use_async_envs=false")
+    found = [
+        evaluate(tmp_path / f"out-{name}", f"--policy.path={tmp_path / name}", env=env, episodes=1)
+        for name in ("policy", "steered")
+    ]
+    assert rewards(found[0]) != rewards(found[1])
 
 
 def test_a_chunk_is_the_steered_policys(saved: Path, critic: Critic):
