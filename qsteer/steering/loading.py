@@ -13,7 +13,7 @@ from qsteer.hosts import parameters_of
 from qsteer.hub import WEIGHTS, HubModule, fetch
 from qsteer.steering.handle import Handle, steer
 from qsteer.steering.parts import decode
-from qsteer.steering.saving import CRITIC, FORMAT, STEERING, weights_of
+from qsteer.steering.saving import CRITIC, FORMAT, STEERING, settings_of, weights_of
 
 
 def load(
@@ -86,8 +86,8 @@ def restored[M: HubModule](kind: type[M], folder: Path) -> M:
 
 
 def check_base(policy: Any, saved: dict[str, Any]) -> None:
-    """Raise ValueError unless a policy is the one that was steered, to the last weight."""
-    inner = unwrapped(policy)[0]
+    """Raise ValueError unless a policy is the one that was steered: its weights, contract and Euler steps."""
+    inner, host, _ = unwrapped(policy)
     if type(inner).__name__ != saved["class"]:
         raise ValueError(
             f"policy: expected the {saved['class']} that was steered, got {type(inner).__name__}"
@@ -99,6 +99,13 @@ def check_base(policy: Any, saved: dict[str, Any]) -> None:
             f"{weights}: the critic was trained for another policy, or the dtype differs; load the same "
             "checkpoint, or steer this one and save that"
         )
+    for name, got in settings_of(inner, host).items():
+        expected = saved["settings"].get(name)
+        if None not in (expected, got) and expected != got:
+            raise ValueError(
+                f"policy: expected {name} = {expected}, with which it was steered, got {got}; set it so, or "
+                "steer this one and save that"
+            )
 
 
 def modules_in(part: Any) -> list[HubModule]:

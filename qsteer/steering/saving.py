@@ -14,7 +14,7 @@ from qsteer.critics.critic import Critic
 from qsteer.critics.live import LiveCritic
 from qsteer.files import check_directory, replacing_directory, write_json
 from qsteer.fingerprints import fingerprint
-from qsteer.hosts import parameters_of
+from qsteer.hosts import Host, parameters_of
 from qsteer.hub import HubModule
 from qsteer.steering.parts import encode
 
@@ -74,7 +74,7 @@ def save(handle: Any, path: str | Path, base: str | Path | None, revision: str |
             **place,
             "class": type(policy).__name__,
             "weights": weights_of(policy),
-            "contract": asdict(contract_of(policy)),
+            "settings": settings_of(policy, handle.host),
         },
         "rule": encode(handle.rule, keep),
         "sampler": encode(handle.sampler, keep),
@@ -94,6 +94,12 @@ def save(handle: Any, path: str | Path, base: str | Path | None, revision: str |
             (fresh / LEROBOT).write_text(json.dumps(config, indent=2) + "\n")
             copy_processors(place, fresh)
     return path
+
+
+def settings_of(policy: Any, host: Host) -> dict[str, Any]:
+    """Return what JSON can hold of a policy's contract and its number of Euler steps."""
+    steps = host.read(policy, host.steps) if isinstance(host.steps, str) else host.steps
+    return json.loads(json.dumps({"steps": steps} | asdict(contract_of(policy))))
 
 
 def weights_of(policy: Any) -> str:

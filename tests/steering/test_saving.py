@@ -144,6 +144,19 @@ def test_another_policy_is_refused(critic, tmp_path):
         qsteer.load(tmp_path)
 
 
+def test_a_policy_with_other_settings_is_refused(critic, tmp_path):
+    policy = hosts.build("plain")
+    with qsteer.steer(policy, critic, hosts.STRONG) as handle:
+        handle.save_pretrained(tmp_path)
+    hosts.set_steps(policy, 7)
+    with pytest.raises(ValueError, match=r"expected steps = 10, with which it was steered, got 7"):
+        qsteer.load(tmp_path, policy=policy)
+    hosts.set_steps(policy, 10)
+    policy.executed = 5
+    with pytest.raises(ValueError, match=r"expected horizon = 4, with which it was steered, got 5"):
+        qsteer.load(tmp_path, policy=policy)
+
+
 @dataclass(frozen=True)
 class Mine(Rule):
     def __call__(self, field: Field, value: Value) -> Field:
