@@ -11,7 +11,7 @@ from torch import Tensor
 
 from qsteer.adapters.contracts import read_lerobot
 from qsteer.adapters.lerobot import action_bounds
-from qsteer.clock import PAPER
+from qsteer.clock import PAPER, whole_steps
 from qsteer.hosts import LOCAL, Host
 
 TIMES = 999
@@ -31,7 +31,7 @@ def repeat(context: dict[str, Any], k: int) -> dict[str, Any]:
 def velocity(policy: Any, context: dict[str, Any], x: Tensor, t: Tensor) -> Tensor:
     """Return the velocity by the loop's own function, for as many rows at once as it knows."""
     head, k = policy.model.action_head, context["times"]
-    index = (t.double() * TIMES + 1e-4).long().clamp(max=TIMES)  # float32 may lie under the host's double
+    index = whole_steps(t, TIMES).clamp(max=TIMES)
     times = head.time_pos_enc(TIMES + 1)[0].to(x.device)[index].to(head.dtype)
     rows = zip(x.unflatten(0, (-1, k)).unbind(1), times.unflatten(0, (-1, k)).unbind(1), strict=True)
     return torch.stack([context[LOCAL](chunk, time) for chunk, time in rows], 1).flatten(0, 1)

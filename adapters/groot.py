@@ -10,7 +10,7 @@ from torch import Tensor
 
 from qsteer.adapters.contracts import read_lerobot
 from qsteer.adapters.lerobot import action_bounds
-from qsteer.clock import PAPER
+from qsteer.clock import PAPER, whole_steps
 from qsteer.hosts import Host
 
 
@@ -40,7 +40,7 @@ def context(arguments: dict[str, Any], step: dict[str, Any]) -> dict[str, Any]:
 def velocity(policy: Any, context: dict[str, Any], x: Tensor, t: Tensor) -> Tensor:
     """Return the action head's velocity; it knows whole steps of ``num_timestep_buckets``."""
     head, robot = policy._groot_model.action_head, context["embodiment_id"]
-    steps = (t.double() * head.num_timestep_buckets + 1e-4).long()  # float32 may lie under the host's double
+    steps = whole_steps(t, head.num_timestep_buckets)
     chunk = head.action_encoder(x, steps, robot)
     if head.config.add_pos_embed:
         chunk = chunk + head.position_embedding(torch.arange(chunk.shape[1], device=x.device))[None]

@@ -6,15 +6,14 @@ from torch import Tensor
 
 from qsteer.adapters.contracts import read_lerobot
 from qsteer.adapters.lerobot import action_bounds
-from qsteer.clock import PAPER
+from qsteer.clock import PAPER, whole_steps
 from qsteer.hosts import Host
 
 
 def velocity(policy: Any, context: dict[str, Any], x: Tensor, t: Tensor) -> Tensor:
     """Return the action head's velocity; it knows whole steps of ``action_num_timestep_buckets``."""
     head = policy.model.action_model
-    buckets = head.config.action_num_timestep_buckets
-    steps = (t.double() * buckets + 1e-4).long()  # float32 may lie under the host's own double
+    steps = whole_steps(t, head.config.action_num_timestep_buckets)
     tokens = context["conditioning_tokens"]
     hidden = head._build_inputs(tokens, x, context["state"], steps)
     out = head.model(hidden_states=hidden, encoder_hidden_states=tokens, timestep=steps)

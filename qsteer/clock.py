@@ -92,6 +92,11 @@ class Clock:
         return self.sign * host_velocity
 
 
+def whole_steps(t: Float[Tensor, "B"], count: int) -> Tensor:
+    """Return ``int(t * count)`` of host times i / n, as hosts compute it that have them in double precision."""
+    return (t.double() * count + 1e-4).long()  # float32 may lie under the host's own
+
+
 PAPER = Clock()
 """t = 0 noise, t = 1 action, ten steps: GR00T, evo1, wall_x, and every field made by :func:`qsteer.field`."""
 

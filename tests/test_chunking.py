@@ -63,6 +63,18 @@ def test_the_trace_has_the_masked_push():
     assert trace.arrays()["strength"][0].tolist() == pytest.approx([0.3] * 9)
 
 
+def velocity(x: torch.Tensor, t: torch.Tensor, goal: torch.Tensor) -> torch.Tensor:
+    return goal[:, None] - x
+
+
+def test_the_fast_path_holds_each_chunk_to_its_own_former_one():
+    for _ in range(3):
+        field = qsteer.field(velocity, context=torch.randn(1, 2))
+        field = continued(field, torch.randn(1, 4, 2), 6, delay=2)
+        given = {"value": qsteer.value(target), "noise": torch.randn(1, 6, 2), "rule": qsteer.Tweedie(0.3)}
+        assert torch.equal(qsteer.sample(field, **given, compile="static"), qsteer.sample(field, **given))
+
+
 def test_a_flow_map_cannot_be_held():
     beam = qsteer.BeamSearch(2, 2, flow_map=lambda x, r, t: x)
     with pytest.raises(ValueError, match=r"real-time chunking.*leave flow_map out"):

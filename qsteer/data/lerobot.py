@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.utils.data import default_collate
 
 from qsteer.adapters import host_of
+from qsteer.adapters.files import load_base
 from qsteer.checks import check_finite
 from qsteer.critics.encoders import FEATURES, pooled, to_unit_view
 from qsteer.data.episodes import Episodes
@@ -71,8 +72,7 @@ def open_policy(checkpoint: str | Path, device: torch.device | str = "cpu") -> t
         TypeError: no Host record describes the policy.
     """
     from huggingface_hub import snapshot_download
-    from lerobot.configs import PreTrainedConfig
-    from lerobot.policies.factory import get_policy_class, make_pre_post_processors
+    from lerobot.policies.factory import make_pre_post_processors
 
     folder = Path(checkpoint)
     if not folder.is_dir() and not folder.is_absolute():
@@ -87,13 +87,10 @@ def open_policy(checkpoint: str | Path, device: torch.device | str = "cpu") -> t
             f"{checkpoint}: expected a lerobot policy with config.json, got none; give the folder "
             "pretrained_model of its checkpoint, or its name on the hub"
         )
-    config = PreTrainedConfig.from_pretrained(str(folder))
-    config.device, config.pretrained_path = str(device), folder
-    policy = get_policy_class(config.type).from_pretrained(str(folder), config=config)
-    policy.config.pretrained_path = folder  # where the contract finds the statistics
+    policy = load_base({"path": str(folder), "revision": None}, str(device))
     host_of(policy)
     there = {"device_processor": {"device": str(device)}}
-    before, after = make_pre_post_processors(config, str(folder), preprocessor_overrides=there)
+    before, after = make_pre_post_processors(policy.config, str(folder), preprocessor_overrides=there)
     return policy.to(device).requires_grad_(False).eval(), before, after
 
 

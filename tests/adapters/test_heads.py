@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 import qsteer
-from qsteer.adapters import contract_of, evo1, host_of
-from qsteer.clock import Clock
+from qsteer.adapters import contract_of, host_of
+from qsteer.clock import Clock, whole_steps
 
 
 @pytest.mark.parametrize("name", hosts.ALL_HEADS)
@@ -111,11 +111,11 @@ def test_evo1s_candidates_begin_as_its_noise_does():
     torch.testing.assert_close(field.repeat(3)(x, torch.full((6,), 0.3)), alone)
 
 
-@pytest.mark.parametrize("steps", [1, 3, 7, 32, 50, 100])
-def test_evo1s_table_of_times_is_read_as_its_loop_does(steps):
-    t = torch.tensor([float(torch.tensor(i / steps, dtype=torch.float32)) for i in range(steps)])
-    index = (t.double() * evo1.TIMES + 1e-4).long().clamp(max=evo1.TIMES)
-    assert index.tolist() == [min(int(i / steps * 999), 999) for i in range(steps)]
+@pytest.mark.parametrize("count", [999, 1000])
+@pytest.mark.parametrize("steps", [1, 3, 4, 7, 32, 50, 100])
+def test_tables_of_times_are_read_as_the_loops_do(steps, count):
+    t = torch.tensor([i / steps for i in range(steps)], dtype=torch.float32)
+    assert whole_steps(t, count).tolist() == [int(i / steps * count) for i in range(steps)]
 
 
 def test_evo1s_own_chunking_is_refused():

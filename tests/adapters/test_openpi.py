@@ -92,7 +92,6 @@ def test_it_is_steered_through_its_policy(compiled):
         assert handle.policy is policy._model
         assert "PI0Pytorch in Policy" in repr(handle)
         assert not np.array_equal(steered, base)
-        assert np.array_equal(steered[STEPS:, DIM:], steered[STEPS:, DIM:])
         handle.swap(rule=None)
         np.testing.assert_array_equal(policy.infer(openpi.request(), noise=drawn)["actions"], base)
     assert policy._sample_actions is kept
