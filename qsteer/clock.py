@@ -93,7 +93,7 @@ class Clock:
 
 
 def whole_steps(t: Float[Tensor, "B"], count: int) -> Tensor:
-    """Return ``int(t * count)`` of host times i / n, as hosts compute it that have them in double precision."""
+    """Return ``int(t * count)`` of host times i / n, as hosts compute it from times in double precision."""
     return (t.double() * count + 1e-4).long()  # float32 may lie under the host's own
 
 
