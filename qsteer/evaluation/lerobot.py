@@ -22,6 +22,23 @@ ROUNDS = 5
 """Timed actions of each arm."""
 
 
+def read_lerobot(obs: Mapping[str, Tensor]) -> dict[str, Any]:
+    """Return observations of lerobot's environments as its processors take them."""
+    from lerobot.envs import preprocess_observation
+
+    return preprocess_observation(unflatten({key: column.numpy() for key, column in obs.items()}))
+
+
+def read_named(obs: Mapping[str, Tensor]) -> dict[str, Any]:
+    """Return observations that have a policy's names, with images in [0, 1]: :mod:`qsteer.envs.libero`."""
+    return {key: column / 255 if column.dtype == torch.uint8 else column for key, column in obs.items()}
+
+
+def unchanged(value: Any) -> Any:
+    """Return what is given: the processor of an environment that needs none."""
+    return value
+
+
 @dataclass(frozen=True)
 class LerobotPolicy:
     """A frozen lerobot policy between an environment's observations and its actions.
@@ -36,6 +53,7 @@ class LerobotPolicy:
         postprocessor: the policy's.
         env_processors: the environment's, before the policy and after it.
         instruction: the task in words.
+        read: makes of an environment's observations what its processor takes.
     """
 
     policy: Any
@@ -43,6 +61,7 @@ class LerobotPolicy:
     postprocessor: Callable[[Any], Any]
     env_processors: tuple[Callable[[Any], Any], Callable[[Any], Any]]
     instruction: str
+    read: Callable[[Mapping[str, Tensor]], dict[str, Any]] = read_lerobot
 
     @property
     def horizon(self) -> int:
@@ -52,11 +71,8 @@ class LerobotPolicy:
 
     def batch(self, obs: Mapping[str, Tensor]) -> dict[str, Any]:
         """Return what the policy takes, for what the simulators give."""
-        from lerobot.envs import preprocess_observation
-
         rows = len(next(iter(obs.values())))
-        seen = preprocess_observation(unflatten({key: column.numpy() for key, column in obs.items()}))
-        return self.preprocessor(self.env_processors[0](seen | {"task": [self.instruction] * rows}))
+        return self.preprocessor(self.env_processors[0](self.read(obs) | {"task": [self.instruction] * rows}))
 
     def open(self, obs: Mapping[str, Tensor], critic: Critic) -> Opened:
         """Return velocity, value and noise of an observation; torch's random state stays as it is."""
@@ -72,6 +88,27 @@ class LerobotPolicy:
         dim = host_of(self.policy).action_dim(self.policy)
         steps = [self.postprocessor(step) for step in chunk[:, : self.horizon, :dim].unbind(1)]
         return torch.stack([self.env_processors[1]({"action": step})["action"] for step in steps], 1).cpu()
+
+    def driver(self, critic: Critic, first: Mapping[str, Tensor]) -> Driver:
+        """Return what acts, for ``compare_driven``.
+
+        Args:
+            critic: on the policy's device.
+            first: an observation of one row.
+
+        Raises:
+            ValueError: the critic cannot steer the policy.
+        """
+        shape = self.open(first, critic).noise.shape[1:]
+
+        def agent(arm: Arm, trace: Trace | None, compile: Mode | None, rows: int) -> Any:
+            if compile is not None:
+                raise ValueError(
+                    f"compile: expected None for a lerobot policy, got {compile!r}; leave --compile out"
+                )
+            return partial(self.act, arm, critic, trace)
+
+        return Driver(self.horizon, tuple(shape), agent, partial(self.open, critic=critic), first, ROUNDS)
 
 
 def drive(
@@ -105,13 +142,4 @@ def drive(
             f"environment: expected {sorted(policy.config.input_features)}, which the policy sees, got no "
             f"{missing} among {sorted(seen)}; take the environment that the policy was trained for"
         )
-    shape = whole.open(first, critic).noise.shape[1:]
-
-    def agent(arm: Arm, trace: Trace | None, compile: Mode | None, rows: int) -> Any:
-        if compile is not None:
-            raise ValueError(
-                f"compile: expected None for a lerobot policy, got {compile!r}; leave --compile out"
-            )
-        return partial(whole.act, arm, critic, trace)
-
-    return make, Driver(whole.horizon, tuple(shape), agent, partial(whole.open, critic=critic), first, ROUNDS)
+    return make, whole.driver(critic, first)
