@@ -1,7 +1,6 @@
 """``qsteer libero``: QPILOTS' table 3, a critic that learns online to steer a pretrained pi0.5."""
 
 import argparse
-from functools import partial
 from pathlib import Path
 
 from qsteer.cli.options import (
@@ -61,17 +60,24 @@ def add_parser(commands: Commands) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Run the command."""
-    from qsteer.envs import libero
     from qsteer.evaluation.arms import Maps
     from qsteer.experiments.libero import Table3, format_table, record_walk, run_task
     from qsteer.experiments.libero_policy import open_frozen
     from qsteer.files import write_json
 
     out = start_run(args, args.out)
-    makes = {
-        task: partial(libero.make, task, size=args.size, assets=args.assets, max_steps=args.max_steps)
-        for task in args.tasks
-    }
+    plan = Table3(
+        actor=args.actor,
+        steps=args.steps,
+        episodes=args.episodes,
+        tuning_episodes=args.tuning_episodes,
+        num_envs=args.num_envs,
+        seed=args.seed,
+        batch_size=args.batch_size,
+        size=args.size,
+        max_steps=args.max_steps,
+    )
+    makes = {task: plan.environment(task, args.assets) for task in args.tasks}
     for make_env in makes.values():
         make_env().close()  # what is missing of LIBERO is said before the policy is loaded
     maps = Maps() if args.maps is None else Maps.load(args.maps)
@@ -84,18 +90,8 @@ def run(args: argparse.Namespace) -> None:
             record_walk(make_env, frozen.preprocess, folder, rows=args.record, seed=args.seed)
             print(f"batches: {folder}")
         return
-    plan = Table3(
-        actor=args.actor,
-        steps=args.steps,
-        episodes=args.episodes,
-        tuning_episodes=args.tuning_episodes,
-        num_envs=args.num_envs,
-        seed=args.seed,
-        batch_size=args.batch_size,
-    )
-    results = []
+    run_name, results = f"{args.actor}-seed{args.seed}", []
     for task, make_env in makes.items():
-        folder = out / f"task{task}" / f"{args.actor}-seed{args.seed}"
-        results.append(run_task(task, make_env, frozen, folder, plan, maps=maps))
-        write_json({"results": results}, out / f"{args.actor}-seed{args.seed}.json")
-    print(f"{format_table(results)}\nresults: {out / f'{args.actor}-seed{args.seed}.json'}")
+        results.append(run_task(task, make_env, frozen, out / f"task{task}" / run_name, plan, maps=maps))
+        write_json({"results": results}, out / f"{run_name}.json")
+    print(f"{format_table(results)}\nresults: {out / f'{run_name}.json'}")

@@ -13,6 +13,7 @@ of training, which :attr:`online` of a result is compared with, while evaluation
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -80,6 +81,8 @@ class Table3:
         seed: of the critic's weights, of training episodes and noise.
         batch_size: of the critic's updates.
         warmup: steps of the unsteered policy at first; None: 5000, or a tenth of a smaller budget.
+        size: edge of the rendered views, in pixels.
+        max_steps: time limit of an episode; None: the suite's, 400.
     """
 
     actor: Actor = "tweedie"
@@ -90,6 +93,14 @@ class Table3:
     seed: int = 0
     batch_size: int = 256
     warmup: int | None = None
+    size: int = 256
+    max_steps: int | None = None
+
+    def environment(self, task: int, assets: str | Path | None = None) -> "MakeEnv":
+        """Return what makes the environment of a task, see :func:`qsteer.envs.libero.make`."""
+        from qsteer.envs import libero
+
+        return partial(libero.make, task, size=self.size, assets=assets, max_steps=self.max_steps)
 
     def online(self) -> OnlineTraining:
         """Return how the critic learns: appendix C, tables 2 to 4."""
@@ -160,7 +171,7 @@ def run_task(
 
     Args:
         task: number in LIBERO-90, one of :data:`TASKS`.
-        make_env: makes its environment, see :func:`qsteer.envs.libero.make`.
+        make_env: makes its environment: ``plan.environment(task)``.
         frozen: the policy, see :func:`qsteer.experiments.libero_policy.open_frozen`; unsteered before and
             after.
         out: directory of the task.

@@ -165,6 +165,63 @@ def test_a_checkpoint_without_weights_is_named(tmp_path: Path) -> None:
 # The path
 
 
+def test_its_parts_act_in_the_stand_in(
+    frozen: Frozen, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without processes of simulators: the actor's actions, and every arm's, carry the robot."""
+    asked: list[tuple[Any, ...]] = []
+
+    def train(
+        make_env: Any, actor: Any, critic: Any, out: Path, training: Any, **given: Any
+    ) -> qsteer.Critic:
+        actor.steer(given["rule"], given["sampler"])
+        obs = first(make_env())
+        noise = torch.randn(1, *actor.noise_shape, generator=torch.Generator().manual_seed(0))
+        steered = actor.act(obs, noise)
+        actor.steer(None, None)
+        assert not torch.equal(steered.executed, actor.act(obs, noise).executed)
+        assert steered.executed.shape == (1, 10, 7)
+        assert steered.observations[libero_policy.VIEWS[0]].shape == (1, 3, 64, 64)
+        asked.append(("train", training, given["rule"]))
+        out.mkdir(parents=True)
+        (out / "metrics.jsonl").write_text('{"env_steps": 40, "success": 0.5}\n')
+        return critic.critic
+
+    def compare(make_env: Any, driver: Any, arms: Any, **given: Any) -> tuple[dict[str, Any], list[Any]]:
+        rows, noise = [], torch.randn(1, *driver.noise_shape, generator=torch.Generator().manual_seed(1))
+        for each in arms:
+            env = StandIn()
+            seen, _ = env.reset(seed=given["seed"])
+            start = env.place.copy()
+            obs = {key: torch.as_tensor(value)[None] for key, value in seen.items()}
+            chunk = driver.agent(each, None, None, 1)(obs, noise)
+            for action in chunk[0].clip(-1, 1).numpy():
+                env.step(action)
+            rows.append(arm(each.spec, abs(env.place - start).max() / 5) | {"moved": chunk.tolist()})
+        asked.append((given["seed"], given["episodes"], [each.spec for each in arms]))
+        return {"seed": given["seed"], "arms": rows}, []
+
+    monkeypatch.setattr(libero, "train_online", train)
+    monkeypatch.setattr(libero, "compare_driven", compare)
+    result = run_task(26, StandIn, frozen, tmp_path, SMALL, progress=False)
+    (_, training, rule), (tuning, *_, tried), (evaluation, *_, specs) = asked
+    assert rule == qsteer.Tweedie(0.3) and training == SMALL.online()
+    assert (tuning, evaluation) == (20_000, 10_000)
+    assert tried == [f"{m}={a}" for m in ("tweedie", "qgf-matched") for a in (0.1, 0.2, 0.3)]
+    tuned = {
+        row["spec"]: row["success"] for row in json.loads((tmp_path / "tuning.json").read_text())["arms"]
+    }
+    for method, alpha in result["strengths"].items():
+        assert tuned[f"{method}={alpha}"] == max(tuned[f"{method}={a}"] for a in (0.1, 0.2, 0.3))
+    chunks = {row["spec"]: torch.tensor(row["moved"]) for row in result["arms"]}
+    base = chunks.pop("base")
+    assert base.shape == (1, 10, 7) and specs[0] == "base"
+    for spec, chunk in chunks.items():
+        assert spec.startswith(("best-of", "random-of")) or not torch.equal(chunk, base), spec
+    assert result["online"] == 0.5
+    assert "sample_actions" not in vars(frozen.policy.model)
+
+
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory, frozen: Frozen) -> tuple[Path, dict[str, Any]]:
     out = tmp_path_factory.mktemp("table")
