@@ -81,8 +81,13 @@ def run(args: argparse.Namespace) -> None:
     for make_env in makes.values():
         make_env().close()  # what is missing of LIBERO is said before the policy is loaded
     maps = Maps() if args.maps is None else Maps.load(args.maps)
-    if args.maps is not None or args.actor == "posterior":
-        maps.need("meta").to(args.device)
+    if maps.meta is not None:
+        maps.meta.to(args.device)
+    elif args.maps is not None or args.actor == "posterior":
+        raise FileNotFoundError(
+            f"--maps: expected a directory with a meta flow map of the policy in meta/, got {args.maps}; "
+            "distil one with examples/distill_mfm.py, or leave QPILOTS-M out"
+        )
     frozen = open_frozen(args.policy, args.device)
     if args.record:
         for task, make_env in makes.items():

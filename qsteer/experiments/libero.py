@@ -28,6 +28,7 @@ from qsteer.evaluation.compare import compare_driven
 from qsteer.evaluation.lerobot import LerobotPolicy, read_named, unchanged
 from qsteer.experiments.libero_policy import ACTION_DIM, HORIZON, VIEWS, Frozen, check_first
 from qsteer.files import read_json, write_json
+from qsteer.fingerprints import fingerprint
 from qsteer.online.actors import HostActor
 from qsteer.online.run import train_online
 from qsteer.online.settings import OnlineTraining
@@ -291,7 +292,8 @@ def _look(make_env: "MakeEnv") -> tuple[dict[str, Tensor], str]:
 
 def _settings(plan: Table3, frozen: Frozen, maps: Maps) -> dict[str, Any]:
     """Return what results depend on, as JSON holds it."""
-    return asdict(plan) | {"policy": frozen.name, "meta": maps.meta is not None}
+    meta = None if maps.meta is None else fingerprint(maps.meta.state_dict().values())
+    return asdict(plan) | {"policy": frozen.name, "meta": meta}
 
 
 def _read(path: Path, settings: Mapping[str, Any]) -> dict[str, Any] | None:

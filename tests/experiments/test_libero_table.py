@@ -291,6 +291,25 @@ def test_other_tasks_are_refused(frozen: Frozen, tmp_path: Path, capsys: pytest.
     assert "invalid choice: 5" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("words", [["--maps", "nowhere"], ["--actor", "posterior"]])
+def test_a_missing_map_is_named(
+    words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.setattr(simulator, "make", libero_stand_in.make)
+    with pytest.raises(SystemExit):
+        main(["libero", "--policy", "random", *words, "--out", str(tmp_path)])
+    assert (
+        "--maps: expected a directory with a meta flow map of the policy in meta/" in capsys.readouterr().err
+    )
+
+
+def test_recording_is_all_that_is_done(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(simulator, "make", libero_stand_in.make)
+    main(["libero", "--policy", "random", "--tasks", "31", "--record", "3", "--out", str(tmp_path)])
+    assert len(SafetensorsBatches(tmp_path / "task31" / "batches")) == 3
+    assert [path.name for path in tmp_path.iterdir()] == ["task31"]
+
+
 def arm(spec: str, success: float) -> dict[str, Any]:
     name, low, high = spec.partition("=")[0], max(success - 0.1, 0), min(success + 0.1, 1)
     return {
