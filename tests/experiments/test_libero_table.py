@@ -1,11 +1,9 @@
 """QPILOTS' table 3: its figures, misconfigurations that have names, and the path on a stand-in for LIBERO."""
 
 import json
-import os
 import re
 from dataclasses import replace
 from functools import partial
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -283,24 +281,6 @@ def test_the_command_prints_the_table(
     found = json.loads((tmp_path / "base-seed0.json").read_text())
     assert [row["task"] for row in found["results"]] == [31]
     assert format_table(found["results"]) in text
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(find_spec("libero") is None, reason="needs hf-libero (the extra libero)")
-@pytest.mark.skipif(simulator.ASSETS not in os.environ, reason=f"needs {simulator.ASSETS}")
-def test_a_task_runs_in_libero(frozen: Frozen, tmp_path: Path) -> None:
-    plan = replace(SMALL, steps=20, episodes=1, tuning_episodes=1, size=64, max_steps=11)
-    make_env = plan.environment(60)
-    result = run_task(60, make_env, frozen, tmp_path, plan, progress=False)
-    assert result["instruction"] == simulator.TASKS[60].instruction
-    assert result["settings"]["size"] == 64
-    moved = {arm["spec"]: arm["displacement"][0] for arm in result["arms"]}
-    assert moved["base"] == 0 < min(gap for spec, gap in moved.items() if "=" in spec)
-    recorded = SafetensorsBatches(record_walk(make_env, frozen.preprocess, tmp_path / "batches", rows=3))
-    rows = recorded.rows([0, 1, 2])
-    for view in libero_policy.VIEWS:
-        assert rows[view].shape == (3, 3, 64, 64)
-        assert rows[view].std() > 0.05 and not torch.equal(rows[view][0], rows[view][1])
 
 
 def test_other_tasks_are_refused(frozen: Frozen, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
