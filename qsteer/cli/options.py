@@ -1,6 +1,7 @@
 """What several commands share: how a parser is added, the options they have in common, what they check."""
 
 import argparse
+import json
 import math
 import sys
 from collections.abc import Callable, Sequence
@@ -176,6 +177,17 @@ def natural_float(text: str) -> float:
     if not (number := _finite(text)) >= 0:
         raise argparse.ArgumentTypeError(f"expected a number of at least 0, got {text!r}")
     return number
+
+
+def option(text: str) -> tuple[str, Any]:
+    """Read NAME=VALUE; the value is a number, true, false or null as in JSON, or else text."""
+    name, equals, value = text.partition("=")
+    if not (name and equals):
+        raise argparse.ArgumentTypeError(f"expected NAME=VALUE, got {text!r}")
+    try:
+        return name, json.loads(value)
+    except json.JSONDecodeError:
+        return name, value
 
 
 def device(text: str) -> str:
