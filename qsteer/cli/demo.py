@@ -22,6 +22,7 @@ def add_parser(commands: Commands) -> None:
     names = {"mlp": TASKS, "smolvla": VLA_TASKS}
     parser.add_argument(
         "--task",
+        choices=(*TASKS, *VLA_TASKS),
         help="; ".join(f"of {host}: {', '.join(tasks)}" for host, tasks in names.items())
         + "; default: the first",
     )

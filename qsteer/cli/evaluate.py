@@ -10,12 +10,11 @@ from qsteer.cli.options import (
     Commands,
     add_command,
     add_device_option,
+    add_env_options,
     add_plugin_option,
     add_task_option,
     import_plugins,
     natural_float,
-    natural_int,
-    option,
     positive_int,
     read_task,
     refuse_given,
@@ -64,17 +63,7 @@ def add_parser(commands: Commands) -> None:
         help="directory for each arm's episodes, as lerobot's eval info has them",
     )
     group = parser.add_argument_group("of a lerobot policy, in one of lerobot's environments")
-    group.add_argument("--env", metavar="TYPE", help="such as libero, metaworld, pusht, or a plugin's")
-    group.add_argument("--env-task", metavar="NAME", help="what the environment calls a task or a suite")
-    group.add_argument("--env-task-id", type=natural_int, metavar="N", help="which task of a suite")
-    group.add_argument(
-        "--env-options",
-        nargs="+",
-        default=[],
-        type=option,
-        metavar="NAME=VALUE",
-        help="other fields of its configuration, such as episode_length=500",
-    )
+    add_env_options(group)
     add_device_option(group)
     add_plugin_option(group)
 

@@ -78,6 +78,21 @@ def add_plugin_option(parser: argparse._ActionsContainer) -> None:
     )
 
 
+def add_env_options(group: argparse._ActionsContainer) -> None:
+    """Add ``--env`` and what else names one of lerobot's environments."""
+    group.add_argument("--env", metavar="TYPE", help="such as libero, metaworld, pusht, or a plugin's")
+    group.add_argument("--env-task", metavar="NAME", help="what the environment calls a task or a suite")
+    group.add_argument("--env-task-id", type=natural_int, metavar="N", help="which task of a suite")
+    group.add_argument(
+        "--env-options",
+        nargs="+",
+        default=[],
+        type=option,
+        metavar="NAME=VALUE",
+        help="other fields of its configuration, such as episode_length=500",
+    )
+
+
 def import_plugins(args: argparse.Namespace) -> None:
     """Import what ``--plugin`` names, and the plugins that are installed.
 

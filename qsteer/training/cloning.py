@@ -54,7 +54,7 @@ class Frames:
     last: Tensor
 
     @classmethod
-    def read(cls, dataset: Any, keys: Sequence[str]) -> "Frames":
+    def read(cls, dataset: Any, keys: Sequence[str], *, progress: bool = True) -> "Frames":
         """Read the observations of some keys, and the actions.
 
         Raises:
@@ -73,7 +73,7 @@ class Frames:
         for key in pictures:
             height, width, channels = dataset.features[key]["shape"]
             shown = torch.empty(len(dataset), channels, height, width, dtype=torch.uint8)
-            for i in tqdm(range(len(dataset)), f"decoding {key}", mininterval=1.0):
+            for i in tqdm(range(len(dataset)), f"decoding {key}", mininterval=1.0, disable=not progress):
                 shown[i] = (dataset[i][key] * 255).round().to(torch.uint8)
             columns[key] = shown
         episode = torch.as_tensor(rows["episode_index"][:])
@@ -155,7 +155,7 @@ def clone(
         ValueError: ``out`` holds another run.
     """
     out, training = Path(out), training or CloningTraining()
-    frames = Frames.read(dataset, list(policy.config.input_features))
+    frames = Frames.read(dataset, list(policy.config.input_features), progress=progress)
     policy.train()
     learner = Cloning(policy, processors[0], frames, training)
     identity = training.describe() | {"data": frames.fingerprint(), "policy": type(policy).__name__}
