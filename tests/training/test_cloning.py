@@ -1,4 +1,4 @@
-"""Cloning in memory gives a policy the batches that lerobot's own loader gives, and trains it by its own loss."""
+"""Cloning in memory: the batches of lerobot's own loader, the policy's own loss, a run that can be killed."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -68,7 +68,7 @@ def test_an_interrupted_run_goes_on_to_the_same_weights(dataset: Any, tmp_path: 
     whole, processors = fresh(dataset)
     clone(dataset, whole, processors, tmp_path / "whole", SHORT, progress=False)
 
-    class Killed(Exception):
+    class KilledError(Exception):
         pass
 
     cut, _ = fresh(dataset)
@@ -78,11 +78,11 @@ def test_an_interrupted_run_goes_on_to_the_same_weights(dataset: Any, tmp_path: 
         nonlocal steps
         steps += 1
         if steps == 4:
-            raise Killed
+            raise KilledError
         return forward(batch)
 
     cut.forward = dies
-    with pytest.raises(Killed):
+    with pytest.raises(KilledError):
         clone(dataset, cut, processors, tmp_path / "cut", SHORT, progress=False)
     again, _ = fresh(dataset)
     clone(dataset, again, processors, tmp_path / "cut", SHORT, progress=False)
