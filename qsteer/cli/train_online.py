@@ -150,7 +150,7 @@ def run_in_env(args: argparse.Namespace) -> None:
             row=whole.horizon if args.features else 1,  # features are of decisions only
             **select_given(args, "env_steps", "num_envs", "updates_per_step", "warmup", "evaluate_every"),
         )
-        actor = whole.actor(critic)
+        actor = whole.actor(critic, first)
         try:
             train_online(
                 make_env,

@@ -89,15 +89,22 @@ class LerobotPolicy:
         steps = [self.postprocessor(step) for step in chunk.unbind(1)]
         return torch.stack([self.env_processors[1]({"action": step})["action"] for step in steps], 1).cpu()
 
-    def actor(self, critic: LiveCritic) -> HostActor:
-        """Return what acts while a critic learns, see :func:`qsteer.online.train_online`."""
+    def actor(self, critic: LiveCritic, obs: Mapping[str, Tensor]) -> HostActor:
+        """Return what acts while a critic learns, see :func:`qsteer.online.train_online`.
+
+        Args:
+            critic: on the policy's device.
+            obs: an observation of the environment, of any number of rows.
+        """
 
         def preprocess(raw: dict[str, Any]) -> Mapping[str, Any]:
             shown = {key: raw[key] for key in raw if key != "task"}
             boxes = {key: (v * 255).round().to(torch.uint8) if v.ndim > 2 else v for key, v in shown.items()}
             return self.batch(boxes)
 
-        return HostActor(self.policy, critic, preprocess, self.execute, self.instruction)
+        with torch.random.fork_rng(range(torch.cuda.device_count())):
+            shape = tuple(open_action(self.policy, self.batch(obs)).noise.shape[1:])
+        return HostActor(self.policy, critic, preprocess, self.execute, self.instruction, shape)
 
 
 def place(
