@@ -21,7 +21,7 @@ from qsteer.evaluation.arms import parse
 from qsteer.evaluation.compare import compare_driven
 from qsteer.evaluation.lerobot import drive
 from qsteer.experiments.demo import make_film, present
-from qsteer.testing.checkpoints import smolvla, write_vlm
+from qsteer.testing.checkpoints import halve, smolvla, write_vlm
 from qsteer.trace import Trace
 from qsteer.training.cloning import CloningTraining, clone
 from qsteer.training.critic import CriticTraining
@@ -154,6 +154,7 @@ def make_policy(
         )
         processors = make_pre_post_processors(policy.config, str(out))
         clone(dataset, policy, processors, out, replace(training, seed=seed))
+        halve(out)
         (out / "trained").touch()
     policy, before, _ = open_policy(out)
     return policy, before
