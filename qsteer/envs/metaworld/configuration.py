@@ -10,6 +10,8 @@ from lerobot.envs.configs import EnvConfig
 STATE, IMAGE, ACTION = "observation.state", "observation.image", "action"
 BLACK = 32
 """Edge of the black picture, in pixels."""
+LIMIT = 500
+"""Steps after which MetaWorld ends an episode."""
 FULL, GRIPPER = 10, 4
 """Size of the whole state, and of the gripper's."""
 
@@ -21,7 +23,7 @@ class MetaworldLight(EnvConfig):
 
     Attributes:
         task: MetaWorld's name, such as ``"push-v3"``.
-        episode_length: after so many steps an episode is truncated. lerobot's own limit is 500.
+        episode_length: after so many steps an episode is truncated, at most MetaWorld's and lerobot's own 500.
         camera: edge of the camera's picture in pixels; the state is then the gripper's (4,): position (3, in
             metres) and opening (0 to 1). 0: the picture is black, and the state (10,) has the position of the
             object and of the goal, too.
@@ -41,11 +43,10 @@ class MetaworldLight(EnvConfig):
         Raises:
             ValueError: a number is out of range.
         """
-        if self.episode_length < 1 or self.camera < 0:
-            raise ValueError(
-                f"expected episode_length of at least 1 and camera of at least 0, got {self.episode_length} "
-                f"and {self.camera}"
-            )
+        if not 1 <= self.episode_length <= LIMIT:
+            raise ValueError(f"episode_length: expected 1 to {LIMIT} steps, got {self.episode_length}")
+        if self.camera < 0:
+            raise ValueError(f"camera: expected at least 0 pixels, got {self.camera}")
         edge, size = (self.camera, GRIPPER) if self.camera else (BLACK, FULL)
         self.features = {
             ACTION: PolicyFeature(FeatureType.ACTION, (4,)),

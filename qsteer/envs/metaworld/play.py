@@ -72,7 +72,7 @@ def _act(task: str, world: LightWorld, goal: np.ndarray | None) -> np.ndarray:
     """Return the expert's action, or where goals cannot be moved the way of the hand there."""
     if goal is None or task in GOALS:
         seen = world.raw if goal is None else np.concatenate([world.raw[:36], goal])
-        return np.asarray(world.expert_policy.get_action(seen))
+        return np.asarray(world.expert.get_action(seen))
     return np.append(10 * (goal - world.raw[:3]), -1.0)
 
 
@@ -109,7 +109,7 @@ def record_play(
     from lerobot.datasets import LeRobotDataset
 
     world = _make(tasks[0], camera, length)
-    space = world.observation_space
+    space: Any = world.observation_space
     numbers = {STATE: space["agent_pos"].shape, ACTION: world.action_space.shape}
     features: dict[str, Any] = {
         key: {"dtype": "float32", "shape": shape, "names": None} for key, shape in numbers.items()
