@@ -23,7 +23,7 @@ class MetaworldLight(EnvConfig):
 
     Attributes:
         task: MetaWorld's name, such as ``"push-v3"``.
-        episode_length: after so many steps an episode is truncated, at most MetaWorld's and lerobot's own 500.
+        episode_length: after so many steps an episode is truncated, at most MetaWorld's 500.
         camera: edge of the camera's picture in pixels; the state is then the gripper's (4,): position (3, in
             metres) and opening (0 to 1). 0: the picture is black, and the state (10,) has the position of the
             object and of the goal, too.
