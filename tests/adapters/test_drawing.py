@@ -210,7 +210,6 @@ def test_policies_whose_loop_no_record_names_yet(host):
 @pytest.mark.parametrize(
     ("module", "host"),
     [
-        ("eo1/modeling_eo1.py", drawing.EO1),
         ("molmoact2/modeling_molmoact2.py", drawing.MOLMOACT2),
         ("wall_x/modeling_wall_x.py", drawing.WALL_X),
         ("xvla/modeling_xvla.py", drawing.X_VLA),

@@ -3,6 +3,7 @@
 import inspect
 from importlib import import_module
 from pathlib import Path
+from types import CodeType
 from typing import Any
 
 import pytest
@@ -71,6 +72,11 @@ ARGUMENTS = {
         "GR00TN17ActionHead.get_action_with_features",
         "backbone_features state_features embodiment_id backbone_output action_input",
     ),
+    "EO1's first call": (
+        "eo1.modeling_eo1",
+        "EO1VisionFlowMatchingModel.embed_suffix",
+        "timestep noisy_actions",
+    ),
 }
 """Module, function, and the names of the arguments that a Host record or an adapter relies on."""
 
@@ -107,6 +113,18 @@ LINES = {
         "GR00TN17ActionHead.get_action_with_features",
         "int(t_cont * self.num_timestep_buckets)",
     ),
+    "EO1's own function": (
+        "eo1.modeling_eo1",
+        "EO1VisionFlowMatchingModel.sample_actions",
+        "def denoise_fn(input_x_t, current_timestep):\n"
+        "            action_time_embs = self.embed_suffix(current_timestep, input_x_t)\n"
+        "            inputs_embeds[:, act_slice] = action_time_embs",
+    ),
+    "EO1's loop": (
+        "eo1.modeling_eo1",
+        "EO1VisionFlowMatchingModel.sample_actions",
+        "x_t = euler_integrate(denoise_fn, x_t, self.config.num_denoise_steps)\n        return x_t",
+    ),
 }
 """Where a line of a loop is: another clock or sign would steer in the wrong direction."""
 
@@ -120,6 +138,26 @@ def source(module: str, name: str) -> Any:
     for part in name.split("."):
         found = getattr(found, part)
     return found
+
+
+CLOSURES = {
+    "EO1's function": (
+        "eo1.modeling_eo1",
+        "EO1VisionFlowMatchingModel.sample_actions",
+        "denoise_fn",
+        "act_end act_slice act_start attention_mask chunk_size inputs_embeds past_key_values position_ids "
+        "self",
+    ),
+}
+"""Functions inside loops, and the variables around them, which a record repeats for several rows."""
+
+
+@pytest.mark.parametrize("fact", CLOSURES)
+def test_closures(fact: str):
+    module, name, inside, expected = CLOSURES[fact]
+    code = inspect.unwrap(source(module, name)).__code__.co_consts
+    (found,) = [c for c in code if isinstance(c, CodeType) and c.co_name == inside]
+    assert " ".join(sorted(found.co_freevars)) == expected, f"{fact} has changed; correct its record's repeat"
 
 
 @pytest.mark.parametrize("fact", ARGUMENTS)
