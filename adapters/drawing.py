@@ -1,7 +1,7 @@
 """lerobot's policies without a velocity field, or without a record of it: selection among their chunks works.
 
 Diffusion Policy, VQ-BeT, ACT and pi0-FAST have none. Wall-X integrates one inside a function of its
-own, MolmoAct2 inside its language model; X-VLA predicts the clean action and renoises it.
+own, but needs packages (torchdiffeq, peft, qwen-vl-utils) without which it cannot be built and tested here.
 """
 
 from dataclasses import replace
@@ -34,10 +34,6 @@ ACT = replace(DIFFUSION, serves="ACTPolicy", chunk="config.chunk_size", queue="_
 
 PI0_FAST = replace(ACT, serves="PI0FastPolicy")
 
-MOLMOACT2 = replace(ACT, serves="MolmoAct2Policy")
-
 WALL_X = replace(DIFFUSION, serves="WallXPolicy", chunk="config.chunk_size")
 
-X_VLA = replace(WALL_X, serves="XVLAPolicy")
-
-HOSTS = (DIFFUSION, VQBET, ACT, PI0_FAST, MOLMOACT2, WALL_X, X_VLA)
+HOSTS = (DIFFUSION, VQBET, ACT, PI0_FAST, WALL_X)

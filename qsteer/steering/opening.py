@@ -261,6 +261,8 @@ class Interception(ABC):
             )
         call.entered.append(True)
         action = call.act(call.batch, args, kwargs)
+        if self.host.decode is not None:
+            action = self.host.decode(self.policy, action)
         return action if self.host.result is None else self.host.result(action)
 
 

@@ -1,6 +1,7 @@
 """More of lerobot's policies with random weights: those whose language model is the denoiser, or beside it.
 
-EO1 is lerobot's whole policy around transformers' Qwen2.5-VL, shrunk; its prompts are made-up tokens.
+EO1 and X-VLA are lerobot's whole policies around transformers' Qwen2.5-VL and Florence-2, shrunk; their
+prompts are made-up tokens. So is MolmoAct2 around its own Molmo, given a text.
 """
 
 from types import SimpleNamespace
@@ -9,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qsteer.testing.heads import _features
+from qsteer.testing.heads import CAMERA, _features
 from qsteer.testing.lerobot import STATE, _build_random, _name_extra, _replace
 
 WORDS, STATE_TOKEN, ACTION_TOKEN, IMAGE, VISION, VISION_END = 40, 50, 51, 52, 53, 54
@@ -42,6 +43,32 @@ QWEN = {
 """A small Qwen2.5-VL."""
 GRID = (1, 4, 4)
 """Patches of a picture, of which four make a token."""
+FLORENCE = {
+    "vision_config": {
+        "depths": (1, 1),
+        "patch_size": (3, 3),
+        "patch_stride": (2, 2),
+        "patch_padding": (1, 1),
+        "patch_prenorm": (False, True),
+        "embed_dim": (8, 16),
+        "num_heads": (1, 2),
+        "num_groups": (1, 2),
+        "window_size": 2,
+        "projection_dim": 16,
+    },
+    "text_config": {
+        "vocab_size": 64,
+        "d_model": 16,
+        "encoder_layers": 1,
+        "encoder_ffn_dim": 16,
+        "encoder_attention_heads": 2,
+        "decoder_layers": 1,
+        "decoder_ffn_dim": 16,
+        "decoder_attention_heads": 2,
+        "max_position_embeddings": 64,
+    },
+}
+"""A small Florence-2."""
 
 
 def eo1(seed: int = 0, steps: int = 10) -> nn.Module:
@@ -78,10 +105,110 @@ def eo1(seed: int = 0, steps: int = 10) -> nn.Module:
         return _build_random(lambda: modelling.EO1Policy(config), seed, "cpu")
 
 
+def xvla(seed: int = 0, steps: int = 10, *, space: str = "auto", action: int = 3) -> nn.Module:
+    """Return a random X-VLA; arguments and errors as of :func:`eo1`.
+
+    Args:
+        seed: of the weights.
+        steps: of its loop.
+        space: its action space; ``auto`` has no gripper, and 5 dimensions with padding.
+        action: dimensions of an action.
+    """
+    with _name_extra():
+        from lerobot.policies.xvla import modeling_xvla as modelling
+        from lerobot.policies.xvla.configuration_xvla import XVLAConfig
+    config = XVLAConfig(
+        **_features(images=True, action=action),
+        florence_config=FLORENCE,
+        chunk_size=6,
+        n_action_steps=4,
+        hidden_size=16,
+        depth=2,
+        num_heads=2,
+        num_domains=2,
+        len_soft_prompts=2,
+        dim_time=8,
+        max_len_seq=32,
+        action_mode=space,
+        max_action_dim=5,
+        max_state_dim=20,
+        num_denoising_steps=steps,
+        resize_imgs_with_padding=None,
+        freeze_vision_encoder=True,
+        device="cpu",
+    )
+    policy = _build_random(lambda: modelling.XVLAPolicy(config), seed, "cpu")
+    for name, parameter in policy.named_parameters():
+        if name.endswith("fc.weight"):  # a matrix for each robot, as one row
+            parameter.data *= 16 / 4
+    return policy
+
+
+def molmoact2(seed: int = 0, steps: int = 10) -> nn.Module:
+    """Return a random MolmoAct2 for continuous actions, which has 32 dimensions with padding.
+
+    Arguments and errors as of :func:`eo1`.
+    """
+    with _name_extra():
+        from lerobot.policies.molmoact2 import modeling_molmoact2 as modelling
+        from lerobot.policies.molmoact2.configuration_molmoact2 import MolmoAct2Config
+    sizes = {"hidden_size": 16, "num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 8}
+    backbone = modelling.HFMolmoAct2Config(
+        text_config=sizes
+        | {"vocab_size": 60, "additional_vocab_size": 4, "num_hidden_layers": 2, "intermediate_size": 16},
+        vit_config=sizes
+        | {"intermediate_size": 16, "num_hidden_layers": 2, "image_default_input_size": (8, 8)}
+        | {"image_patch_size": 4, "image_num_pos": 4},
+        adapter_config=sizes | {"vit_layers": (-1, -2), "intermediate_size": 16, "text_hidden_size": 16},
+        action_expert_config={
+            "hidden_size": 16,
+            "num_layers": 2,
+            "num_heads": 2,
+            "ffn_multiple_of": 8,
+            "timestep_embed_dim": 8,
+        },
+        max_action_horizon=6,
+        flow_matching_num_steps=steps,
+        image_patch_id=IMAGE,
+    )
+    config = MolmoAct2Config(
+        **_features(images=True),
+        chunk_size=6,
+        n_action_steps=4,
+        inference_action_mode="continuous",
+        model_dtype="float32",
+        freeze_embedding=False,
+        device="cpu",
+    )
+    own = modelling.MolmoAct2ForConditionalGeneration
+    with _replace(
+        modelling,
+        _resolve_checkpoint_location=lambda *_, **__: "",
+        _strict_load_safetensors_weights=lambda *_: None,
+        HFMolmoAct2Config=SimpleNamespace(from_pretrained=lambda *_, **__: backbone),
+        MolmoAct2ForConditionalGeneration=SimpleNamespace(from_pretrained=lambda *_, **__: own(backbone)),
+    ):
+        return _build_random(lambda: modelling.MolmoAct2Policy(config), seed, "cpu")
+
+
 def observe(policy: Any, rows: int = 1, seed: int = 0) -> dict[str, Any]:
     """Return random observations as the policy's ``select_action`` takes them."""
     draw = torch.Generator().manual_seed(seed)
-    return {STATE: torch.randn(rows, 4, generator=draw)} | _prompts(rows, draw)
+    seen = {STATE: torch.randn(rows, 4, generator=draw)}
+    if policy.name == "eo1":
+        return seen | _prompts(rows, draw)
+    tokens = torch.randint(1, WORDS, (rows, 4), generator=draw)
+    if policy.name == "molmoact2":
+        padding = (torch.arange(32) >= 3).expand(rows, -1)
+        return seen | {
+            "input_ids": tokens,
+            "attention_mask": torch.ones_like(tokens),
+            "action_dim_is_pad": padding,
+        }
+    return seen | {
+        CAMERA: torch.randn(rows, 3, 8, 8, generator=draw),
+        "observation.language.tokens": tokens,
+    }
 
 
 def _prompts(rows: int, draw: torch.Generator) -> dict[str, Any]:

@@ -210,9 +210,7 @@ def test_policies_whose_loop_no_record_names_yet(host):
 @pytest.mark.parametrize(
     ("module", "host"),
     [
-        ("molmoact2/modeling_molmoact2.py", drawing.MOLMOACT2),
         ("wall_x/modeling_wall_x.py", drawing.WALL_X),
-        ("xvla/modeling_xvla.py", drawing.X_VLA),
         ("pi0_fast/modeling_pi0_fast.py", drawing.PI0_FAST),
         ("vqbet/modeling_vqbet.py", drawing.VQBET),
     ],

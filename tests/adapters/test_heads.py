@@ -9,7 +9,7 @@ import qsteer
 from qsteer.adapters import contract_of, host_of
 from qsteer.clock import Clock, whole_steps
 
-NORMALISED = {"groot": "identity", "eo1": "mean_std"}
+NORMALISED = {"groot": "identity", "eo1": "mean_std", "xvla": "identity", "molmoact2": "quantiles"}
 
 
 @pytest.mark.parametrize("name", hosts.ALL_HEADS)
@@ -19,8 +19,10 @@ def test_the_chain_runs_from_noise_to_action(name):
     with qsteer.steer(policy, hosts.Target(), sampler=hosts.Spy(seen)):
         action = hosts.chunk(policy, 1)
     field, _, x = seen[0]
+    field = field.chain(None)
     for t, dt in field.clock.grid():
-        last, x = (x, t), x + dt * field(x, t)
+        v = field(x, t)
+        last, x = (x, t), field.advance(x, v, t, dt)
     first = host_of(policy).begins(policy)
     torch.testing.assert_close(x[:, first : first + action.shape[1], :3], action[..., :3])
     torch.testing.assert_close(qsteer.flow.denoise(last[0], field(*last), last[1]), x, rtol=1e-4, atol=1e-5)

@@ -77,6 +77,22 @@ ARGUMENTS = {
         "EO1VisionFlowMatchingModel.embed_suffix",
         "timestep noisy_actions",
     ),
+    "X-VLA's step": (
+        "xvla.soft_transformer",
+        "SoftPromptedTransformer.forward",
+        "domain_id vlm_features aux_visual_inputs action_with_noise proprio t",
+    ),
+    "MolmoAct2's step": (
+        "molmoact2.molmoact2_hf_model.modeling_molmoact2",
+        "ActionExpert.forward_with_context",
+        "actions timesteps context modulation",
+    ),
+    "MolmoAct2's entry": (
+        "molmoact2.molmoact2_hf_model.modeling_molmoact2",
+        "MolmoAct2Model.generate_actions_from_inputs",
+        "action_dim_is_pad num_steps",
+    ),
+    "X-VLA's entry": ("xvla.modeling_xvla", "XVLAModel.generate_actions", "domain_id proprio steps"),
 }
 """Module, function, and the names of the arguments that a Host record or an adapter relies on."""
 
@@ -124,6 +140,41 @@ LINES = {
         "eo1.modeling_eo1",
         "EO1VisionFlowMatchingModel.sample_actions",
         "x_t = euler_integrate(denoise_fn, x_t, self.config.num_denoise_steps)\n        return x_t",
+    ),
+    "MolmoAct2's loop": (
+        "molmoact2.molmoact2_hf_model.modeling_molmoact2",
+        "MolmoAct2Model._run_action_flow_loop",
+        "trajectory = trajectory + dt * velocity",
+    ),
+    "MolmoAct2's times": (
+        "molmoact2.molmoact2_hf_model.modeling_molmoact2",
+        "MolmoAct2Model.generate_actions_from_inputs",
+        "torch.full((batch_size,), idx / steps, device=device, dtype=torch.float32)",
+    ),
+    "MolmoAct2's graph is for CUDA": (
+        "molmoact2.molmoact2_hf_model.inference",
+        "ActionCudaGraphManager.can_use_action_flow",
+        'if inputs.trajectory.device.type != "cuda":\n            return False',
+    ),
+    "X-VLA renoises from where it began": (
+        "xvla.modeling_xvla",
+        "XVLAModel.generate_actions",
+        "x_t = x1 * t.view(-1, 1, 1) + action * (1 - t).view(-1, 1, 1)",
+    ),
+    "X-VLA's times": (
+        "xvla.modeling_xvla",
+        "XVLAModel.generate_actions",
+        "t = torch.full((batch_size,), i / steps, device=proprio.device, dtype=target_dtype)",
+    ),
+    "X-VLA decodes its last prediction": (
+        "xvla.modeling_xvla",
+        "XVLAModel.generate_actions",
+        "return self.action_space.postprocess(action)",
+    ),
+    "X-VLA acts by its inner method": (
+        "xvla.modeling_xvla",
+        "XVLAPolicy.select_action",
+        "actions = self._get_action_chunk(batch)",
     ),
 }
 """Where a line of a loop is: another clock or sign would steer in the wrong direction."""

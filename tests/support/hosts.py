@@ -21,7 +21,7 @@ torch.set_num_threads(1)
 
 LEROBOT = ("pi0", "pi05", "smolvla")
 HOSTS = (*LEROBOT, "plain")
-VLAS = ("eo1",)
+VLAS = ("eo1", "xvla", "molmoact2")
 HEADS = ("multi_task_dit", "vla_jepa", "groot", *VLAS)
 """Whose noise is their own, and which no fast path knows."""
 ALL_HEADS = (*HEADS, "evo1")
