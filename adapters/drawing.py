@@ -1,7 +1,6 @@
-"""lerobot's policies without a velocity field, or without a record of it: selection among their chunks works.
+"""lerobot's policies without a velocity field: selection among their chunks works.
 
-Diffusion Policy, VQ-BeT, ACT and pi0-FAST have none. Wall-X integrates one inside a function of its
-own, but needs packages (torchdiffeq, peft, qwen-vl-utils) without which it cannot be built and tested here.
+Diffusion Policy, VQ-BeT, ACT and pi0-FAST.
 """
 
 from dataclasses import replace
@@ -34,6 +33,4 @@ ACT = replace(DIFFUSION, serves="ACTPolicy", chunk="config.chunk_size", queue="_
 
 PI0_FAST = replace(ACT, serves="PI0FastPolicy")
 
-WALL_X = replace(DIFFUSION, serves="WallXPolicy", chunk="config.chunk_size")
-
-HOSTS = (DIFFUSION, VQBET, ACT, PI0_FAST, WALL_X)
+HOSTS = (DIFFUSION, VQBET, ACT, PI0_FAST)

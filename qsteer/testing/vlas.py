@@ -15,7 +15,7 @@ from qsteer.testing.lerobot import STATE, _build_random, _name_extra, _replace
 
 WORDS, STATE_TOKEN, ACTION_TOKEN, IMAGE, VISION, VISION_END = 40, 50, 51, 52, 53, 54
 """Tokens: the first that is no word, and those with a meaning."""
-QWEN = {
+QWEN: dict[str, Any] = {
     "text_config": {
         "vocab_size": 64,
         "hidden_size": 16,
@@ -191,12 +191,64 @@ def molmoact2(seed: int = 0, steps: int = 10) -> nn.Module:
         return _build_random(lambda: modelling.MolmoAct2Policy(config), seed, "cpu")
 
 
+def wall_x(seed: int = 0) -> nn.Module:
+    """Return a random Wall-X in lerobot's mixed precision; its prompts are made-up tokens without pictures.
+
+    Args:
+        seed: of the weights.
+
+    Raises:
+        ModuleNotFoundError: lerobot's extra ``wallx`` is not installed.
+    """
+    with _name_extra():
+        from lerobot.policies.wall_x import modeling_wall_x as modelling
+        from lerobot.policies.wall_x.configuration_wall_x import WallXConfig
+    config = WallXConfig(
+        **_features(images=True), chunk_size=6, n_action_steps=4, max_action_dim=5, max_state_dim=6
+    )
+    config.device = "cpu"
+    expert = {"hidden_size": 16, "intermediate_size": 16, "hidden_act": "silu"}
+    experts = {"num_experts": 2, "experts": [expert] * 2, "dim_inputs": (16, 16), "mlp_moe": True}
+    small = modelling.Qwen2_5_VLConfig(
+        **QWEN | {"text_config": QWEN["text_config"] | experts | {"dof_config": {"arm": 5}}}
+    )
+    small.agent_pos_config = {"arm": 6}
+    tokens = {"<|action|>": ACTION_TOKEN, "<|propri|>": STATE_TOKEN}
+    processor = SimpleNamespace(tokenizer=SimpleNamespace(convert_tokens_to_ids=tokens.__getitem__))
+    own = modelling.Qwen2_5_VLMoEForAction
+
+    class Policy(modelling.WallXPolicy):
+        def preprocess_inputs(self, batch: dict[str, Any], **_: Any) -> dict[str, Any]:
+            """Return what its processor makes of an instruction and a state, for tokens that are there."""
+            rows, ids = len(batch[STATE]), batch["input_ids"]
+            state = nn.functional.pad(batch[STATE], (0, 2))[:, None]
+            return {
+                "input_ids": ids,
+                "attention_mask": batch["attention_mask"],
+                "moe_token_types": ids == ACTION_TOKEN,
+                "proprioception": state,
+                "agent_pos_mask": (torch.arange(6) < 4).to(state).expand(rows, 1, -1),
+                "dof_mask": (torch.arange(5) < 3).to(state).expand(rows, 6, -1),
+            }
+
+    with _replace(
+        modelling,
+        require_package=lambda *_, **__: None,
+        Qwen2_5_VLMoEForAction=SimpleNamespace(from_pretrained=lambda **_: own(small, processor=processor)),
+    ):
+        return _build_random(lambda: Policy(config), seed, "cpu")
+
+
 def observe(policy: Any, rows: int = 1, seed: int = 0) -> dict[str, Any]:
     """Return random observations as the policy's ``select_action`` takes them."""
     draw = torch.Generator().manual_seed(seed)
     seen = {STATE: torch.randn(rows, 4, generator=draw)}
     if policy.name == "eo1":
         return seen | _prompts(rows, draw)
+    if policy.name == "wall_x":
+        prompts = _prompts(rows, draw)
+        words = prompts["input_ids"].where(prompts["input_ids"] != IMAGE, 1)
+        return seen | {"input_ids": words, "attention_mask": prompts["attention_mask"]}
     tokens = torch.randint(1, WORDS, (rows, 4), generator=draw)
     if policy.name == "molmoact2":
         padding = (torch.arange(32) >= 3).expand(rows, -1)

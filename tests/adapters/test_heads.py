@@ -9,7 +9,13 @@ import qsteer
 from qsteer.adapters import contract_of, host_of
 from qsteer.clock import Clock, whole_steps
 
-NORMALISED = {"groot": "identity", "eo1": "mean_std", "xvla": "identity", "molmoact2": "quantiles"}
+NORMALISED = {
+    "groot": "identity",
+    "eo1": "mean_std",
+    "xvla": "identity",
+    "molmoact2": "quantiles",
+    "wall_x": "mean_std",
+}
 
 
 @pytest.mark.parametrize("name", hosts.ALL_HEADS)

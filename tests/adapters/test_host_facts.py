@@ -92,6 +92,11 @@ ARGUMENTS = {
         "MolmoAct2Model.generate_actions_from_inputs",
         "action_dim_is_pad num_steps",
     ),
+    "Wall-X's first call": (
+        "wall_x.modeling_wall_x",
+        "ActionHead.step",
+        "timestep noisy_action dof_mask",
+    ),
     "X-VLA's entry": ("xvla.modeling_xvla", "XVLAModel.generate_actions", "domain_id proprio steps"),
 }
 """Module, function, and the names of the arguments that a Host record or an adapter relies on."""
@@ -156,6 +161,22 @@ LINES = {
         "ActionCudaGraphManager.can_use_action_flow",
         'if inputs.trajectory.device.type != "cuda":\n            return False',
     ),
+    "Wall-X's loop": (
+        "wall_x.modeling_wall_x",
+        "Qwen2_5_VLMoEForAction.predict",
+        'action_trajectory = odeint(step, noisy_action, times, method="euler")',
+    ),
+    "Wall-X's times": (
+        "wall_x.modeling_wall_x",
+        "Qwen2_5_VLMoEForAction.predict",
+        "torch.linspace(\n                0,\n                1,\n"
+        "                num_inference_timesteps + 1,",
+    ),
+    "Wall-X's ten steps": (
+        "wall_x.modeling_wall_x",
+        "Qwen2_5_VLMoEForAction.predict",
+        "num_inference_timesteps: int | None = 10",
+    ),
     "X-VLA renoises from where it began": (
         "xvla.modeling_xvla",
         "XVLAModel.generate_actions",
@@ -198,6 +219,13 @@ CLOSURES = {
         "denoise_fn",
         "act_end act_slice act_start attention_mask chunk_size inputs_embeds past_key_values position_ids "
         "self",
+    ),
+    "Wall-X's function": (
+        "wall_x.modeling_wall_x",
+        "Qwen2_5_VLMoEForAction.predict",
+        "step",
+        "action_dim attention_mask batch_size dof_mask input_ids inputs_embeds moe_token_types "
+        "past_key_values position_ids pred_horizon self",
     ),
 }
 """Functions inside loops, and the variables around them, which a record repeats for several rows."""

@@ -1,4 +1,4 @@
-"""EO1, X-VLA and MolmoAct2 beyond the laws: candidates on one prefix, features, every rule, grippers."""
+"""EO1, X-VLA, MolmoAct2 and Wall-X beyond the laws: candidates, features, every rule, grippers."""
 
 import hosts
 import pytest
@@ -20,18 +20,19 @@ def opened(policy: nn.Module, rows: int = 2, seed: int = 0) -> tuple[HostField, 
 
 @pytest.mark.parametrize("name", hosts.VLAS)
 def test_candidates_on_one_prefix_are_what_they_would_be_alone(name: str):
-    """In any order, as often as one likes: no call changes what the next one sees."""
-    policy = hosts.shared(name)
+    """In any order, as often as one likes: no call changes what the next sees. Wall-X is in bfloat16."""
+    policy, near = hosts.shared(name), {"rtol": 0.05, "atol": 0.02} if name == "wall_x" else {}
     field, noise = opened(policy)
+    torch.manual_seed(0)
     x = field.draws(noise, 3).flatten(0, 1)
     alone = torch.stack([field(x.unflatten(0, (2, 3))[:, i], 0.3) for i in range(3)], 1).flatten(0, 1)
     for _ in range(2):
-        torch.testing.assert_close(field.repeat(3)(x, 0.3), alone)
-        torch.testing.assert_close(field.repeat(3)(x, torch.full((6,), 0.3)), alone)
+        torch.testing.assert_close(field.repeat(3)(x, 0.3), alone, **near)
+        torch.testing.assert_close(field.repeat(3)(x, torch.full((6,), 0.3)), alone, **near)
     mixed = torch.tensor([0.3, 0.6])
     apart = torch.stack([field(noise, t.item())[i] for i, t in enumerate(mixed)])
-    torch.testing.assert_close(field(noise, mixed), apart)
-    assert not torch.allclose(alone[0], alone[1], atol=1e-2)
+    torch.testing.assert_close(field(noise, mixed), apart, **near)
+    assert not torch.allclose(alone[0], alone[1], rtol=0.1, atol=0.1)
 
 
 @pytest.mark.parametrize("name", hosts.VLAS)
@@ -201,4 +202,11 @@ def test_molmoacts_own_chunking_is_refused():
         with pytest.raises(RuntimeError, match="expected it to call"):
             hosts.chunk(policy)
     with pytest.raises(RuntimeError, match="expected real-time chunking to be off"):
+        qsteer.steer(policy, hosts.Target(), hosts.STRONG)
+
+
+def test_wall_x_without_its_loop_is_refused(monkeypatch: pytest.MonkeyPatch):
+    policy = hosts.shared("wall_x")
+    monkeypatch.setattr(policy.config, "prediction_mode", "fast")
+    with pytest.raises(TypeError, match="got prediction_mode='fast'; set it to 'diffusion'"):
         qsteer.steer(policy, hosts.Target(), hosts.STRONG)
