@@ -7,14 +7,13 @@ A policy of your own needs no entry here: give its class, or the object, an attr
 from inspect import getattr_static
 from typing import Any
 
-from qsteer.adapters import dit, drawing, evo1, groot, lerobot, openpi, vla_jepa
+from qsteer.adapters import dit, drawing, eo1, evo1, groot, lerobot, molmoact2, openpi, vla_jepa, wall_x, xvla
 from qsteer.adapters.plain import PlainPolicy
 from qsteer.contract import Contract
 from qsteer.hosts import Host
 
-HOSTS = tuple(
-    host for family in (lerobot, groot, dit, vla_jepa, evo1, openpi, drawing) for host in family.HOSTS
-)
+FAMILIES = lerobot, groot, dit, vla_jepa, evo1, eo1, xvla, molmoact2, wall_x, openpi, drawing
+HOSTS = tuple(host for family in FAMILIES for host in family.HOSTS)
 
 __all__ = ["HOSTS", "Host", "PlainPolicy", "contract_of", "host_of", "unwrapped"]
 

@@ -1,7 +1,6 @@
-"""lerobot's policies without a velocity field, or without a record of it: selection among their chunks works.
+"""lerobot's policies without a velocity field: selection among their chunks works.
 
-Diffusion Policy, VQ-BeT, ACT and pi0-FAST have none. EO1 and Wall-X integrate one inside a function of their
-own, MolmoAct2 inside its language model; X-VLA predicts the clean action and renoises it.
+Diffusion Policy, VQ-BeT, ACT and pi0-FAST.
 """
 
 from dataclasses import replace
@@ -34,12 +33,4 @@ ACT = replace(DIFFUSION, serves="ACTPolicy", chunk="config.chunk_size", queue="_
 
 PI0_FAST = replace(ACT, serves="PI0FastPolicy")
 
-EO1 = replace(ACT, serves="EO1Policy")
-
-MOLMOACT2 = replace(ACT, serves="MolmoAct2Policy")
-
-WALL_X = replace(DIFFUSION, serves="WallXPolicy", chunk="config.chunk_size")
-
-X_VLA = replace(WALL_X, serves="XVLAPolicy")
-
-HOSTS = (DIFFUSION, VQBET, ACT, PI0_FAST, EO1, MOLMOACT2, WALL_X, X_VLA)
+HOSTS = (DIFFUSION, VQBET, ACT, PI0_FAST)

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from dataclasses import field as attribute
-from functools import cached_property
+from functools import cached_property, partial
 from operator import attrgetter
 from threading import get_ident
 from types import MethodType
@@ -23,13 +23,17 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from qsteer.chunking import HeldValue
-from qsteer.clock import Clock, Time
+from qsteer.clock import Chain, Clock, Time
 from qsteer.contract import Contract
-from qsteer.flow import expand_time, factor, repeat_rows
+from qsteer.flow import clamp_time, expand_time, factor, repeat_rows
+from qsteer.renoising import DecodedValue, Renoising
 from qsteer.types import Bounds, Field, Value
 
 LOCAL = "local"
 """Where a context has the function that a Host's ``local`` names."""
+
+LAST = 1e-6
+"""The shortest time to the action over which a predicted action makes a velocity."""
 
 
 def repeat_context(context: Any, k: int) -> Any:
@@ -62,6 +66,10 @@ class Host:
             method for it: of its own modules, which ``step`` is one of. None: ``step`` returns it.
         local: name of a function inside the entry that evaluates the velocity, which ``context`` is given at
             :data:`LOCAL`, for ``velocity``; None: there is none, or it is not needed.
+        renoises: ``velocity`` returns the clean action, which the loop puts back on the path from the noise
+            where it began: a step is that, and not Euler's, see :mod:`qsteer.renoising`.
+        decode: ``(policy, chunk) -> what is executed``, where they differ, differentiable and out of place:
+            the critic sees that, and the entry returns it. None: the chunk.
         noise: ``like -> noise`` of further candidates, where it is not standard normal.
         context: ``(arguments of the entry, other arguments of the step) -> context``, for ``velocity``.
         result: what the entry returns for an action; None: the action.
@@ -109,6 +117,8 @@ class Host:
     first: Callable[[Any], int] | None = None
     velocity: Callable[[Any, dict[str, Any], Tensor, Tensor], Tensor] | None = None
     local: str | None = None
+    renoises: bool = False
+    decode: Callable[[Any, Tensor], Tensor] | None = None
     noise: Callable[[Tensor], Tensor] | None = None
     context: Callable[[dict[str, Any], dict[str, Any]], dict[str, Any]] | None = None
     result: Callable[[Tensor], Any] | None = None
@@ -212,6 +222,8 @@ class HostField(Field):
     """Steps that a policy trained with real-time chunking is given, at the action's time; None: none."""
     given: Float[Tensor, "B H A"] | None = None
     """What they are."""
+    memory: Renoising | None = attribute(default=None, repr=False, compare=False)
+    """Of a chain whose host renoises."""
     _repeats: dict[int, "HostField"] = attribute(default_factory=dict, init=False, repr=False, compare=False)
 
     @property
@@ -247,6 +259,10 @@ class HostField(Field):
                 v = self.host.velocity(self.policy, context, x, time)
             else:
                 v = self.step(**context, **{self.host.x: x, self.host.t: time})
+        if self.host.renoises:
+            action, v = v, (v - x) / factor(clamp_time(1 - t, LAST), x)
+            if self.memory is not None:
+                self.memory.remember(x, t, v, action)
         v = self.clock.velocity(v)
         if self.fixed is None:
             return v
@@ -257,6 +273,19 @@ class HostField(Field):
         if self.host.noise is None:
             return super().draws(noise, n)
         return self.host.noise(noise.repeat_interleave(n, 0)).unflatten(0, (-1, n))
+
+    def chain(self, steps: int | None, part: Chain | None = None) -> "HostField":
+        """Return the field for one chain, which remembers its noise if the host renoises."""
+        if not self.host.renoises:
+            return self
+        return replace(self, memory=Renoising(self.clock, steps) if part is None else None)
+
+    def advance(
+        self, x: Float[Tensor, "B H A"], v: Float[Tensor, "B H A"], t: Time, dt: Time
+    ) -> Float[Tensor, "B H A"]:
+        """Return the state after a step by the velocity ``v``: the host's own step in a chain of its own."""
+        renoised = None if self.memory is None else self.memory.step(x, v, t)
+        return super().advance(x, v, t, dt) if renoised is None else renoised
 
     def with_given(self, noise: Float[Tensor, "B H A"], time: Tensor | None) -> "HostField":
         """Return the field of a chain that begins at ``noise``, and at these host times, (B,) or (B, H).
@@ -277,7 +306,9 @@ class HostField(Field):
         return replace(self, fixed=fixed, given=noise)
 
     def judged(self, value: Value) -> Value:
-        """Return the value of a chunk whose fixed steps are what they are."""
+        """Return the value of what is executed of a chunk whose fixed steps are what they are."""
+        if self.host.decode is not None:
+            value = DecodedValue(value, partial(self.host.decode, self.policy))
         if self.fixed is None or self.given is None:
             return value
         return HeldValue(value, self.given, self.fixed[0, :, None].to(self.given.dtype))
@@ -311,7 +342,7 @@ class HostField(Field):
         if k not in self._repeats:
             fixed, given = repeat_rows((self.fixed, self.given), k)
             self._repeats[k] = replace(
-                self, context=self.host.repeat(self.context, k), fixed=fixed, given=given
+                self, context=self.host.repeat(self.context, k), fixed=fixed, given=given, memory=None
             )
         return self._repeats[k]
 

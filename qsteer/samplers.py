@@ -58,7 +58,7 @@ class Euler(Sampler):
         field, x = field.chain(self.steps), noise
         for t, dt in field.clock.grid(self.steps):
             report_step()
-            x = x + dt * field(x, t)
+            x = field.advance(x, field(x, t), t, dt)
         report_step()
         return clip_actions(x, clip_of(self.clip, field))
 

@@ -84,6 +84,16 @@ class Field(ABC):
         shape = len(noise), n, *noise.shape[1:]
         return torch.randn(shape, device=noise.device, dtype=noise.dtype)
 
+    def advance(
+        self, x: Float[Tensor, "B H A"], v: Float[Tensor, "B H A"], t: Time, dt: Time, /
+    ) -> Float[Tensor, "B H A"]:
+        """Return the state after a step from (x, t) by the velocity ``v``, steered or not: ``x + dt v``.
+
+        A policy whose own loop steps otherwise (:mod:`qsteer.renoising`) does so in a whole :meth:`chain`. A
+        field around another one that hands on ``chain`` hands this on too.
+        """
+        return x + (dt.to(x.dtype)[:, None, None] if isinstance(dt, Tensor) else dt) * v
+
     def judged(self, value: "Value", /) -> "Value":
         """Return the value of what is executed when the field's chunk is the value's argument."""
         return value
@@ -92,8 +102,8 @@ class Field(ABC):
         """Return the field for one Euler chain of ``steps`` steps from 0 to 1; None: the clock's number.
 
         A chain that begins later, or has another stride, is described by ``part``. Samplers call it before
-        the first step. A steered field counts steps, and forgets what its rule remembers of an earlier chain;
-        any other is itself.
+        the first step. A steered field counts steps, and forgets what its rule remembers of an earlier chain,
+        as does the field that it bends; one that remembers nothing is itself.
         """
         return self
 

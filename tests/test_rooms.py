@@ -14,7 +14,7 @@ ORDER = (
     ("types",),
     ("plotting", "statistics", "files", "fingerprints", "checks"),
     ("hub", "flow", "contract"),
-    ("chunking",),
+    ("chunking", "renoising"),
     ("trace",),
     ("compiling",),
     ("critics",),

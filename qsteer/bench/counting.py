@@ -118,6 +118,12 @@ class WatchedField(Field):
         """Return the field for one chain, watched together with this one."""
         return replace(self, inner=self.inner.chain(steps, part))
 
+    def advance(
+        self, x: Float[Tensor, "B H A"], v: Float[Tensor, "B H A"], t: Time, dt: Time
+    ) -> Float[Tensor, "B H A"]:
+        """Return the state after a step by the velocity ``v``, which is not watched."""
+        return self.inner.advance(x, v, t, dt)
+
     @property
     def base(self) -> "WatchedField":
         """The field before any rule, watched together with this one."""

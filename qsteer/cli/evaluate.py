@@ -10,11 +10,11 @@ from qsteer.cli.options import (
     Commands,
     add_command,
     add_device_option,
+    add_env_options,
     add_plugin_option,
     add_task_option,
     import_plugins,
     natural_float,
-    natural_int,
     positive_int,
     read_task,
     refuse_given,
@@ -63,9 +63,7 @@ def add_parser(commands: Commands) -> None:
         help="directory for each arm's episodes, as lerobot's eval info has them",
     )
     group = parser.add_argument_group("of a lerobot policy, in one of lerobot's environments")
-    group.add_argument("--env", metavar="TYPE", help="such as libero, metaworld, pusht, or a plugin's")
-    group.add_argument("--env-task", metavar="NAME", help="what the environment calls a task or a suite")
-    group.add_argument("--env-task-id", type=natural_int, metavar="N", help="which task of a suite")
+    add_env_options(group)
     add_device_option(group)
     add_plugin_option(group)
 
@@ -80,11 +78,11 @@ def run(args: argparse.Namespace) -> None:
     from qsteer.files import check_directory, check_output, write_json
 
     if args.env is None:
-        refuse_given(args, ("env-task", "env-task-id", "plugin"), "without --env")
+        refuse_given(args, ("env-task", "env-task-id", "env-options", "plugin"), "without --env")
         if args.device != "cpu":
             raise ValueError(f"--device: expected cpu without --env, got {args.device}; leave it out")
     else:
-        refuse_given(args, ("task", "compile", "maps"), "beside --env")
+        refuse_given(args, ("task", "compile"), "beside --env")
         import_plugins(args)
     if args.out:
         check_output(args.out)
@@ -144,9 +142,10 @@ def compare_lerobot(
     from qsteer.evaluation.compare import compare_driven
     from qsteer.evaluation.lerobot import drive
 
-    config = env_config(args.env, args.env_task, args.env_task_id)
+    config = env_config(args.env, args.env_task, args.env_task_id, dict(args.env_options))
     policy, *processors = open_policy(args.policy, args.device)
     make_env, driver = drive(config, args.env_task_id, policy, tuple(processors), critic)
     report, runs = compare_driven(make_env, driver, **options)
     number = "" if args.env_task_id is None else f" {args.env_task_id}"
-    return report, runs, f"{args.env}: {config.task}{number}"
+    others = "".join(f", {name}={value}" for name, value in args.env_options)
+    return report, runs, f"{args.env}: {config.task}{number}{others}"

@@ -1,6 +1,7 @@
 """What several commands share: how a parser is added, the options they have in common, what they check."""
 
 import argparse
+import json
 import math
 import sys
 from collections.abc import Callable, Sequence
@@ -74,6 +75,21 @@ def add_plugin_option(parser: argparse._ActionsContainer) -> None:
         default=[],
         metavar="MODULE",
         help="import it first: it registers policies or environments with lerobot; may be repeated",
+    )
+
+
+def add_env_options(group: argparse._ActionsContainer) -> None:
+    """Add ``--env`` and what else names one of lerobot's environments."""
+    group.add_argument("--env", metavar="TYPE", help="such as libero, metaworld, pusht, or a plugin's")
+    group.add_argument("--env-task", metavar="NAME", help="what the environment calls a task or a suite")
+    group.add_argument("--env-task-id", type=natural_int, metavar="N", help="which task of a suite")
+    group.add_argument(
+        "--env-options",
+        nargs="+",
+        default=[],
+        type=option,
+        metavar="NAME=VALUE",
+        help="other fields of its configuration, such as episode_length=500",
     )
 
 
@@ -176,6 +192,17 @@ def natural_float(text: str) -> float:
     if not (number := _finite(text)) >= 0:
         raise argparse.ArgumentTypeError(f"expected a number of at least 0, got {text!r}")
     return number
+
+
+def option(text: str) -> tuple[str, Any]:
+    """Read NAME=VALUE; the value is a number, true, false or null as in JSON, or else text."""
+    name, equals, value = text.partition("=")
+    if not (name and equals):
+        raise argparse.ArgumentTypeError(f"expected NAME=VALUE, got {text!r}")
+    try:
+        return name, json.loads(value)
+    except json.JSONDecodeError:
+        return name, value
 
 
 def device(text: str) -> str:

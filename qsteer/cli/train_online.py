@@ -10,10 +10,15 @@ from qsteer.cli.options import (
     add_command,
     add_compile_option,
     add_device_option,
+    add_env_options,
+    add_plugin_option,
     add_task_option,
+    import_plugins,
     natural_int,
     positive_float,
     positive_int,
+    read_task,
+    refuse_given,
     select_given,
     start_run,
 )
@@ -23,7 +28,7 @@ def add_parser(commands: Commands) -> None:
     """Add the command with its options."""
     text = "Train a critic while it steers the frozen policy, in the environment."
     parser = add_command(commands, "train-online", run, text)
-    add_task_option(parser)
+    add_task_option(parser, alone=False)
     parser.add_argument(
         "--arm", default="tweedie=0.2", help="how the critic steers, such as tweedie=0.2 or best-of-8"
     )
@@ -49,10 +54,23 @@ def add_parser(commands: Commands) -> None:
     add_device_option(parser)
     add_compile_option(parser)
     parser.add_argument("--out", type=Path, help="run directory; default runs/TASK/online/ARM-TARGET")
+    group = parser.add_argument_group("of a lerobot policy, in one of lerobot's environments")
+    add_env_options(group)
+    group.add_argument("--features", action="store_true", help="the critic sees the policy's features, too")
+    group.add_argument("--members", type=positive_int, help="of the critic's ensemble; default: 4")
+    group.add_argument("--evaluate-every", type=natural_int, help="steps; 0: never; default: 5000")
+    add_plugin_option(group)
+
+
+ENV = ("env-task", "env-task-id", "env-options", "features", "members", "evaluate-every", "plugin")
 
 
 def run(args: argparse.Namespace) -> None:
     """Run the command."""
+    if args.env is not None:
+        run_in_env(args)
+        return
+    refuse_given(args, ENV, "without --env")
     from qsteer.critics import LiveCritic
     from qsteer.data import Chunks, Episodes
     from qsteer.envs import ogbench
@@ -63,12 +81,13 @@ def run(args: argparse.Namespace) -> None:
     from qsteer.policies import FlowPolicy
     from qsteer.training.critic import ACTING, LEARNERS, fresh_critic
 
-    task, arm = RECIPES[args.task], parse(args.arm)
+    name = read_task(args)
+    task, arm = RECIPES[name], parse(args.arm)
     given = select_given(args, "env_steps", "num_envs", "updates_per_step", "warmup")
     critic = replace(task.online.critic, seed=args.seeds[0], **select_given(args, "compile", "target"))
     training = replace(task.online, critic=critic, **given)
-    out = start_run(args, args.out or Path("runs") / args.task / "online" / f"{args.arm}-{critic.target}")
-    paths = [args.policy or run_directory(args.task, seed) / "policy" for seed in args.seeds]
+    out = start_run(args, args.out or Path("runs") / name / "online" / f"{args.arm}-{critic.target}")
+    paths = [args.policy or run_directory(name, seed) / "policy" for seed in args.seeds]
     policies = [FlowPolicy.from_pretrained(path).requires_grad_(False).to(args.device) for path in paths]
     shape = policies[0].config
     live = LiveCritic(
@@ -91,4 +110,58 @@ def run(args: argparse.Namespace) -> None:
         act=actor.sample_under(arm.rule, arm.sampler) if critic.target in ACTING else None,
         tracker=args.tracker,
     )
+    print(f"critics and metrics: {out}")
+
+
+def run_in_env(args: argparse.Namespace) -> None:
+    """Let a lerobot policy act in one of lerobot's environments, and train its critic."""
+    refuse_given(args, ("data",), "beside --env")
+    if "task" in args:
+        raise ValueError("--task: expected none beside --env; leave it out")
+    for name in ("policy", "out"):
+        if getattr(args, name) is None:
+            raise ValueError(f"--{name}: expected it beside --env, got none; give a folder")
+    if args.target in ("td", "fql"):
+        raise ValueError(f"--target: expected sarsa, monte_carlo or iql beside --env, got {args.target}")
+    import_plugins(args)
+    from qsteer.critics import LiveCritic
+    from qsteer.data.lerobot import open_policy
+    from qsteer.envs.lerobot import env_config
+    from qsteer.evaluation.arms import parse
+    from qsteer.evaluation.lerobot import place
+    from qsteer.online.run import train_online
+    from qsteer.online.settings import OnlineTraining
+    from qsteer.training.critic import CriticTraining, fresh_critic
+
+    arm, out = parse(args.arm, clip=None), start_run(args, Path(args.out))
+    config = env_config(args.env, args.env_task, args.env_task_id, dict(args.env_options))
+    policy, *processors = open_policy(args.policy, args.device)
+    make_env, whole, first = place(config, args.env_task_id, policy, tuple(processors))
+    batch = whole.batch(first)
+    given = select_given(args, "compile", "target", "members")
+    base = replace(CriticTraining(target="sarsa", ema=0.005), **given)
+    for seed in args.seeds:
+        settings = replace(base, horizon=whole.horizon, seed=seed)
+        shape = settings.critic_config(batch[settings.observation_key].shape[1], whole.action_dim)
+        shape = replace(shape, features=whole.features(batch).shape[1] if args.features else 0)
+        critic = LiveCritic(fresh_critic(shape, [seed]).to(args.device))
+        training = OnlineTraining(
+            critic=settings,
+            row=whole.horizon if args.features else 1,  # features are of decisions only
+            **select_given(args, "env_steps", "num_envs", "updates_per_step", "warmup", "evaluate_every"),
+        )
+        actor = whole.actor(critic, first)
+        try:
+            train_online(
+                make_env,
+                actor,
+                critic,
+                out / f"seed{seed}",
+                training,
+                rule=arm.rule,
+                sampler=arm.sampler,
+                tracker=args.tracker,
+            )
+        finally:
+            actor.handle.remove()
     print(f"critics and metrics: {out}")

@@ -1,5 +1,6 @@
 """lerobot's environments, one at a time, for :class:`~qsteer.envs.rollouts.Simulators`."""
 
+import dataclasses
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -9,16 +10,22 @@ import numpy as np
 SEPARATOR = "/"
 
 
-def env_config(kind: str, task: str | None = None, task_id: int | None = None) -> Any:
+def env_config(
+    kind: str,
+    task: str | None = None,
+    task_id: int | None = None,
+    options: Mapping[str, Any] | None = None,
+) -> Any:
     """Return lerobot's ``EnvConfig`` of a registered type.
 
     Args:
         kind: such as ``"libero"``, ``"metaworld"``, or a plugin's.
         task: the type's own word for what is to be done; None: its default.
         task_id: which task of a suite; None: the only one.
+        options: other fields of the configuration, such as ``{"episode_length": 500}``.
 
     Raises:
-        ValueError: the type is not registered, or has no tasks of that kind.
+        ValueError: the type is not registered, has no tasks of that kind, or no such field.
     """
     from lerobot.envs import EnvConfig
 
@@ -28,7 +35,11 @@ def env_config(kind: str, task: str | None = None, task_id: int | None = None) -
             f"environment: expected one of {', '.join(known)}, got {kind!r}; "
             "import the plugin that registers it first (--plugin)"
         )
-    config = EnvConfig.get_choice_class(kind)(**({} if task is None else {"task": task}))
+    choice, given = EnvConfig.get_choice_class(kind), dict(options or {})
+    fields = sorted(field.name for field in dataclasses.fields(choice))
+    if unknown := [name for name in given if name not in fields]:
+        raise ValueError(f"environment {kind!r}: expected options among {fields}, got {unknown}")
+    config = choice(**given | ({} if task is None else {"task": task}))
     if task_id is not None and hasattr(config, "task_ids"):
         config.task_ids = [task_id]  # builds no other
     return config

@@ -10,10 +10,12 @@ from torch import Tensor
 
 from qsteer.adapters import host_of
 from qsteer.compiling.kept import Mode
-from qsteer.critics import Critic
+from qsteer.critics import Critic, LiveCritic
+from qsteer.critics.encoders import pooled
 from qsteer.envs.lerobot import LerobotSimulator, unflatten
 from qsteer.evaluation.arms import Arm
 from qsteer.evaluation.compare import Driver
+from qsteer.online.actors import HostActor
 from qsteer.sampling import acting, sample
 from qsteer.steering.opening import Opened, open_action
 from qsteer.trace import Trace
@@ -26,7 +28,7 @@ def read_lerobot(obs: Mapping[str, Tensor]) -> dict[str, Any]:
     """Return observations of lerobot's environments as its processors take them."""
     from lerobot.envs import preprocess_observation
 
-    return preprocess_observation(unflatten({key: column.numpy() for key, column in obs.items()}))
+    return preprocess_observation(unflatten({key: column.cpu().numpy() for key, column in obs.items()}))
 
 
 def read_named(obs: Mapping[str, Tensor]) -> dict[str, Any]:
@@ -69,6 +71,17 @@ class LerobotPolicy:
         host = host_of(self.policy)
         return int(host.read(self.policy, host.executed))
 
+    @property
+    def action_dim(self) -> int:
+        """Entries of an action, without padding."""
+        return host_of(self.policy).action_dim(self.policy)
+
+    @torch.no_grad()
+    def features(self, batch: Mapping[str, Any]) -> Tensor:
+        """Return the policy's pooled features (B, F) of a batch; torch's random state stays as it is."""
+        with torch.random.fork_rng(range(torch.cuda.device_count())):
+            return pooled(open_action(self.policy, dict(batch)).field.features)
+
     def batch(self, obs: Mapping[str, Tensor]) -> dict[str, Any]:
         """Return what the policy takes, for what the simulators give."""
         rows = len(next(iter(obs.values())))
@@ -85,8 +98,11 @@ class LerobotPolicy:
             field, value, like = self.open(obs, critic)
             x = noise.to(like)
             chunk = sample(field, value, x, rule=arm.rule, sampler=arm.sampler, trace=trace)
-        dim = host_of(self.policy).action_dim(self.policy)
-        steps = [self.postprocessor(step) for step in chunk[:, : self.horizon, :dim].unbind(1)]
+        return self.execute(chunk[:, : self.horizon, : self.action_dim])
+
+    def execute(self, chunk: Tensor) -> Tensor:
+        """Return the environment's actions (B, H, A) for the policy's."""
+        steps = [self.postprocessor(step) for step in chunk.unbind(1)]
         return torch.stack([self.env_processors[1]({"action": step})["action"] for step in steps], 1).cpu()
 
     def driver(self, critic: Critic, first: Mapping[str, Tensor]) -> Driver:
@@ -110,21 +126,36 @@ class LerobotPolicy:
 
         return Driver(self.horizon, tuple(shape), agent, partial(self.open, critic=critic), first, ROUNDS)
 
+    def actor(self, critic: LiveCritic, obs: Mapping[str, Tensor]) -> HostActor:
+        """Return what acts while a critic learns, see :func:`qsteer.online.train_online`.
 
-def drive(
-    config: Any, task_id: int | None, policy: Any, processors: tuple[Any, Any], critic: Critic
-) -> tuple[Callable[[], LerobotSimulator], Driver]:
-    """Return what makes the environment, and what acts in it, for ``compare_driven``.
+        Args:
+            critic: on the policy's device.
+            obs: an observation of the environment, of any number of rows.
+        """
+
+        def preprocess(raw: dict[str, Any]) -> Mapping[str, Any]:
+            shown = {key: raw[key] for key in raw if key != "task"}
+            boxes = {key: (v * 255).round().to(torch.uint8) if v.ndim > 2 else v for key, v in shown.items()}
+            return self.batch(boxes)
+
+        with torch.random.fork_rng(range(torch.cuda.device_count())):
+            shape = tuple(open_action(self.policy, self.batch(obs)).noise.shape[1:])
+        return HostActor(self.policy, critic, preprocess, self.execute, self.instruction, shape)
+
+
+def place(
+    config: Any, task_id: int | None, policy: Any, processors: tuple[Any, Any]
+) -> tuple[Callable[[], LerobotSimulator], LerobotPolicy, dict[str, Tensor]]:
+    """Return what makes the environment, the policy in it, and an observation of one row.
 
     Args:
         config: of the environment, see :func:`qsteer.envs.lerobot.env_config`.
         task_id: which task of a suite.
         policy: a lerobot policy.
         processors: the policy's own, before and after it.
-        critic: on the policy's device.
 
     Raises:
-        ValueError: the critic cannot steer the policy.
         KeyError: the environment does not show what the policy sees.
     """
     from lerobot.envs import make_env_pre_post_processors
@@ -142,4 +173,19 @@ def drive(
             f"environment: expected {sorted(policy.config.input_features)}, which the policy sees, got no "
             f"{missing} among {sorted(seen)}; take the environment that the policy was trained for"
         )
+    return make, whole, first
+
+
+def drive(
+    config: Any, task_id: int | None, policy: Any, processors: tuple[Any, Any], critic: Critic
+) -> tuple[Callable[[], LerobotSimulator], Driver]:
+    """Return what makes the environment, and what acts in it, for ``compare_driven``.
+
+    The arguments are those of :func:`place`, and a critic on the policy's device.
+
+    Raises:
+        ValueError: the critic cannot steer the policy.
+        KeyError: as for :func:`place`.
+    """
+    make, whole, first = place(config, task_id, policy, processors)
     return make, whole.driver(critic, first)

@@ -4,6 +4,7 @@ import os
 import shlex
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -11,8 +12,8 @@ from pathlib import Path
 from qsteer.critics import Critic
 from qsteer.data import Episodes
 from qsteer.envs import ogbench
-from qsteer.envs.rollouts import Rollouts
-from qsteer.evaluation.arms import describe_arm, parse
+from qsteer.envs.rollouts import MakeEnv, Rollouts
+from qsteer.evaluation.arms import Arm, describe_arm, parse
 from qsteer.evaluation.compare import compare, format_comparison
 from qsteer.evaluation.plots import plot_success
 from qsteer.evaluation.video import RenderError, side_by_side
@@ -72,22 +73,29 @@ def demo(
         record=True,
         traces={steered: trace},
     )
-    report = {
-        "task": environment,
-        "checkpoints": str(source),
-        "command": shlex.join(["qsteer", *sys.argv[1:]]),
-    } | report
+    report = {"task": environment, "checkpoints": str(source)} | report
+    report = present(report, arms, runs, trace, out)
+    film = partial(ogbench.make, environment, render=True)
+    make_film(film, runs[0], next(run for run in runs if run.name == steered), out, task.camera)
+    print(f"done in {(time.perf_counter() - started) / 60:.1f} minutes on {os.cpu_count()} cores")
+    return report
+
+
+def present(
+    report: dict[str, object], arms: Sequence[Arm], runs: Sequence[Rollouts], trace: Trace, out: Path
+) -> dict[str, object]:
+    """Print the table; write results, picture and trace into ``out``; return the results."""
+    report = {"command": shlex.join(["qsteer", *sys.argv[1:]])} | report
     write_json(report, out / "results.json")
     print("\n" + format_comparison(report) + "\n")
     print(f"results: {out / 'results.json'}")
     successes = {describe_arm(run.name): run.success for run in runs}
     base, *_ = successes
     controls = [describe_arm(arm.spec) for arm in arms if arm.kind == "control"]
-    plot_success(successes, out / "success.png", base=base, controls=controls, title=environment)
-    print(f"plot:    {out / 'success.png'}")
+    picture = out / "success.png"
+    plot_success(successes, picture, base=base, controls=controls, title=str(report["task"]))
+    print(f"plot:    {picture}")
     print(f"trace:   {trace.plot(out / 'trace.png')}")
-    _film(task, runs[0], next(run for run in runs if run.name == steered), out / "rollout.gif")
-    print(f"done in {(time.perf_counter() - started) / 60:.1f} minutes on {os.cpu_count()} cores")
     return report
 
 
@@ -119,14 +127,13 @@ def _make_checkpoints(task: Task, seed: int) -> Path:
     return source
 
 
-def _film(task: Task, base: Rollouts, steered: Rollouts, path: Path) -> None:
+def make_film(make_env: MakeEnv, base: Rollouts, steered: Rollouts, out: Path, camera: str | None) -> None:
     """Film an episode in which the base policy fails and the steered one succeeds, side by side."""
     telling = (steered.success & ~base.success).nonzero()[0]
-    episode = int(telling[0]) if telling.size else 0
+    episode, path = int(telling[0]) if telling.size else 0, out / "rollout.gif"
     try:
-        make_env = partial(ogbench.make, task.environment(), render=True)
         arms = [replace(run, name=describe_arm(run.name)) for run in (base, steered)]
-        side_by_side(make_env, arms, episodes=[episode], paths=[path], camera=task.camera)
+        side_by_side(make_env, arms, episodes=[episode], paths=[path], camera=camera)
         print(f"video:   {path} (episode {episode})")
     except RenderError as error:
         print(f"video:   none: {error}")

@@ -225,7 +225,8 @@ class EulerMap(Jump):
         whole = not isinstance(r, Tensor) and (r, n) == (0, steps)
         field = self.field.chain(self.steps, None if whole else Chain(r, step))
         for i in range(n):
-            x = x + factor(step, x) * field(x, clock.snap(r + i * step))
+            s = clock.snap(r + i * step)
+            x = field.advance(x, field(x, s), s, step)
         return x
 
     def repeat(self, k: int) -> "EulerMap":

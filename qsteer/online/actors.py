@@ -147,7 +147,7 @@ class StateActor:
 
 
 class HostActor:
-    """Acts with a pretrained policy of lerobot, pi0, pi0.5 or SmolVLA, which it steers in place.
+    """Acts with a pretrained policy of lerobot, such as pi0, pi0.5 or SmolVLA, which it steers in place.
 
     What the critic sees is taken from the policy's own batch, after ``preprocess``: its normalised state, its
     views at the critic's size, and its pooled prefix if the critic has features. So the finished critic
@@ -160,6 +160,7 @@ class HostActor:
             row under ``"task"``, into the policy's batch; lerobot's pre-processor.
         postprocess: turns chunks of the policy into the environment's actions; lerobot's post-processor.
         instruction: the task in words, for the policy.
+        noise_shape: of one chunk's noise; None: that of pi0, pi0.5 and SmolVLA.
 
     Raises:
         TypeError, ValueError, RuntimeError: as for :func:`qsteer.steer`.
@@ -180,6 +181,7 @@ class HostActor:
         preprocess: Callable[[dict[str, Any]], Mapping[str, Any]],
         postprocess: Callable[[Tensor], Tensor],
         instruction: str = "",
+        noise_shape: tuple[int, ...] | None = None,
     ) -> None:
         if critic.config.stack > 1:
             raise ValueError(
@@ -187,7 +189,7 @@ class HostActor:
                 "critic at a time"
             )
         self.preprocess, self.postprocess, self.instruction = preprocess, postprocess, instruction
-        self.noise_shape: tuple[int, ...] = (policy.config.chunk_size, policy.config.max_action_dim)
+        self.noise_shape = noise_shape or (policy.config.chunk_size, policy.config.max_action_dim)
         self._critic = _RememberingCritic(critic)
         self.handle = steer(policy, self._critic, critic_inputs=self._select_inputs)
 

@@ -91,9 +91,9 @@ class ThroughTime(Guidance):
             )
         x = x.requires_grad_()
         v = field(x, t)
-        a = x + rest[0][1] * v
+        a = field.advance(x, v, *rest[0])
         for s, dt in rest[1:]:
-            a = a + dt * field(a, s)
+            a = field.advance(a, field(a, s), s, dt)
         a = clip_through(a, self.bounds(field))
         q = ask(value, a)
         return Ascent(v, gradient(q, x), q, a)

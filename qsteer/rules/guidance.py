@@ -333,7 +333,8 @@ class Steered(Field):
 
         Warns once for each rule and number of steps if it guides none of them.
         """
-        chain = replace(self, steps=self.steps if steps is None else steps, part=part)
+        steps = self.steps if steps is None else steps
+        chain = replace(self, field=self.field.chain(steps, part), steps=steps, part=part)
         if part is None and not any(self.rule.guides(t, chain.clock.steps) for t, _ in chain.clock.grid()):
             warnings.warn(
                 f"{type(self.rule).__name__}: expected at least one guided step, got none of "
@@ -343,6 +344,12 @@ class Steered(Field):
                 skip_file_prefixes=(os.path.dirname(os.path.dirname(__file__)),),
             )
         return chain
+
+    def advance(
+        self, x: Float[Tensor, "B H A"], v: Float[Tensor, "B H A"], t: Time, dt: Time
+    ) -> Float[Tensor, "B H A"]:
+        """Return the state after a step of the policy's kind by the velocity ``v``."""
+        return self.field.advance(x, v, t, dt)
 
     def repeat(self, k: int) -> "Steered":
         """Return the steered field for ``k`` rows per observation; nothing is encoded again."""

@@ -240,12 +240,12 @@ class Interception(ABC):
     def _step(self, *args: Any, **kwargs: Any) -> Any:
         """Stand in for the host's step: interrupt the entry that waits for it, else run the class's own."""
         assert self.host.step is not None
-        step, call = self.host.own(self.policy, self.host.step), _call.get()
+        method, call = self.host.own(self.policy, self.host.step), _call.get()
         if call is None or call.by is not self or not call.encoding:
-            return step(*args, **kwargs)
+            return method(*args, **kwargs)
         local = self.host.local
         inside = {} if local is None else {LOCAL: local_function(local)}
-        raise _Interruption(named(step, args, kwargs) | inside)
+        raise _Interruption(named(method, args, kwargs) | inside)
 
     @uncompiled
     def _entry(self, *args: Any, **kwargs: Any) -> Any:
@@ -261,6 +261,8 @@ class Interception(ABC):
             )
         call.entered.append(True)
         action = call.act(call.batch, args, kwargs)
+        if self.host.decode is not None:
+            action = self.host.decode(self.policy, action)
         return action if self.host.result is None else self.host.result(action)
 
 

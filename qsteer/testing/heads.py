@@ -128,14 +128,14 @@ def observe(policy: Any, rows: int = 1, seed: int = 0) -> dict[str, Any]:
     }
 
 
-def _features(*, images: bool) -> dict[str, Any]:
+def _features(*, images: bool, action: int = 3) -> dict[str, Any]:
     from lerobot.configs import FeatureType, PolicyFeature
 
     seen = {STATE: PolicyFeature(type=FeatureType.STATE, shape=(4,))}
     if images:
         seen[CAMERA] = PolicyFeature(type=FeatureType.VISUAL, shape=(3, 8, 8))
-    action = PolicyFeature(type=FeatureType.ACTION, shape=(3,))
-    return {"input_features": seen, "output_features": {"action": action}}
+    moves = PolicyFeature(type=FeatureType.ACTION, shape=(action,))
+    return {"input_features": seen, "output_features": {"action": moves}}
 
 
 class _Words(nn.Module):

@@ -1,6 +1,7 @@
 """Training on recorded data: policies, critics and maps, by one resumable loop."""
 
 from qsteer.data.batches import DatasetBatches, SafetensorsBatches, lerobot_batches, record
+from qsteer.training.cloning import CloningTraining, clone
 from qsteer.training.critic import CriticTraining, train_critic
 from qsteer.training.dataset import Ranking, train_from_dataset
 from qsteer.training.maps import (
@@ -14,6 +15,7 @@ from qsteer.training.policy import PolicyTraining, train_policy
 from qsteer.training.teachers import HostTeacher, StateTeacher, Teacher
 
 __all__ = [
+    "CloningTraining",
     "CriticTraining",
     "DatasetBatches",
     "FlowMapTraining",
@@ -25,6 +27,7 @@ __all__ = [
     "SafetensorsBatches",
     "StateTeacher",
     "Teacher",
+    "clone",
     "distil",
     "distil_flow_map",
     "lerobot_batches",

@@ -1,8 +1,6 @@
 """Policies without a velocity field: selection among their chunks, an error for all that needs a field."""
 
-from collections import deque
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -175,45 +173,9 @@ def test_what_needs_a_velocity_says_so(diffusion, method):
         qsteer.open_action(diffusion, observe())
 
 
-@pytest.mark.parametrize("host", drawing.HOSTS[4:], ids=lambda host: host.serves)
-def test_policies_whose_loop_no_record_names_yet(host):
-    """By a stand-in of each one's name, for these cannot be built here; their names are pinned below."""
-
-    class StandIn(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            feature = PolicyFeature(type=FeatureType.ACTION, shape=(3,))
-            self.config = SimpleNamespace(
-                n_action_steps=4,
-                chunk_size=6,
-                action_feature=feature,
-                input_features={},
-                normalization_mapping={},
-            )
-            self._action_queue, self._queues = deque(), {"action": deque()}
-
-        def predict_action_chunk(self, batch: dict[str, Tensor], **kwargs: object) -> Tensor:
-            return torch.randn(len(batch["observation.state"]), 6, 5)  # padded
-
-    policy = type(host.serves, (StandIn,), {})()
-    torch.manual_seed(0)
-    base = policy.predict_action_chunk(observe(8))
-    with qsteer.steer(policy, Target(), qsteer.BestOfN(4)):
-        torch.manual_seed(0)
-        best = policy.predict_action_chunk(observe(8))
-    assert (worth(best[..., :3]) >= worth(base[..., :3])).all()
-    assert not torch.equal(best, base)
-    with pytest.raises(TypeError, match=rf"got {host.serves}, whose record names none"):
-        qsteer.steer(policy, Target(), qsteer.QGF())
-
-
 @pytest.mark.parametrize(
     ("module", "host"),
     [
-        ("eo1/modeling_eo1.py", drawing.EO1),
-        ("molmoact2/modeling_molmoact2.py", drawing.MOLMOACT2),
-        ("wall_x/modeling_wall_x.py", drawing.WALL_X),
-        ("xvla/modeling_xvla.py", drawing.X_VLA),
         ("pi0_fast/modeling_pi0_fast.py", drawing.PI0_FAST),
         ("vqbet/modeling_vqbet.py", drawing.VQBET),
     ],

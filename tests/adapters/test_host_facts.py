@@ -3,6 +3,7 @@
 import inspect
 from importlib import import_module
 from pathlib import Path
+from types import CodeType
 from typing import Any
 
 import pytest
@@ -71,6 +72,32 @@ ARGUMENTS = {
         "GR00TN17ActionHead.get_action_with_features",
         "backbone_features state_features embodiment_id backbone_output action_input",
     ),
+    "EO1's first call": (
+        "eo1.modeling_eo1",
+        "EO1VisionFlowMatchingModel.embed_suffix",
+        "timestep noisy_actions",
+    ),
+    "X-VLA's step": (
+        "xvla.soft_transformer",
+        "SoftPromptedTransformer.forward",
+        "domain_id vlm_features aux_visual_inputs action_with_noise proprio t",
+    ),
+    "MolmoAct2's step": (
+        "molmoact2.molmoact2_hf_model.modeling_molmoact2",
+        "ActionExpert.forward_with_context",
+        "actions timesteps context modulation",
+    ),
+    "MolmoAct2's entry": (
+        "molmoact2.molmoact2_hf_model.modeling_molmoact2",
+        "MolmoAct2Model.generate_actions_from_inputs",
+        "action_dim_is_pad num_steps",
+    ),
+    "Wall-X's first call": (
+        "wall_x.modeling_wall_x",
+        "ActionHead.step",
+        "timestep noisy_action dof_mask",
+    ),
+    "X-VLA's entry": ("xvla.modeling_xvla", "XVLAModel.generate_actions", "domain_id proprio steps"),
 }
 """Module, function, and the names of the arguments that a Host record or an adapter relies on."""
 
@@ -107,6 +134,69 @@ LINES = {
         "GR00TN17ActionHead.get_action_with_features",
         "int(t_cont * self.num_timestep_buckets)",
     ),
+    "EO1's own function": (
+        "eo1.modeling_eo1",
+        "EO1VisionFlowMatchingModel.sample_actions",
+        "def denoise_fn(input_x_t, current_timestep):\n"
+        "            action_time_embs = self.embed_suffix(current_timestep, input_x_t)\n"
+        "            inputs_embeds[:, act_slice] = action_time_embs",
+    ),
+    "EO1's loop": (
+        "eo1.modeling_eo1",
+        "EO1VisionFlowMatchingModel.sample_actions",
+        "x_t = euler_integrate(denoise_fn, x_t, self.config.num_denoise_steps)\n        return x_t",
+    ),
+    "MolmoAct2's loop": (
+        "molmoact2.molmoact2_hf_model.modeling_molmoact2",
+        "MolmoAct2Model._run_action_flow_loop",
+        "trajectory = trajectory + dt * velocity",
+    ),
+    "MolmoAct2's times": (
+        "molmoact2.molmoact2_hf_model.modeling_molmoact2",
+        "MolmoAct2Model.generate_actions_from_inputs",
+        "torch.full((batch_size,), idx / steps, device=device, dtype=torch.float32)",
+    ),
+    "MolmoAct2's graph is for CUDA": (
+        "molmoact2.molmoact2_hf_model.inference",
+        "ActionCudaGraphManager.can_use_action_flow",
+        'if inputs.trajectory.device.type != "cuda":\n            return False',
+    ),
+    "Wall-X's loop": (
+        "wall_x.modeling_wall_x",
+        "Qwen2_5_VLMoEForAction.predict",
+        'action_trajectory = odeint(step, noisy_action, times, method="euler")',
+    ),
+    "Wall-X's times": (
+        "wall_x.modeling_wall_x",
+        "Qwen2_5_VLMoEForAction.predict",
+        "torch.linspace(\n                0,\n                1,\n"
+        "                num_inference_timesteps + 1,",
+    ),
+    "Wall-X's ten steps": (
+        "wall_x.modeling_wall_x",
+        "Qwen2_5_VLMoEForAction.predict",
+        "num_inference_timesteps: int | None = 10",
+    ),
+    "X-VLA renoises from where it began": (
+        "xvla.modeling_xvla",
+        "XVLAModel.generate_actions",
+        "x_t = x1 * t.view(-1, 1, 1) + action * (1 - t).view(-1, 1, 1)",
+    ),
+    "X-VLA's times": (
+        "xvla.modeling_xvla",
+        "XVLAModel.generate_actions",
+        "t = torch.full((batch_size,), i / steps, device=proprio.device, dtype=target_dtype)",
+    ),
+    "X-VLA decodes its last prediction": (
+        "xvla.modeling_xvla",
+        "XVLAModel.generate_actions",
+        "return self.action_space.postprocess(action)",
+    ),
+    "X-VLA acts by its inner method": (
+        "xvla.modeling_xvla",
+        "XVLAPolicy.select_action",
+        "actions = self._get_action_chunk(batch)",
+    ),
 }
 """Where a line of a loop is: another clock or sign would steer in the wrong direction."""
 
@@ -120,6 +210,33 @@ def source(module: str, name: str) -> Any:
     for part in name.split("."):
         found = getattr(found, part)
     return found
+
+
+CLOSURES = {
+    "EO1's function": (
+        "eo1.modeling_eo1",
+        "EO1VisionFlowMatchingModel.sample_actions",
+        "denoise_fn",
+        "act_end act_slice act_start attention_mask chunk_size inputs_embeds past_key_values position_ids "
+        "self",
+    ),
+    "Wall-X's function": (
+        "wall_x.modeling_wall_x",
+        "Qwen2_5_VLMoEForAction.predict",
+        "step",
+        "action_dim attention_mask batch_size dof_mask input_ids inputs_embeds moe_token_types "
+        "past_key_values position_ids pred_horizon self",
+    ),
+}
+"""Functions inside loops, and the variables around them, which a record repeats for several rows."""
+
+
+@pytest.mark.parametrize("fact", CLOSURES)
+def test_closures(fact: str):
+    module, name, inside, expected = CLOSURES[fact]
+    code = inspect.unwrap(source(module, name)).__code__.co_consts
+    (found,) = [c for c in code if isinstance(c, CodeType) and c.co_name == inside]
+    assert " ".join(sorted(found.co_freevars)) == expected, f"{fact} has changed; correct its record's repeat"
 
 
 @pytest.mark.parametrize("fact", ARGUMENTS)

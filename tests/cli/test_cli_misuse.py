@@ -196,12 +196,32 @@ def test_a_directory_or_a_strange_suffix_is_no_output(networks: Path, capsys: py
         (("train-policy", "--device", "cuda:99"), "--device"),
         (("train-critic", "--device", "toaster"), "--device"),
         (("demo", "--task", "cube"), "--task"),
+        (("train-online", "--env-options", "camera"), "--env-options"),
     ],
 )
 def test_a_wrong_value_names_its_option(
     argv: tuple[str, ...], option: str, capsys: pytest.CaptureFixture
 ) -> None:
     assert f"argument {option}: " in misuse(capsys, *argv)
+
+
+@pytest.mark.parametrize(
+    ("argv", "told"),
+    [
+        (("demo", "--host", "smolvla", "--task", "cube-single"), "for --host smolvla, got 'cube-single'"),
+        (("demo", "--task", "push-v3"), "for --host mlp, got 'push-v3'"),
+        (("distill", "--width", "8"), "--width: expected none without --dataset"),
+        (("distill", "--dataset", "d", "--task", "scene"), "--task: expected none beside --dataset"),
+        (("distill", "--dataset", "d", "--policy", "p"), "--out: expected it beside --dataset"),
+        (("train-online", "--features"), "--features: expected none without --env"),
+        (("train-online", "--env", "pusht", "--policy", "p"), "--out: expected it beside --env"),
+        (("train-online", "--env", "pusht", "--task", "scene"), "--task: expected none beside --env"),
+    ],
+)
+def test_options_that_do_not_go_together_are_named(
+    argv: tuple[str, ...], told: str, capsys: pytest.CaptureFixture
+) -> None:
+    assert told in misuse(capsys, *argv)
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"domain": 1, "task": 1, "seeds": []}', "[[[1"])

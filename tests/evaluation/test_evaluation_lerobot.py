@@ -15,7 +15,7 @@ from reach_runs import folder
 
 import qsteer
 from qsteer.cli import main
-from qsteer.critics import Critic, CriticConfig
+from qsteer.critics import Critic, CriticConfig, LiveCritic
 from qsteer.data.lerobot import open_policy
 from qsteer.envs.lerobot import LerobotSimulator, env_config, flatten, unflatten
 from qsteer.evaluation.arms import parse
@@ -182,3 +182,34 @@ def test_an_environment_of_another_policy_is_refused(whole: LerobotPolicy, criti
         LerobotSimulator(config, 7)
     with pytest.raises(KeyError, match=r"no \['observation.image'\]"):
         drive(config, 1, whole.policy, (whole.preprocessor, whole.postprocessor), critic)
+
+
+def test_an_online_actor_acts_as_the_arm(whole: LerobotPolicy, critic: Critic) -> None:
+    """While a critic learns and afterwards, the same observation and noise give the same actions."""
+    arm, obs = parse("tweedie=0.4", clip=None), seen()
+    noise = torch.randn(3, 6, 2, generator=torch.Generator().manual_seed(1))
+    actor = whole.actor(LiveCritic(critic), obs)
+    try:
+        assert actor.noise_shape == (6, 2)
+        unsteered = actor.act(obs, noise).executed
+        actor.steer(arm.rule, arm.sampler)
+        decision = actor.act(obs, noise)
+    finally:
+        actor.handle.remove()
+    assert torch.equal(unsteered, whole.act(parse("base", clip=None), critic, None, obs, noise))
+    assert torch.equal(decision.executed, whole.act(arm, critic, None, obs, noise))
+    assert not torch.equal(decision.executed, unsteered)
+    assert torch.equal(decision.executed, whole.execute(decision.actions))
+    assert decision.observations["observation.state"].shape == (3, 2)
+
+
+@pytest.mark.slow
+def test_a_critic_is_learnt_while_the_policy_acts(tmp_path: Path) -> None:
+    command = ["train-online", "--env", "reach", "--env-task", TASKS[0], "--plugin", "qsteer.testing.reach"]
+    command += ["--policy", folder(True) / "policy", "--features", "--arm", "qgf=0.1", "--num-envs", 2]
+    command += ["--env-steps", 120, "--warmup", 40, "--evaluate-every", 0, "--out", tmp_path]
+    main([str(word) for word in command])
+    learnt = Critic.from_pretrained(tmp_path / "seed0" / "last")
+    assert learnt.config.features == 4 and learnt.config.horizon == 4
+    rows = [json.loads(line) for line in (tmp_path / "seed0" / "metrics.jsonl").read_text().splitlines()]
+    assert rows[-1]["env_steps"] == 120 and rows[-1]["refused"] == rows[-1]["failed"] == 0
