@@ -1,4 +1,4 @@
-"""The committed SmolVLA: lerobot loads it, its critic fits and steers it; with MetaWorld, the demonstration."""
+"""The committed SmolVLA: lerobot loads it, its critic fits and steers it; with MetaWorld, the demo."""
 
 import json
 from importlib.util import find_spec
