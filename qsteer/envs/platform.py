@@ -9,11 +9,14 @@ from ctypes.util import find_library
 import numpy as np
 
 
-def choose_graphics() -> None:
+def choose_graphics(*, needed: bool = True) -> None:
     """Choose among MuJoCo's graphics libraries where the user has not; robosuite takes EGL, there or not.
 
+    Args:
+        needed: pictures will be asked for; otherwise none of the libraries need be there.
+
     Raises:
-        RuntimeError: there is neither EGL nor OSMesa.
+        RuntimeError: one is needed, and there is neither EGL nor OSMesa.
     """
     if sys.platform != "linux" or os.environ.get("MUJOCO_GL", "").lower() in ("egl", "osmesa", "glx"):
         return
@@ -21,6 +24,9 @@ def choose_graphics() -> None:
         if find_library(library) is not None:
             os.environ["MUJOCO_GL"] = choice
             return
+    if not needed:
+        os.environ["MUJOCO_GL"] = "disabled"
+        return
     raise RuntimeError(
         "expected a graphics library, got neither EGL nor OSMesa; install one of them: apt-get install "
         "libegl1 libgl1-mesa-dri, or libosmesa6"

@@ -123,6 +123,8 @@ def test_no_graphics_library_is_an_error_that_names_two(home: Path, monkeypatch:
     monkeypatch.setattr(platform, "find_library", lambda name: None)
     with pytest.raises(RuntimeError, match=r"neither EGL nor OSMesa; install one.*libegl1.*libosmesa6"):
         platform.choose_graphics()
+    platform.choose_graphics(needed=False)
+    assert os.environ["MUJOCO_GL"] == "disabled"
 
 
 def test_without_libero_the_extra_is_named(monkeypatch: pytest.MonkeyPatch):

@@ -27,6 +27,7 @@ class LightWorld(gymnasium.Env):
 
     Raises:
         ModuleNotFoundError: MetaWorld is not installed.
+        RuntimeError: there is a camera, and no graphics library.
         ValueError: MetaWorld has no such task.
     """
 
@@ -34,6 +35,7 @@ class LightWorld(gymnasium.Env):
     render_mode = "rgb_array"
 
     def __init__(self, task: str, episode_length: int = 120, camera: int = 0) -> None:
+        choose_graphics(needed=camera > 0)  # before MuJoCo is imported, which chooses then
         self._world = _make_unseen(task)
         self.task, self.task_description = task, self._world.task_description
         self.expert = self._world.expert_policy
@@ -103,7 +105,6 @@ class LightWorld(gymnasium.Env):
 
 def _make_unseen(task: str) -> Any:
     """Return lerobot's environment, whose observation is MetaWorld's numbers: nothing is rendered."""
-    choose_graphics()  # before MuJoCo is imported, which chooses then
     try:
         from lerobot.envs.metaworld import TASK_DESCRIPTIONS, MetaworldEnv
     except ModuleNotFoundError as error:
