@@ -91,16 +91,25 @@ def constructing(operators: Operators, construct: Callable[..., Tensor]) -> Call
     return call
 
 
-def indexing(operators: Operators, index: Callable[..., Any]) -> Callable[..., Any]:
-    """Return a method that takes an index, and refuses one of numbers, which CUDA uploads."""
+class Indexing(TorchFunctionMode):
+    """Refuses an index of numbers, which CUDA uploads.
 
-    def call(x: Tensor, key: Any, *value: Any) -> Any:
-        parts = key if isinstance(key, tuple) else (key,)
-        if x.is_meta and any(isinstance(part, list | np.ndarray) for part in parts):
-            operators.upload("an index of numbers")
-        return index(x, key, *value)
+    A mode: a ``Tensor.__getitem__`` that was replaced for a while leaves its type another one, on which
+    ``torch.tensor`` of tensors without a dimension fails ever after.
+    """
 
-    return call
+    def __init__(self, operators: Operators) -> None:
+        super().__init__()
+        self.operators = operators
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func in (Tensor.__getitem__, Tensor.__setitem__) and args[0].is_meta:
+            parts = args[1] if isinstance(args[1], tuple) else (args[1],)
+            if any(isinstance(part, list | np.ndarray) for part in parts):
+                self.operators.upload("an index of numbers")
+        return func(*args, **(kwargs or {}))
 
 
 def exporting(operators: Operators, export: Callable[..., Any]) -> Callable[..., Any]:
@@ -126,8 +135,6 @@ STAND_INS: tuple[tuple[Any, str, Callable[[Operators, Any], Any]], ...] = (
     (torch, "as_tensor", constructing),
     (torch, "asarray", constructing),
     (Tensor, "new_tensor", constructing),
-    (Tensor, "__getitem__", indexing),
-    (Tensor, "__setitem__", indexing),
     (Tensor, "numpy", exporting),
     (Tensor, "__array__", exporting),
     (torch, "is_autocast_enabled", asking),
@@ -150,7 +157,7 @@ def rehearsed(captured: bool = True) -> Iterator[None]:
     Generators and autocast, which meta does not have, are the CPU's.
     """
     operators = Operators(captured)
-    with pytest.MonkeyPatch.context() as patch, operators:
+    with pytest.MonkeyPatch.context() as patch, operators, Indexing(operators):
         patch.setattr(torch, "Generator", Generator)
         for owner, name, stand_in in STAND_INS:
             patch.setattr(owner, name, stand_in(operators, getattr(owner, name)))
