@@ -160,6 +160,7 @@ def commands(block: Block, directory: Path) -> list[list[str]]:
     for name in names:
         (binaries / name).write_text(STUB.format(bash=bash, name=name, log=log))
         (binaries / name).chmod(0o755)
+    (directory / ".venv-metaworld").symlink_to(".venv")
     log.touch()
     script = f"cd() {{ :; }}\n{block.code}"
     done = subprocess.run(
