@@ -19,7 +19,7 @@ from qsteer.cli.options import (
     start_run,
 )
 
-HELD_OUT = 32
+HELD_OUT = 8
 """Held-out observations on which a meta flow map of a lerobot policy is judged."""
 BLOCK = 256
 """Frames in a file, of which the first are held out."""
@@ -158,6 +158,11 @@ def record_frames(policy: Any, args: argparse.Namespace, directory: Path) -> tup
         batches = lerobot_batches(policy, dataset.repo_id, root=dataset.root, checkpoint=args.policy)
         draw = torch.Generator().manual_seed(0)
         numbers = torch.randperm(len(batches), generator=draw)[: frames + BLOCK].tolist()
+        if len(numbers) <= BLOCK:
+            raise ValueError(
+                f"{args.dataset}: expected more than {BLOCK} frames, of which so many are held out, got "
+                f"{len(numbers)}; record more"
+            )
         for part, chosen in zip(parts, (numbers[BLOCK:], numbers[:BLOCK]), strict=True):
             record((batches.rows(chosen[i : i + BLOCK]) for i in range(0, len(chosen), BLOCK)), part)
         write_json(source, marker)

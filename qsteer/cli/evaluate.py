@@ -89,7 +89,7 @@ def run(args: argparse.Namespace) -> None:
     if args.eval_info:
         check_directory(args.eval_info)
     task = RECIPES[read_task(args)]
-    maps = Maps.load(args.maps) if args.maps else Maps()
+    maps = Maps.load(args.maps).to(args.device) if args.maps else Maps()
     specs = task.arms if args.env is None else ARMS
     clip: Clip = "policy" if args.env is None else None  # as lerobot, and as steer
     arms = [parse(arm, maps, clip=clip) for arm in args.arms or specs]

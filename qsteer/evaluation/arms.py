@@ -60,6 +60,13 @@ class Maps:
             }
         )
 
+    def to(self, device: str) -> "Maps":
+        """Move the maps to a device; return these."""
+        for network in (self.meta, self.flow, self.fmq):
+            if network is not None:
+                network.to(device)
+        return self
+
     def need(self, name: str) -> Any:
         """Return a map.
 
