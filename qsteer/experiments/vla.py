@@ -110,6 +110,7 @@ def make_checkpoints(
     tasks: tuple[str, ...] = TASKS,
     episodes: int = EPISODES,
     camera: int = 0,
+    width: int = WIDTH,
     cloning: CloningTraining = CLONING,
     critic: CriticTraining = CRITIC,
 ) -> Path:
@@ -122,6 +123,7 @@ def make_checkpoints(
         tasks: MetaWorld's names.
         episodes: of play, for each task.
         camera: see :class:`~qsteer.envs.metaworld.configuration.MetaworldLight`.
+        width: of the policy.
         cloning: how to train the policy.
         critic: how to train the critic.
 
@@ -130,7 +132,7 @@ def make_checkpoints(
     """
     folder = root / f"seed{seed}"
     dataset = make_data(root / "dataset", camera, tasks, episodes)
-    policy, before = make_policy(dataset, folder, seed, cloning, host)
+    policy, before = make_policy(dataset, folder, seed, cloning, host, width)
     train_from_dataset(dataset, policy, before, folder / "critic", replace(critic, seed=seed), features=True)
     return folder
 
@@ -147,7 +149,12 @@ def make_data(
 
 
 def make_policy(
-    dataset: Any, folder: Path, seed: int, training: CloningTraining = CLONING, host: str = "smolvla"
+    dataset: Any,
+    folder: Path,
+    seed: int,
+    training: CloningTraining = CLONING,
+    host: str = "smolvla",
+    width: int = WIDTH,
 ) -> tuple[Any, Any]:
     """Train a policy on the dataset in ``folder/policy``; return it and its preprocessor.
 
@@ -157,12 +164,13 @@ def make_policy(
         seed: training seed.
         training: how.
         host: one of :data:`HOSTS`.
+        width: of the policy.
     """
     from lerobot.policies.factory import make_pre_post_processors
 
     out = folder / "policy"
     if not (out / "trained").exists():
-        policy: Any = HOSTS[host](dataset, folder, seed)
+        policy: Any = HOSTS[host](dataset, folder, seed, width)
         processors = make_pre_post_processors(policy.config, str(out))
         clone(dataset, policy, processors, out, replace(training, seed=seed))
         halve(out)
@@ -171,10 +179,10 @@ def make_policy(
     return policy, before
 
 
-def _new_smolvla(dataset: Any, folder: Path, seed: int) -> Any:
+def _new_smolvla(dataset: Any, folder: Path, seed: int, width: int) -> Any:
     edge = dataset.features[IMAGE]["shape"][0]
     eyes = {} if edge == BLACK else {"pixels": edge, "patch": 8, "vision_depth": 2}
-    vlm = write_vlm(folder / "vlm", _words(dataset), width=WIDTH, depth=DEPTH, **eyes)
+    vlm = write_vlm(folder / "vlm", _words(dataset), width=width, depth=DEPTH, **eyes)
     return smolvla(
         folder / "policy",
         vlm,
@@ -189,7 +197,7 @@ def _new_smolvla(dataset: Any, folder: Path, seed: int) -> Any:
     )
 
 
-def _new_pi05(dataset: Any, folder: Path, seed: int) -> Any:
+def _new_pi05(dataset: Any, folder: Path, seed: int, width: int) -> Any:
     return pi05(
         folder / "policy",
         _words(dataset),
@@ -199,7 +207,7 @@ def _new_pi05(dataset: Any, folder: Path, seed: int) -> Any:
         pixels=dataset.features[IMAGE]["shape"][0],
         chunk=CHUNK,
         executed=EXECUTED,
-        width=WIDTH,
+        width=width,
         depth=DEPTH,
         seed=seed,
     )

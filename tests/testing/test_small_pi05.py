@@ -58,7 +58,7 @@ class Nearer:
 
 
 def test_a_number_of_the_state_is_a_word_that_the_tokenizer_knows(made: Any) -> None:
-    policy, folder = made
+    _, folder = made
     _, before, _ = open_policy(folder)
     batch = before(seen([-1.5, 0.0, 1.5]))
     assert batch["task"] == [f"Task: {TASK}, State: -1 128 255;\nAction: "]
