@@ -5,7 +5,9 @@ posterior p(x1 | x_t = x) at u = 1. Its state ``xbar = (1 - u) x0' + u x1`` and 
 the same x1; together they are one look ``x*`` of the better time ``t*``, where the policy can be asked.
 """
 
+import math
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -13,7 +15,7 @@ from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor
 
-from qsteer.checks import check_at_least
+from qsteer.checks import check_at_least, check_positive
 from qsteer.clock import Time
 from qsteer.flow import clamp_time, denoise, factor, hypot, repeat_time
 from qsteer.types import Field, PosteriorSampler
@@ -84,23 +86,32 @@ class GlassPosterior(PosteriorSampler):
     ``(eps: (N, B, H, A), x, t) -> x1: (N, B, H, A)``,
     differentiable in x. All N samples run as one batch on one prefix.
 
+    The flow to a Gaussian as wide in all directions is exact from the second step on, for how far the
+    policy's answers follow its questions says how wide it is. Inner times are denser where the answers begin
+    to: late, if t is late. (Euler's steps at even times keep 60 % of the standard deviation early in the
+    chain, and 30 % at t = 0.9.)
+
     Cost: ``steps`` velocity forwards on N rows; one less inside a rule, which knows v(x, t). With one step
     every sample is the denoised action itself.
 
     Args:
         field: the policy's velocity; a rule puts that of the policy which it steers.
-        steps: Euler steps of the inner flow.
+        steps: of the inner flow.
+        spread: standard deviation of an action's entries, given the observation, roughly: it places the
+            inner times.
 
     Raises:
-        ValueError: fewer than one step.
+        ValueError: fewer than one step, or no spread.
     """
 
     field: Field | None = None
     steps: int = 4
+    spread: float = 0.3
 
     def __post_init__(self) -> None:
         """Check the arguments."""
         check_at_least(self, 1, "steps")
+        check_positive(self, "spread")
 
     def on(self, field: Field) -> "GlassPosterior":
         """Return the same posterior of another policy: inside a rule, of the policy which is steered."""
@@ -138,10 +149,38 @@ class GlassPosterior(PosteriorSampler):
         n = len(eps)
         field = self.field.repeat(n)
         x_n, t_n = x.repeat_interleave(n, 0), repeat_time(t, n)
-        xbar = rearrange(eps, "n b h a -> (b n) h a")
-        for step in range(self.steps):
-            if step == 0 and v is not None:
-                xbar = torch.lerp(xbar, denoise(x, v, t).repeat_interleave(n, 0), 1 / self.steps)
-            else:
-                xbar = xbar + glass_velocity(field, x_n, t_n, xbar, step / self.steps) / self.steps
-        return rearrange(xbar, "(b n) h a -> n b h a", n=n)
+        noise = rearrange(eps, "n b h a -> (b n) h a")
+        if v is None:
+            first = noise + glass_velocity(field, x_n, t_n, noise, t_n * 0)
+        else:
+            first = denoise(x, v, t).repeat_interleave(n, 0)
+        scale = hypot(1.0 + 0 * t_n, self.spread * t_n / clamp_time(1 - t_n, low=1e-12))
+        ratios = [i / (self.steps - i) for i in range(1, self.steps)]
+        look = first + noise / factor(scale * ratios[0], noise) if ratios else first
+        for ratio, following in pairwise([*ratios, math.inf]):
+            odds = scale * ratio  # u / (1 - u)
+            u, xbar = odds / (1 + odds), factor(odds / (1 + odds), look) * look
+            answer = xbar + factor(1 / (1 + odds), look) * glass_velocity(field, x_n, t_n, xbar, u)
+            look = sharpen(look, answer, slope(answer - first, look - first), ratio / following)
+        return rearrange(look, "(b n) h a -> n b h a", n=n)
+
+
+def slope(answers: Float[Tensor, "R H A"], looks: Float[Tensor, "R H A"]) -> Float[Tensor, "R 1 1"]:
+    """Return how far the policy's answer follows a look, row by row; 0 where it goes beyond it, or back.
+
+    Of a Gaussian posterior of variance s it is ``s / (s + 1 / odds^2)``; beyond 1 it tells two modes apart.
+    """
+    size = looks.square().sum((1, 2), keepdim=True)
+    k = (answers * looks).sum((1, 2), keepdim=True) / size.clamp(min=torch.finfo(size.dtype).tiny)
+    return torch.where((k > 0) & (k < 1), k, torch.zeros_like(k))
+
+
+def sharpen(
+    look: Float[Tensor, "R H A"], answer: Float[Tensor, "R H A"], k: Float[Tensor, "R 1 1"], q: float
+) -> Float[Tensor, "R H A"]:
+    """Return the look whose noise is q times as large, on the flow to a Gaussian posterior.
+
+    A look ``xbar / u = x1 + noise / odds`` is N(m, s + 1 / odds^2), and the policy answers it by
+    ``(1 - k) m + k look``, so that m need not be known. With k = 0 it is a step of Euler's.
+    """
+    return look + (1 - q * q) / (1 + (k + (1 - k) * q * q).sqrt()) * (answer - look)

@@ -116,10 +116,10 @@ def test_glass_velocity_is_finite_at_every_corner_and_asks_once_within_the_polic
 
 
 @pytest.mark.parametrize("t", [0.1, 0.5, 0.9])
-def test_glass_samples_have_a_gaussian_posteriors_mean_and_its_std_at_first_order_in_the_steps(t):
+def test_glass_samples_have_a_gaussian_posteriors_mean_and_its_std_as_the_steps_grow(t):
     """Samples are affine in the noise, entry by entry: three noises give mean and std without sampling error.
 
-    The mean runs along a straight line, on which Euler is exact.
+    The mean runs along a straight line, on which every step is exact.
     """
     x, times = noise(4, 1, 3), fixed_times(t, 4)
     eps = torch.tensor([0.0, 1.0, -2.0], dtype=DOUBLE)[:, None, None, None].expand(3, 4, 1, 3)
