@@ -55,7 +55,7 @@ def test_the_guess_of_the_spread_hardly_matters(t: float) -> None:
 
 @pytest.mark.parametrize("t", [0.1, 0.5, 0.9])
 def test_a_round_gaussian_is_exact_from_the_second_step_on(t: float) -> None:
-    """Samples are affine in the noise: y - m shrinks by sqrt((s + 1/r'^2) / (s + 1/r^2)) from look to look."""
+    """Samples are affine in the noise: y - m shrinks by sqrt((s + 1/r'^2) / (s + 1/r^2)) at each look."""
     field, times = gaussian(SPREADS["usual"].to(DOUBLE)), fixed_times(t, 1)
     x, eps = noise(1, 4, 10), noise(1, 1, 4, 10, seed=1)
     variance = 1 / (t**2 / (1 - t) ** 2 + 1 / 0.09)
