@@ -7,7 +7,7 @@ from collections.abc import Callable, Hashable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from qsteer.checks import check_at_least, check_positive
 
@@ -16,6 +16,7 @@ class RefusedError(RuntimeError):
     """A request that is not answered for a reason that the client may know."""
 
 
+@runtime_checkable
 class Batchable(Protocol):
     """What is batched: requests of one ``key`` may share a call."""
 
