@@ -85,7 +85,7 @@ def is_loopback(host: str) -> bool:
         ValueError: there is no such name.
     """
     try:
-        found = {info[4][0] for info in socket.getaddrinfo(host or None, None, flags=socket.AI_PASSIVE)}
+        found = {info[4][0] for info in socket.getaddrinfo(host or None, 0, flags=socket.AI_PASSIVE)}
     except (OSError, UnicodeError) as error:
         raise ValueError(f"host: expected an address of this machine, got {host!r} ({error})") from None
     return all(ipaddress.ip_address(str(address).partition("%")[0]).is_loopback for address in found)

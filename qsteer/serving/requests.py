@@ -51,7 +51,7 @@ class Options:
         return cls(seed, twin)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Request:
     """One observation of one robot, checked.
 
