@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import signal
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 
 KEY = "QSTEER_API_KEY"
 """The environment's variable that may hold the key."""
+STOPPING = signal.SIGTERM, signal.SIGINT
 
 
 def add_parser(commands: Commands) -> None:
@@ -153,18 +155,19 @@ def open_policy(args: argparse.Namespace) -> "Served":
 async def listen(server: "Server", address: str) -> None:
     """Serve until the process is told to stop, by SIGTERM or an interrupt; then finish what was taken."""
     import asyncio
-    import signal
 
     stop = asyncio.Event()
-    for number in (signal.SIGTERM, signal.SIGINT):
+    for number in STOPPING:
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
     async with server:
         told = server.metadata
         for name, each in told["observations"].items():
             print(f"observation: {name}: {each['kind']} {tuple(each['shape'])}")
-        print(f"actions: ({told['horizon']}, {told['action_dim']}), {told['rule']}, {told['sampler']}")
+        print(f"actions: ({told['horizon']}, {told['action_dim']})")
         print(f"listening: {address}:{server.port}", flush=True)
         await stop.wait()
+        for number in STOPPING:  # a second one does not wait
+            asyncio.get_running_loop().remove_signal_handler(number)
         print("stopping: no more requests are taken", flush=True)
 
 

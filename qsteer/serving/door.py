@@ -96,7 +96,9 @@ def is_allowed(request: Request, key: str | None) -> bool:
     if key is None:
         return True
     given = request.headers.get_all("Authorization")
-    return len(given) == 1 and hmac.compare_digest(given[0].encode(), f"{SCHEME} {key}".encode())
+    return len(given) == 1 and hmac.compare_digest(
+        given[0].encode(errors="surrogateescape"), f"{SCHEME} {key}".encode()
+    )
 
 
 def respond(connection: ServerConnection, status: HTTPStatus, text: str, kind: str | None = None) -> Response:

@@ -13,7 +13,7 @@ from qsteer.evaluation.arms import Maps, parse
 from qsteer.files import read_json
 from qsteer.hub import CONFIG, fetch
 from qsteer.policies import FlowPolicy
-from qsteer.serving.requests import Contract, Input
+from qsteer.serving.requests import Input, Interface
 from qsteer.serving.served import Served, ServedHost, ServedStates, stacked
 from qsteer.steering.handle import Handle, steer
 from qsteer.steering.loading import load
@@ -66,12 +66,15 @@ def open_served(
         shape = small.config.horizon, small.config.action_dim
         inputs = {STATE: Input("numbers", (small.config.obs_dim,))}
         way = parse(arm, maps, clip="policy")
-        contract = Contract(*renamed(inputs, rename), *shape)
+        interface = Interface(*renamed(inputs, rename), *shape)
         return ServedStates(
-            small, judge, way.rule, way.sampler, contract, exact=exact, displacement=displacement
+            small, judge, way.rule, way.sampler, interface, exact=exact, displacement=displacement
         )
+    from lerobot.utils.import_utils import register_third_party_plugins
+
     from qsteer.data.lerobot import open_policy
 
+    register_third_party_plugins()
     host, before, after = open_policy(policy, device)
     way = parse(arm, maps, clip=None)
     handle = steer(host, judge, way.rule, sampler=way.sampler)
@@ -92,7 +95,9 @@ def open_steering(
     Arguments and errors are those of :func:`open_served` and :func:`qsteer.load`.
     """
     from lerobot.policies.factory import make_pre_post_processors
+    from lerobot.utils.import_utils import register_third_party_plugins
 
+    register_third_party_plugins()
     folder = fetch(str(path), None, kind="saved steering", needed=STEERING)
     handle = load(folder, device=device)
     if handle.compile is not None:
@@ -130,14 +135,14 @@ def serve_lerobot(
     }
     horizon = host.read(policy, host.executed) if handle.executed is None else handle.executed
     dim = config.output_features["action"].shape[0]
-    contract = Contract(
+    interface = Interface(
         *renamed(inputs, rename),
         int(horizon),
         int(dim),
         prompt=_prompt_of(preprocess, inputs),
         instruction=instruction,
     )
-    return ServedHost(handle, contract, preprocess, postprocess, exact=exact, displacement=displacement)
+    return ServedHost(handle, interface, preprocess, postprocess, exact=exact, displacement=displacement)
 
 
 def renamed(
@@ -162,7 +167,7 @@ def _prompt_of(
     preprocess: Callable[[dict[str, Any]], Any], inputs: Mapping[str, Input]
 ) -> Literal["needed", "optional"]:
     """Return whether a preprocessor can do without an instruction, which is tried."""
-    example = Contract(inputs, {}, 1, 1).example()
+    example = Interface(inputs, {}, 1, 1).example()
     try:
         preprocess({name: stacked([example], name) for name in inputs})
     except (KeyError, TypeError, ValueError):

@@ -22,7 +22,7 @@ from qsteer.policies import FlowPolicy
 from qsteer.randomness import seeded
 from qsteer.samplers import Euler, TrustRegion
 from qsteer.sampling import acting, chain_of, nested, rms, sample
-from qsteer.serving.requests import Contract, Decision, Request
+from qsteer.serving.requests import Decision, Interface, Request
 from qsteer.steering.handle import Handle
 from qsteer.trace import Step, Trace
 from qsteer.types import Field, Rule, Sampler, Value
@@ -68,7 +68,7 @@ class Served(ABC):
     """A frozen policy, a critic and a method, behind a server.
 
     Attributes:
-        contract: what the policy gets and gives.
+        interface: what the policy gets and gives.
         rule: bends the velocity; None: nothing does.
         sampler: makes the action.
         exact: each call computes this number of rows, so that a reply is the same to the bit whoever shares
@@ -78,7 +78,7 @@ class Served(ABC):
 
     def __init__(
         self,
-        contract: Contract,
+        interface: Interface,
         rule: Rule | None,
         sampler: Sampler,
         *,
@@ -86,7 +86,7 @@ class Served(ABC):
         displacement: bool = True,
     ) -> None:
         check_rows(sampler)
-        self.contract = replace(contract, exact=exact is not None)
+        self.interface = replace(interface, exact=exact is not None)
         self.rule, self.sampler, self.exact = rule, sampler, exact
         self.trace = Trace(keep=1, displacement=False)
         self._judged = Judged(sampler, displacement)
@@ -129,14 +129,14 @@ class Served(ABC):
         Raises:
             RuntimeError: they are not.
         """
-        first = self.contract.example()
+        first = self.interface.example()
         (alone,) = self.act([first])
         if isinstance(alone, Exception):
             raise alone
         if self.exact is None:
             return
         for odd in (0, 1):
-            rows = [first if i % 2 == odd else self.contract.example(i + 1) for i in range(self.exact)]
+            rows = [first if i % 2 == odd else self.interface.example(i + 1) for i in range(self.exact)]
             for found in self.act(rows)[odd::2]:
                 if isinstance(found, Exception) or not all(
                     mine == its if not isinstance(mine, np.ndarray) else np.array_equal(mine, its)
@@ -164,7 +164,7 @@ class ServedStates(Served):
         critic: on its device.
         rule: see :class:`Served`.
         sampler: its chain clips to the policy's bounds.
-        contract: with one input, the state.
+        interface: with one input, the state.
         exact: see :class:`Served`.
         displacement: whether replies say it.
 
@@ -178,13 +178,13 @@ class ServedStates(Served):
         critic: Critic | LiveCritic,
         rule: Rule | None,
         sampler: Sampler,
-        contract: Contract,
+        interface: Interface,
         *,
         exact: int | None = None,
         displacement: bool = True,
     ) -> None:
         policy.check_critic(critic.config)
-        super().__init__(contract, rule, sampler, exact=exact, displacement=displacement)
+        super().__init__(interface, rule, sampler, exact=exact, displacement=displacement)
         self.policy, self.critic = policy, critic
 
     def _plan(self, requests: Sequence[Request], rule: Rule | None, sampler: Sampler) -> np.ndarray:
@@ -204,7 +204,7 @@ class ServedHost(Served):
 
     Args:
         handle: what steers it; the server uses its policy alone from now on.
-        contract: what the policy gets and gives.
+        interface: what the policy gets and gives.
         preprocess: turns a batch of observations, images in [0, 1] and instructions under ``"task"``, into
             the policy's; lerobot's preprocessor.
         postprocess: turns (B, A) steps of the policy into the environment's; lerobot's postprocessor.
@@ -220,7 +220,7 @@ class ServedHost(Served):
     def __init__(
         self,
         handle: Handle,
-        contract: Contract,
+        interface: Interface,
         preprocess: Callable[[dict[str, Any]], Any],
         postprocess: Callable[[Tensor], Tensor],
         *,
@@ -239,7 +239,7 @@ class ServedHost(Served):
                 f"policy: expected one that acts on the latest observation, got n_obs_steps={history}: the "
                 "protocol does not say when an episode begins; train it with n_obs_steps=1"
             )
-        super().__init__(contract, handle.rule, handle.sampler, exact=exact, displacement=displacement)
+        super().__init__(interface, handle.rule, handle.sampler, exact=exact, displacement=displacement)
         self.handle, self.preprocess, self.postprocess = handle, preprocess, postprocess
         self.predict = handle.policy.predict_action_chunk if predict is None else predict
         self._quiet = Trace(steps=False)
@@ -256,7 +256,7 @@ class ServedHost(Served):
         }
         with self._acting_by(rule, sampler), seeded([request.seed for request in requests]):
             chunk = self.predict(self.preprocess(batch))
-            steps = [self.postprocess(step) for step in chunk[:, : self.contract.horizon].unbind(1)]
+            steps = [self.postprocess(step) for step in chunk[:, : self.interface.horizon].unbind(1)]
         return torch.stack(steps, 1).float().cpu().numpy()
 
     def _plan_apart(self, requests: Sequence[Request], rule: Rule | None, sampler: Sampler) -> np.ndarray:

@@ -24,6 +24,7 @@ from websockets.http11 import Response
 from websockets.typing import Data
 
 import qsteer
+from qsteer.sampling import nested
 from qsteer.serving.batching import Batcher, BatchLimits, RefusedError
 from qsteer.serving.codec import CodecError, pack, unpack
 from qsteer.serving.door import SCHEME, Rate, ServerLimits, is_allowed, is_loopback, respond
@@ -101,10 +102,10 @@ class Server:
         return {
             "server": "qsteer",
             "version": qsteer.__version__,
-            "rule": repr(served.rule),
-            "sampler": repr(served.sampler),
+            "rule": None if served.rule is None else type(served.rule).__name__,
+            "sampler": ", ".join(type(each).__name__ for each in nested(served.sampler)),
             "exact": served.exact is not None,
-            **served.contract.describe(),
+            **served.interface.describe(),
         }
 
     @property
@@ -130,6 +131,7 @@ class Server:
                 self._host,
                 self._port,
                 process_request=self._admit,
+                origins=[None],  # no page of a browser
                 compression=None,
                 max_size=self.limits.message.bytes,
                 max_queue=2,
@@ -257,7 +259,7 @@ class Server:
         return await asyncio.to_thread(self._decode, message)
 
     def _decode(self, message: bytes) -> Request:
-        return self.served.contract.read(
+        return self.served.interface.read(
             unpack(message, self.limits.message), lambda: self._seeds.getrandbits(63)
         )
 

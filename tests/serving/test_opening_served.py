@@ -42,8 +42,8 @@ def vla(monkeypatch: pytest.MonkeyPatch) -> Iterator[ServedHost]:
 def test_a_small_policy(networks: Path) -> None:
     served = open_served(networks / "policy", networks / "critic", "tweedie=0.2+best-of-2")
     assert isinstance(served, ServedStates)
-    assert served.contract.inputs == {STATE: Input("numbers", (6,))}
-    assert (served.contract.horizon, served.contract.action_dim) == (4, 3)
+    assert served.interface.inputs == {STATE: Input("numbers", (6,))}
+    assert (served.interface.horizon, served.interface.action_dim) == (4, 3)
     served.warm_up()
     assert served.act(requests_of(served, 2))[1].actions.shape == (4, 3)
     assert served.sampler == qsteer.BestOfN(2, inner=qsteer.Euler(clip="policy"))
@@ -53,7 +53,7 @@ def test_misuse_of_a_small_policy(networks: Path) -> None:
     parts = networks / "policy", networks / "critic"
     with pytest.raises(ValueError, match="treats each robot alone"):
         open_served(*parts, "trust-region-adaptive=0.3")
-    with pytest.raises(ValueError, match="expected names of .'observation.state'., got .'x'."):
+    with pytest.raises(ValueError, match=r"expected names of \['observation.state'\], got \['x'\]"):
         open_served(*parts, "base", rename={"observation/state": "x"})
     with pytest.raises(ValueError, match="instruction: expected none"):
         open_served(*parts, "base", instruction="push")
@@ -73,15 +73,15 @@ def test_names() -> None:
 
 
 def test_a_vla_exact_to_the_bit_and_in_its_robots_units(vla: ServedHost) -> None:
-    contract = vla.contract
-    assert contract.inputs["observation/image"] == Input("image", (3, 32, 32), resized=True)
-    assert contract.inputs["observation/state"] == Input("numbers", (10,))
-    assert (contract.prompt, contract.horizon, contract.action_dim) == ("needed", 5, 4)
+    interface = vla.interface
+    assert interface.inputs["observation/image"] == Input("image", (3, 32, 32), resized=True)
+    assert interface.inputs["observation/state"] == Input("numbers", (10,))
+    assert (interface.prompt, interface.horizon, interface.action_dim) == ("needed", 5, 4)
     image = np.random.default_rng(0).integers(0, 256, (32, 32, 3), np.uint8)
     message = {"observation/image": image, "observation/state": np.zeros(10), "prompt": "push the puck"}
-    request = contract.read(message | {"qsteer": {"seed": 3, "unsteered_twin": True}}, lambda: 0)
+    request = interface.read(message | {"qsteer": {"seed": 3, "unsteered_twin": True}}, lambda: 0)
     (alone,) = vla.act([request])
-    others = [contract.read(message | {"qsteer": {"seed": i}}, lambda: 0) for i in range(3)]
+    others = [interface.read(message | {"qsteer": {"seed": i}}, lambda: 0) for i in range(3)]
     same(vla.act([*others, request])[3], alone, bits=True)
     assert alone.actions.shape == alone.unsteered_actions.shape == (5, 4)
     assert alone.strength > 0.01 and alone.displacement > 0.01
@@ -93,4 +93,4 @@ def test_a_saved_steering_acts_as_what_was_saved(vla: ServedHost, tmp_path: Path
     (request,) = requests_of(vla, 1, twin=True)
     request.observation["task"] = "push the puck"  # type: ignore[index]
     same(again.act([request])[0], vla.act([request])[0], bits=True)
-    assert again.contract == vla.contract
+    assert again.interface == vla.interface

@@ -6,10 +6,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from qsteer.serving.requests import Contract, Input, RequestError
+from qsteer.serving.requests import Input, Interface, RequestError
 
 IMAGE = np.arange(4 * 6 * 3, dtype=np.uint8).reshape(4, 6, 3)
-CONTRACT = Contract(
+INTERFACE = Interface(
     {"observation/image": Input("image", (3, 4, 6)), "observation.state": Input("numbers", (2,))},
     {"observation/image": "observation.image"},
     horizon=5,
@@ -31,8 +31,8 @@ def message(**changes: Any) -> dict[str, Any]:
     return {name: value for name, value in whole.items() if value is not None}
 
 
-def read(contract: Contract = CONTRACT, **changes: Any) -> Any:
-    return contract.read(message(**changes), lambda: 77)
+def read(interface: Interface = INTERFACE, **changes: Any) -> Any:
+    return interface.read(message(**changes), lambda: 77)
 
 
 def test_a_request_has_the_policys_names_and_no_more() -> None:
@@ -60,7 +60,7 @@ def test_numbers_of_any_kind(sent: Any) -> None:
 def test_what_may_share_a_call() -> None:
     assert read().key == read(prompt="pull").key == read(state=np.ones(2)).key
     assert read().key != read(image=IMAGE / np.float32(255)).key
-    exact = replace(CONTRACT, exact=True)
+    exact = replace(INTERFACE, exact=True)
     assert read(exact).key != read(exact, prompt="pull").key
 
 
@@ -70,14 +70,14 @@ def test_options() -> None:
 
 
 def test_an_instruction_of_the_servers() -> None:
-    told = replace(CONTRACT, instruction="pull")
+    told = replace(INTERFACE, instruction="pull")
     assert read(told, prompt=None).observation["task"] == "pull"
     assert read(told).observation["task"] == "push"
     assert read(told, prompt=None, task="lift").observation["task"] == "lift"
-    optional = replace(CONTRACT, prompt="optional")
+    optional = replace(INTERFACE, prompt="optional")
     assert "task" not in read(optional, prompt=None).observation
     assert read(optional, prompt=None).key != read(optional).key
-    assert "task" not in read(replace(CONTRACT, prompt="unused")).observation
+    assert "task" not in read(replace(INTERFACE, prompt="unused")).observation
 
 
 WRONG: list[tuple[dict[str, Any], str]] = [
@@ -110,18 +110,18 @@ def test_what_is_wrong_is_named(changes: dict[str, Any], match: str) -> None:
 
 def test_no_map() -> None:
     with pytest.raises(RequestError, match="expected a map of observations, got list"):
-        CONTRACT.read([], lambda: 0)
+        INTERFACE.read([], lambda: 0)
 
 
 def test_other_sizes_where_the_policy_resizes() -> None:
-    inputs = CONTRACT.inputs | {"observation/image": Input("image", (3, 4, 6), resized=True)}
-    got = read(replace(CONTRACT, inputs=inputs), image=IMAGE[:2])
+    inputs = INTERFACE.inputs | {"observation/image": Input("image", (3, 4, 6), resized=True)}
+    got = read(replace(INTERFACE, inputs=inputs), image=IMAGE[:2])
     assert got.observation["observation.image"].shape == (3, 2, 6)
 
 
 def test_an_example_is_a_request() -> None:
-    example = CONTRACT.example(3)
+    example = INTERFACE.example(3)
     sent = {"observation/image": example.observation["observation.image"], "prompt": ""}
     again = read(**sent, state=example.observation["observation.state"])
     assert again.key == read().key
-    assert CONTRACT.describe()["observations"]["prompt"] == {"kind": "text", "shape": []}
+    assert INTERFACE.describe()["observations"]["prompt"] == {"kind": "text", "shape": []}

@@ -1,4 +1,4 @@
-"""A batch is decided row by row: alone or in company, steered and not, on small policies and lerobot's own."""
+"""A batch is decided row by row: alone or in company, steered or not, small policies and lerobot's own."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -14,7 +14,7 @@ import qsteer
 from qsteer.critics import Critic, CriticConfig
 from qsteer.policies import FlowPolicy, FlowPolicyConfig
 from qsteer.sampling import sample
-from qsteer.serving import Contract, Input, Served, ServedHost, ServedStates
+from qsteer.serving import Input, Interface, Served, ServedHost, ServedStates
 from qsteer.serving.opening import serve_lerobot
 from qsteer.testing import hosts as random_hosts
 
@@ -49,9 +49,9 @@ def states(
     exact: int | None = None,
     displacement: bool = True,
 ) -> ServedStates:
-    contract = Contract({STATE: Input("numbers", (6,))}, {}, 4, 3)
+    interface = Interface({STATE: Input("numbers", (6,))}, {}, 4, 3)
     return ServedStates(
-        small_policy(), seeded_critic(6, 4), rule, sampler, contract, exact=exact, displacement=displacement
+        small_policy(), seeded_critic(6, 4), rule, sampler, interface, exact=exact, displacement=displacement
     )
 
 
@@ -208,8 +208,8 @@ class Chunks(nn.Module):
 
 def test_a_policy_without_a_velocity_acts_row_by_row() -> None:
     handle = qsteer.steer(Chunks(), seeded_critic(6, 4), qsteer.BestOfN(4))
-    contract = Contract({STATE: Input("numbers", (6,))}, {}, 4, 3)
-    served = ServedHost(handle, contract, lambda batch: batch, lambda step: step)
+    interface = Interface({STATE: Input("numbers", (6,))}, {}, 4, 3)
+    served = ServedHost(handle, interface, lambda batch: batch, lambda step: step)
     requests = requests_of(served, 3, twin=True)
     together = served.act(requests)
     for request, found in zip(requests, together, strict=True):
@@ -254,9 +254,9 @@ def test_what_keeps_a_history_or_is_compiled_is_refused() -> None:
 
 
 def test_a_critic_of_another_policy_is_refused() -> None:
-    contract = Contract({STATE: Input("numbers", (6,))}, {}, 4, 3)
+    interface = Interface({STATE: Input("numbers", (6,))}, {}, 4, 3)
     with pytest.raises(ValueError, match="critic: expected the policy's"):
-        ServedStates(small_policy(), seeded_critic(5, 4), STRONG, qsteer.Euler(), contract)
+        ServedStates(small_policy(), seeded_critic(5, 4), STRONG, qsteer.Euler(), interface)
 
 
 def test_a_served_handle_keeps_its_method() -> None:

@@ -134,6 +134,16 @@ def test_metrics_count() -> None:
     run(test)
 
 
+def test_a_page_of_a_browser_is_not_let_in() -> None:
+    async def test(server: Server, served: Arithmetic) -> None:
+        with pytest.raises(InvalidStatus) as caught:
+            async with robot(server, origin="http://evil.example"):
+                pass
+        assert caught.value.response.status_code == 403
+
+    run(test)
+
+
 async def refused(server: Server, message: Any, match: str) -> None:
     """A message is answered by a text, after which the connection is closed with 1011."""
     async with robot(server) as one:
@@ -347,7 +357,9 @@ def test_addresses_beyond_this_machine_need_a_key(caplog: pytest.LogCaptureFixtu
 
 
 def test_no_bytes_bring_the_server_down() -> None:
-    frames = st.binary(max_size=200) | st.text(max_size=50) | st.dictionaries(st.text(), st.binary()).map(pack)
+    frames = (
+        st.binary(max_size=200) | st.text(max_size=50) | st.dictionaries(st.text(), st.binary()).map(pack)
+    )
 
     async def test(server: Server, served: Arithmetic) -> None:
         loop = asyncio.get_running_loop()
