@@ -90,6 +90,11 @@ class Decision(NamedTuple):
     seed: int
     unsteered_actions: np.ndarray | None = None
 
+    def equals(self, other: "Decision") -> bool:
+        """Return whether two decisions are the same to the bit."""
+        mine, its = self.message(), other.message()
+        return mine.keys() == its.keys() and all(np.array_equal(mine[name], its[name]) for name in mine)
+
     def message(self) -> dict[str, Any]:
         """Return the reply's own entries."""
         return {name: value for name, value in self._asdict().items() if value is not None}
