@@ -6,7 +6,7 @@ cd "$(dirname "$0")/.."
 venv=${1:-.venv}
 if [ $# -gt 0 ]; then shift; fi
 if [ $# -eq 0 ]; then
-    set -- --editable ".[lerobot,ogbench,plots,docs,dev]" \
+    set -- --editable ".[lerobot,ogbench,serve,plots,docs,dev]" \
         --editable "./adapters/lerobot_policy_qsteer[async]" "lerobot[diffusion]"
 fi
 unset PYTHONPATH PYTHONHOME VIRTUAL_ENV

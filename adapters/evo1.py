@@ -13,6 +13,7 @@ from qsteer.adapters.contracts import read_lerobot
 from qsteer.adapters.lerobot import action_bounds
 from qsteer.clock import PAPER, whole_steps
 from qsteer.hosts import LOCAL, Host
+from qsteer.randomness import uniform
 
 TIMES = 999
 """The largest index into its table of times."""
@@ -39,8 +40,7 @@ def velocity(policy: Any, context: dict[str, Any], x: Tensor, t: Tensor) -> Tens
 
 def draw(like: Tensor) -> Tensor:
     """Return noise like a chunk's, whose masked entries are 0 in every row."""
-    uniform = torch.rand(like.shape, device=like.device, dtype=like.dtype) * 2 - 1
-    return uniform * (like != 0).any(0)
+    return (2 * uniform(like.shape, like) - 1) * (like != 0).any(0)
 
 
 EVO1 = Host(

@@ -7,7 +7,6 @@ real-time chunking is another loop, and refused.
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from qsteer.adapters.contracts import read_lerobot
@@ -15,6 +14,7 @@ from qsteer.adapters.lerobot import action_bounds
 from qsteer.clock import PAPER
 from qsteer.flow import repeat_rows
 from qsteer.hosts import Host
+from qsteer.randomness import normal
 
 SHARED = ("kind", "rope_cache", "self_mask")
 """What is the same for all rows."""
@@ -45,7 +45,7 @@ def velocity(policy: Any, context: dict[str, Any], x: Tensor, t: Tensor) -> Tens
 
 def draw(like: Tensor) -> Tensor:
     """Return noise like a chunk's, whose masked entries are 0 in every row."""
-    return torch.randn_like(like) * (like != 0).any(0)
+    return normal(like.shape, like) * (like != 0).any(0)
 
 
 def refuses(policy: Any) -> str | None:

@@ -20,6 +20,7 @@ from qsteer.checks import check_clip, check_count, check_function, unwrap_number
 from qsteer.flow import FunctionJump, ask, ask_members, clip_actions, finite_rows
 from qsteer.maps.flow_maps import EulerMap, FlowMap
 from qsteer.maps.losses import fmq_target, trust_radius
+from qsteer.randomness import integers
 from qsteer.rules.guidance import gradient
 from qsteer.trace import report_fallbacks, report_step
 from qsteer.types import Clip, Field, Jump, Rule, Sampler, Value, clip_of
@@ -130,7 +131,7 @@ class RandomOfN(_OfN):
         if self.n == 1:
             return self.inner(field, value, noise)
         pool = candidates(field, noise, self.n)
-        pick = draw(lambda: torch.randint(self.n, noise.shape[:1], device=noise.device))
+        pick = draw(lambda: integers(self.n, len(noise), noise.device))
         return self.inner(field, value, take(pool, pick))
 
 

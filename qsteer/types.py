@@ -17,6 +17,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from qsteer.clock import PAPER, Chain, Clock, Time
+from qsteer.randomness import normal
 
 type Bounds = tuple[float, float] | None
 """Lowest and highest entry of a clean action in model space; None: it has no bounds."""
@@ -82,7 +83,7 @@ class Field(ABC):
     def draws(self, noise: Float[Tensor, "B H A"], n: int, /) -> Float[Tensor, "B n H A"]:
         """Return where n further candidates of each row begin: as ``noise`` does, standard normal."""
         shape = len(noise), n, *noise.shape[1:]
-        return torch.randn(shape, device=noise.device, dtype=noise.dtype)
+        return normal(shape, noise)
 
     def advance(
         self, x: Float[Tensor, "B H A"], v: Float[Tensor, "B H A"], t: Time, dt: Time, /

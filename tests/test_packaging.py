@@ -26,7 +26,8 @@ def test_version_has_one_source():
 
 
 def test_extras_can_be_installed_by_name():
-    extras = {"lerobot", "ogbench", "metaworld", "libero", "robomimic", "plots", "docs", "dev"}
+    extras = {"lerobot", "ogbench", "metaworld", "libero", "robomimic"}
+    extras |= {"serve", "plots", "docs", "dev"}
     assert set(PYPROJECT["project"]["optional-dependencies"]) == extras
     assert set(importlib.metadata.metadata("qsteer").get_all("Provides-Extra")) == extras
 
@@ -55,7 +56,8 @@ def test_import_loads_no_extra():
     loaded = subprocess.check_output([sys.executable, "-c", code], text=True).split()
     assert "qsteer.critics" in loaded
     extras = {"lerobot", "transformers", "ogbench", "gymnasium", "mujoco", "matplotlib", "imageio", "PIL"}
-    extras |= {"msgpack", "websockets", "openpi_client", "libero", "robosuite", "h5py", "beartype", "pytest"}
+    extras |= {"msgpack", "websockets", "prometheus_client", "openpi_client", "libero", "robosuite"}
+    extras |= {"h5py", "beartype", "pytest"}
     assert not extras.intersection(loaded)
 
 

@@ -10,7 +10,7 @@ import qsteer
 
 ROOT = Path(qsteer.__file__).parent
 ORDER = (
-    ("clock",),
+    ("clock", "randomness"),
     ("types",),
     ("plotting", "statistics", "files", "fingerprints", "checks"),
     ("hub", "flow", "contract"),
@@ -35,6 +35,7 @@ ORDER = (
     ("bench",),
     ("evaluation",),
     ("experiments",),
+    ("serving",),
     ("cli",),
 )
 """A room may use those above it, and itself."""

@@ -17,6 +17,7 @@ from qsteer.cli import (
     generate,
     libero,
     protocol,
+    serve,
     train_critic,
     train_online,
     train_policy,
@@ -37,6 +38,7 @@ COMMANDS = (
     libero,
     audit,
     evaluate,
+    serve,
     bench,
 )
 

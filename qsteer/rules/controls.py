@@ -11,6 +11,7 @@ from torch import Tensor
 
 from qsteer.clock import Chain, Time
 from qsteer.flow import ask, clip_through, denoise
+from qsteer.randomness import normal
 from qsteer.rules.guidance import EDGE, Ascent, Estimate, Guidance, Steered, gradient
 from qsteer.rules.strength import Strength
 from qsteer.types import Field, Rule, Value
@@ -114,7 +115,7 @@ class RandomStream:
     def normal(self, like: Tensor) -> Tensor:
         """Return the stream's next numbers, as many as ``like`` has."""
         (generator,) = self.generators(like.device)
-        return torch.randn(like.shape, generator=generator, device=like.device, dtype=like.dtype)
+        return normal(like.shape, like, generator=generator)
 
     def chain(self, redraw: bool) -> Callable[[Tensor], Tensor]:
         """Return the directions of one chain: the same at each step, or drawn anew."""

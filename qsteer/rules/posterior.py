@@ -13,6 +13,7 @@ from qsteer.checks import check_function
 from qsteer.clock import Time
 from qsteer.flow import FunctionPosterior, ask, clip_through, factor, nonzero, spread
 from qsteer.maps.meta import MetaFlowMap
+from qsteer.randomness import normal
 from qsteer.rules.guidance import Ascent, Guidance, gradient
 from qsteer.rules.strength import Strength
 from qsteer.types import Field, PosteriorSampler, Value
@@ -27,7 +28,7 @@ class PosteriorGuidance(Guidance):
             :class:`qsteer.maps.GlassPosterior` (no training), or a function ``(eps, x, t) -> x1``. Give the
             map itself, not one that is bound: the rule binds it to each observation.
         alpha: norm of the guidance relative to the velocity's (``match_norm``).
-        samples: posterior samples N per step; their noise comes from torch's global generator.
+        samples: posterior samples N per step; their noise is torch's, or :func:`qsteer.randomness.seeded`.
         standardize: weigh each row's samples by their values over the values' spread, so that no scale of the
             critic makes one sample decide alone; without, the tilt is ``exp(tau Q)`` itself.
         tau: inverse temperature of the tilt.
@@ -74,7 +75,7 @@ class PosteriorGuidance(Guidance):
         self, field: Field, x: Float[Tensor, "B H A"], t: Time
     ) -> tuple[Float[Tensor, "B H A"], Float[Tensor, "N B H A"]]:
         """Return the base velocity and N posterior samples, clipped; v is evaluated once for both."""
-        eps = torch.randn(self.samples, *x.shape, dtype=x.dtype, device=x.device)
+        eps = normal((self.samples, *x.shape), x, rows=1)
         v, x1 = self.bound.draw(field, eps, x, t)
         return v, clip_through(x1, self.bounds(field))
 

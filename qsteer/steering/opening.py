@@ -29,6 +29,7 @@ from qsteer.adapters import unwrapped
 from qsteer.critics.encoders import FEATURES, pooled
 from qsteer.flow import normal
 from qsteer.hosts import LOCAL, DrawnField, Host, HostField, bounds_of, local_function, places_of
+from qsteer.randomness import is_seeded
 from qsteer.sampling import acting, outside_inference_mode
 from qsteer.steering.checks import (
     check_critic,
@@ -183,6 +184,8 @@ class Interception(ABC):
             context = self.host.context(arguments, context)
         field = HostField(self.host, step, context, self.policy, clock)
         field = field.with_given(noise, time)
+        if is_seeded() and arguments.get("noise") is None:
+            noise = field.draws(noise, 1)[:, 0]
         if self.host.hold is not None and chunks(self.policy, self.host):
             return self.host.hold(self.policy, field, flattened(entry, arguments), noise), noise
         return field, noise
