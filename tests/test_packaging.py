@@ -26,7 +26,7 @@ def test_version_has_one_source():
 
 
 def test_extras_can_be_installed_by_name():
-    extras = {"lerobot", "ogbench", "metaworld", "libero", "robomimic", "plots", "docs", "dev"}
+    extras = {"lerobot", "ogbench", "metaworld", "libero", "robomimic", "ray", "plots", "docs", "dev"}
     assert set(PYPROJECT["project"]["optional-dependencies"]) == extras
     assert set(importlib.metadata.metadata("qsteer").get_all("Provides-Extra")) == extras
 
