@@ -96,7 +96,7 @@ class Actors(Workers):
         self._owed: dict[int, Any] = {}  # answers, by actor
         self._check_cores(num_envs)
         self._parts = self._ray.put((make_env, space))
-        self._actors = [self._launch(1) for _ in self._lanes]
+        self._actors = [self._launch() for _ in self._lanes]
 
     def close(self, kill: bool = False) -> None:
         """End the actors, at once or after the environments have closed themselves."""
@@ -154,8 +154,10 @@ class Actors(Workers):
             with suppress(self._ray.exceptions.RayError):
                 self._ray.kill(self._actors[number])
         free = self._count_free(len(numbers))
+        taken = self._list_cores() if free < len(numbers) else []
         for place, number in enumerate(numbers):
-            self._actors[number] = self._launch(1 if place < free else 0)
+            shares = place >= free and taken  # else it waits for a core, if there is none at all
+            self._actors[number] = self._launch(taken[place % len(taken)] if shares else None)
         if free < len(numbers):
             warnings.warn(
                 f"cluster: expected {len(numbers)} free cores for actors that are replaced, got {free}: the "
@@ -164,9 +166,21 @@ class Actors(Workers):
                 skip_file_prefixes=(str(Path(__file__).parents[1]),),
             )
 
-    def _launch(self, cores: int) -> Any:
-        kind = self._ray.remote(num_cpus=cores, max_restarts=0, scheduling_strategy="SPREAD")(Group)
+    def _launch(self, node: str | None = None) -> Any:
+        """Start an actor where a core is free, or on a node whatever its cores do."""
+        near = self._ray.util.scheduling_strategies.NodeAffinitySchedulingStrategy
+        where = "SPREAD" if node is None else near(node, soft=True)
+        cores = 1 if node is None else 0
+        kind = self._ray.remote(num_cpus=cores, max_restarts=0, scheduling_strategy=where)(Group)
         return kind.remote(self._parts)
+
+    def _list_cores(self) -> list[str]:
+        """Return the node of each core that is there: the first of every node, the second, and so on."""
+        nodes = {
+            node["NodeID"]: node["Resources"].get("CPU", 0) for node in self._ray.nodes() if node["Alive"]
+        }
+        most = int(max(nodes.values(), default=0))
+        return [node for core in range(most) for node, cores in nodes.items() if core < cores]
 
     def _check_cores(self, num_envs: int) -> None:
         needed = len(self._lanes)
@@ -247,7 +261,7 @@ def _connect(address: str) -> Any:
     options: dict[str, Any] = {"include_dashboard": False} if address == "local" else {}
     try:
         ray.init(address, **options)
-    except (ConnectionError, RuntimeError, ValueError) as error:
+    except Exception as error:  # Ray has one kind for each way in which there is none, and bare ones
         raise ConnectionError(
             f"cluster: expected a running Ray cluster at {address!r} with this machine as one of its nodes, "
             f"got {type(error).__name__}: {error}; start one with: ray start --head"

@@ -86,8 +86,8 @@ def train_online(
 
     Raises:
         ValueError: ``out`` holds a run with other settings, ``act`` is missing or superfluous, the shapes of
-            policy, critic and rows do not fit, rewards of ``offline`` are outliers, or the cluster has too few
-            cores.
+            policy, critic and rows do not fit, rewards of ``offline`` are outliers, or the cluster
+            has too few cores.
         ConnectionError: there is no such cluster.
         RuntimeError: a simulator failed too often in a row, or another run has ``out`` open.
         OSError: the disk has no room for the rows.
