@@ -87,6 +87,7 @@ def run(args: argparse.Namespace) -> None:
     else:
         refuse_given(args, ("task", "compile"), "beside --env")
         import_plugins(args)
+    cluster = read_cluster(args)
     if args.out:
         check_output(args.out)
     if args.eval_info:
@@ -101,7 +102,7 @@ def run(args: argparse.Namespace) -> None:
         "episodes": args.episodes,
         "seed": TUNING_SEED if args.tuning else EVALUATION_SEED,
         "num_envs": args.num_envs,
-        "cluster": read_cluster(args),
+        "cluster": cluster,
     }
     critic = Critic.from_pretrained(args.critic).to(args.device)
     if args.rho is not None:

@@ -3,7 +3,8 @@
 import os
 import socket
 import sys
-from contextlib import closing
+from collections.abc import Callable
+from contextlib import closing, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -23,7 +24,8 @@ class Nodes:
     def __enter__(self) -> "Nodes":
         self.before = os.environ.get("PYTHONPATH", "")
         os.environ["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parent), *sys.path])  # of the nodes
-        self.cluster = Cluster(initialize_head=True, head_node_args=settings() | {"include_dashboard": False})
+        few = {"include_dashboard": False, "include_log_monitor": False, "no_monitor": True}
+        self.cluster = patiently(lambda: Cluster(initialize_head=True, head_node_args=settings() | few))
         self.add_second()
         ray.init(address=self.address, log_to_driver=False)
         return self
@@ -40,12 +42,20 @@ class Nodes:
         return self.cluster.address
 
     def add_second(self) -> None:
-        self.second: Any = self.cluster.add_node(**settings())
+        self.second = patiently(lambda: self.cluster.add_node(**settings()))
         self.cluster.wait_for_nodes()
 
     def kill_second(self) -> None:
         """Kill a node as if its plug was pulled."""
         self.cluster.remove_node(self.second, allow_graceful=False)
+
+
+def patiently(start: Callable[[], Any]) -> Any:
+    """Start a node; on a busy machine Ray may find it too slow, which leaves nothing that disturbs."""
+    for _ in range(4):
+        with suppress(Exception):
+            return start()
+    return start()
 
 
 def settings() -> dict[str, Any]:
