@@ -99,19 +99,20 @@ def open_loop(out: Path, policy: FlowPolicy, num_envs: int) -> OnlineLoop:
     recipe = RECIPES["cube-single"].online
     shape = policy.config
     critic = LiveCritic(fresh_critic(recipe.critic.critic_config(shape.obs_dim, shape.action_dim), [0]))
-    training = replace(recipe, num_envs=num_envs, warmup=0, env_steps=10**9, capacity=5_000)
+    training = replace(recipe, num_envs=num_envs, warmup=0, env_steps=10**9, capacity=2_000)
     actor = StateActor([policy], critic)
     return OnlineLoop(actor, critic, out, training, qsteer.Tweedie(alpha=0.2), None, None, None)
 
 
 def measure(
-    policy: FlowPolicy, num_envs: int, updates_per_step: float, cluster: Cluster, step_s: float, repeats: int
-) -> dict[str, Any]:
-    """Measure parts and whole at one size."""
+    policy: FlowPolicy, num_envs: int, updates: list[float], cluster: Cluster, step_s: float, repeats: int
+) -> list[dict[str, Any]]:
+    """Measure the parts at one size, and the whole for each number of updates per step."""
     shape = policy.config
     horizon, simulated = shape.horizon, step_s * cluster.envs_per_actor
     make_env = partial(Dummy, shape.obs_dim, shape.action_dim, step_s)
     parts, whole = Stopwatch(), Stopwatch()
+    rounds = horizon if num_envs >= 64 else 4 * horizon
     with (
         tempfile.TemporaryDirectory() as out,
         Collector(make_env, horizon=horizon, num_envs=num_envs, cluster=cluster, closing=False) as collector,
@@ -138,30 +139,33 @@ def measure(
                 parts.time("receive", collector.receive)
             parts.time("act", partial(loop.act, obs, lanes))
             parts.time("update", partial(loop.catch_up, loop.update + 20, window), per=20)
-            start, done = loop.env_steps, loop.update  # what is due is counted from here
-
-            def play(start: int = start, done: int = done) -> None:
-                for _ in range(4 * horizon):
-                    loop.steer()
-                    collector.send(loop.act, loop.generator)
-                    due = done + int((loop.env_steps - start) * updates_per_step)
-                    if due > loop.update:
-                        loop.catch_up(due, window)
-                    loop.replay.add(collector.receive())
-
-            whole.time("round", play, per=4 * horizon)
+            for many in updates:
+                whole.time(f"{many:g}", partial(play, loop, collector, window, many, rounds), per=rounds)
     (wall, cpu), (round_wall, round_cpu) = parts.medians(), whole.medians()
-    actors = -(-num_envs // cluster.envs_per_actor)
-    size = {"num_envs": num_envs, "actors": actors, "updates_per_step": updates_per_step}
-    predicted = predict(wall, num_envs, updates_per_step, horizon)
-    busy = predict(cpu | {"simulate": 0.0}, num_envs, updates_per_step, horizon)
-    return size | {
-        "seconds": wall,
-        "cpu_seconds": cpu,
-        "round": {"measured": round_wall["round"], "predicted": predicted},
-        "round_cpu": {"measured": round_cpu["round"], "predicted": busy},
-        "rows/s": {"measured": num_envs / round_wall["round"], "predicted": num_envs / predicted},
-    }
+    size = {"num_envs": num_envs, "actors": -(-num_envs // cluster.envs_per_actor)}
+    rows = []
+    for many in updates:
+        seconds = predict(wall, num_envs, many, horizon)
+        busy = predict(cpu | {"simulate": 0.0}, num_envs, many, horizon)
+        compared = {
+            "round": {"measured": round_wall[f"{many:g}"], "predicted": seconds},
+            "round_cpu": {"measured": round_cpu[f"{many:g}"], "predicted": busy},
+            "rows/s": {"measured": num_envs / round_wall[f"{many:g}"], "predicted": num_envs / seconds},
+        }
+        rows.append(size | {"updates_per_step": many, "seconds": wall, "cpu_seconds": cpu} | compared)
+    return rows
+
+
+def play(loop: OnlineLoop, collector: Collector, window: LogWindow, updates: float, rounds: int) -> None:
+    """Do what the loop does in so many rounds, and make the updates that are due in them."""
+    start, done = loop.env_steps, loop.update
+    for _ in range(rounds):
+        loop.steer()
+        collector.send(loop.act, loop.generator)
+        due = done + int((loop.env_steps - start + loop.training.num_envs) * updates)
+        if due > loop.update:
+            loop.catch_up(due, window)
+        loop.replay.add(collector.receive())
 
 
 def predict(parts: Parts, num_envs: int, updates_per_step: float, horizon: int) -> float:
@@ -215,7 +219,7 @@ def main() -> None:
     )
     parser.add_argument("--ray", default="local", metavar="ADDRESS", help="auto, local or HOST:PORT")
     parser.add_argument("--sizes", type=int, nargs="+", default=[1, 4, 16, 64, 256], help="environments")
-    parser.add_argument("--actors", type=int, default=4, help="at most; each holds equally many environments")
+    parser.add_argument("--actors", type=int, nargs="+", default=[1, 4], help="that share the environments")
     parser.add_argument("--updates", type=float, nargs="+", default=[0.25, 1.0], help="per step")
     parser.add_argument("--step-ms", type=float, default=1.0, help="that a dummy's step sleeps")
     parser.add_argument("--repeats", type=int, default=5)
@@ -229,16 +233,13 @@ def main() -> None:
         f"{'envs':>5}{'actors':>7}{'updates':>8}{'rows/s':>9}{'predicted':>10}{'busy ms':>9}{'predicted':>10}"
     )
     for size in args.sizes:
-        for updates in args.updates:
-            cluster = Cluster(address=args.ray, envs_per_actor=-(-size // min(size, args.actors)))
-            row = measure(policy, size, updates, cluster, args.step_ms / 1e3, args.repeats)
-            measured.append(row)
-            rate, busy = row["rows/s"], row["round_cpu"]
-            print(
-                f"{size:>5}{row['actors']:>7}{updates:>8g}{rate['measured']:>9.0f}{rate['predicted']:>10.0f}"
-                f"{1e3 * busy['measured']:>9.1f}{1e3 * busy['predicted']:>10.1f}",
-                flush=True,
-            )
+        for actors in sorted({min(size, actors) for actors in args.actors}):
+            cluster = Cluster(address=args.ray, envs_per_actor=-(-size // actors))
+            for row in measure(policy, size, args.updates, cluster, args.step_ms / 1e3, args.repeats):
+                measured.append(row)
+                rate, busy = row["rows/s"].values(), [1e3 * ms for ms in row["round_cpu"].values()]
+                shown = "".join(f"{number:>10.1f}" for number in (*rate, *busy))
+                print(f"{size:>5}{actors:>7}{row['updates_per_step']:>8g}{shown}", flush=True)
     lines = fit(measured)
     beyond = [
         extrapolate(lines, size, updates, policy.config.horizon, step_s)

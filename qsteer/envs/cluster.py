@@ -1,11 +1,9 @@
 """Simulators on the nodes of a Ray cluster: a node that dies costs the episodes that ran there, no more."""
 
 import time
-import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import gymnasium
@@ -26,6 +24,10 @@ from qsteer.envs.workers import (
 
 SETTLING_S = 3.0
 """Seconds in which a cluster notices that a core has become free."""
+
+CORE, REST = 0.999, 0.0001
+"""Of a core, what an actor asks Ray for, and one that replaces it: there is always room for that one, without
+waiting until Ray knows which nodes are left, and never on a node that offers no core."""
 
 FETCHING_S = 1.0
 """Seconds for an answer that is there, on another node."""
@@ -63,8 +65,8 @@ class Actors(Workers):
     """Workers on a Ray cluster; see :class:`Cluster`.
 
     An environment that raises is closed and built anew in its actor. An actor that dies, with its node or
-    alone, or does not answer in time is killed and replaced on a node that is there; where no core is free
-    for it, it shares those of the others.
+    alone, or does not answer in time is killed and replaced on a node that is there, where it shares the
+    cores of the others if none is free.
 
     Args:
         make_env: makes one environment; goes to the nodes by cloudpickle.
@@ -96,7 +98,7 @@ class Actors(Workers):
         self._owed: dict[int, Any] = {}  # answers, by actor
         self._check_cores(num_envs)
         self._parts = self._ray.put((make_env, space))
-        self._actors = [self._launch() for _ in self._lanes]
+        self._actors = [self._launch(CORE) for _ in self._lanes]
 
     def close(self, kill: bool = False) -> None:
         """End the actors, at once or after the environments have closed themselves."""
@@ -123,7 +125,8 @@ class Actors(Workers):
         failures: dict[int, Failure] = {}
         lost: dict[int, Failure] = {}  # by actor
         for number, owed in self._owed.items():
-            limit = sum(self._pending.get(lane, 0.0) for lane in self._lanes[number])
+            lanes = self._lanes[number]
+            limit = sum(self._pending.get(lane, 0.0) for lane in lanes)
             left = max(FETCHING_S, self._asked + limit - time.monotonic())
             try:
                 columns, said = self._ray.get(owed, timeout=None if left == float("inf") else left)
@@ -131,7 +134,8 @@ class Actors(Workers):
                 lost[number] = Failure(say_late(limit))
             except self._ray.exceptions.RayError as error:
                 lines = str(error).strip().splitlines()
-                lost[number] = Failure(f"its actor ended: {lines[-1]}", str(error))
+                others = f", of environments {lanes[0]} to {lanes[-1]}," if len(lanes) > 1 else ""
+                lost[number] = Failure(f"its actor{others} ended: {lines[-1]}", str(error))
             else:
                 good = [lane for lane, (well, _) in said.items() if well]
                 for key, column in columns.items():
@@ -139,48 +143,23 @@ class Actors(Workers):
                 answers |= {lane: said[lane][1] for lane in good}
                 failures |= {lane: Failure(*why) for lane, (well, why) in said.items() if not well}
         self._owed = {}
-        self._restart(lost)
         for number, failure in lost.items():
-            failures |= dict.fromkeys(self._lanes[number], failure)
+            self._restart(number)
+            failures |= {lane: failure for lane in self._lanes[number] if lane in self._pending}
         return answers, failures
 
     def _replace(self, lane: int, failure: Failure) -> None:
         self._actors[lane // self._size].drop.remote(lane)
 
-    def _restart(self, numbers: Iterable[int]) -> None:
-        """Put new actors in the place of some, where cores are free or else where others are."""
-        numbers = list(numbers)
-        for number in numbers:
-            with suppress(self._ray.exceptions.RayError):
-                self._ray.kill(self._actors[number])
-        free = self._count_free(len(numbers))
-        taken = self._list_cores() if free < len(numbers) else []
-        for place, number in enumerate(numbers):
-            shares = place >= free and taken  # else it waits for a core, if there is none at all
-            self._actors[number] = self._launch(taken[place % len(taken)] if shares else None)
-        if free < len(numbers):
-            warnings.warn(
-                f"cluster: expected {len(numbers)} free cores for actors that are replaced, got {free}: the "
-                "others share cores and are slower; add nodes and start again",
-                RuntimeWarning,
-                skip_file_prefixes=(str(Path(__file__).parents[1]),),
-            )
+    def _restart(self, number: int) -> None:
+        """Put a new actor in the place of one, on a node that is there, whatever its cores do."""
+        with suppress(self._ray.exceptions.RayError):
+            self._ray.kill(self._actors[number])
+        self._actors[number] = self._launch(REST)
 
-    def _launch(self, node: str | None = None) -> Any:
-        """Start an actor where a core is free, or on a node whatever its cores do."""
-        near = self._ray.util.scheduling_strategies.NodeAffinitySchedulingStrategy
-        where = "SPREAD" if node is None else near(node, soft=True)
-        cores = 1 if node is None else 0
-        kind = self._ray.remote(num_cpus=cores, max_restarts=0, scheduling_strategy=where)(Group)
+    def _launch(self, cores: float) -> Any:
+        kind = self._ray.remote(num_cpus=cores, max_restarts=0, scheduling_strategy="SPREAD")(Group)
         return kind.remote(self._parts)
-
-    def _list_cores(self) -> list[str]:
-        """Return the node of each core that is there: the first of every node, the second, and so on."""
-        nodes = {
-            node["NodeID"]: node["Resources"].get("CPU", 0) for node in self._ray.nodes() if node["Alive"]
-        }
-        most = int(max(nodes.values(), default=0))
-        return [node for core in range(most) for node, cores in nodes.items() if core < cores]
 
     def _check_cores(self, num_envs: int) -> None:
         needed = len(self._lanes)
@@ -221,6 +200,10 @@ class Group:
         for lane, argument in arguments.items():
             try:
                 if lane not in self._envs:
+                    if command != "reset":
+                        raise RuntimeError(
+                            "its episode was lost with its actor, when another was begun there"
+                        )
                     self._envs[lane] = build(self._make_env, self._space)
                 observation, said = serve(self._envs[lane], command, argument)
             except (Exception, SystemExit) as error:

@@ -16,7 +16,7 @@ from qsteer.envs.cluster import Cluster
 from qsteer.online.run import train_online
 from qsteer.online.sources import make_layout
 
-pytestmark = pytest.mark.slow  # an actor takes seconds to start
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]  # an actor takes seconds to start
 SHORT = replace(TRAINING, env_steps=240, warmup=40, evaluate_every=120, episodes=6)
 
 
@@ -49,9 +49,10 @@ def learn(out: Path, cluster: Cluster | None, kill: Any = None, at: int = 0) -> 
     return Replay(make_layout(live.config, SHORT), directory=out / "replay")
 
 
-@pytest.mark.filterwarnings("ignore:environment", "ignore:cluster")
+@pytest.mark.filterwarnings("ignore:environment")
 def test_a_node_that_dies_costs_its_running_episodes_only(nodes: Any, tmp_path: Path) -> None:
     replay = learn(tmp_path, Cluster(), nodes.kill_second, 21)  # in the middle of the third episodes
+    nodes.add_second()
     last = metrics(tmp_path)[-1]
     assert last["env_steps"] == 240 and last["step"] == 240
     assert last["failed"] == last["refused"] == 2
@@ -62,7 +63,6 @@ def test_a_node_that_dies_costs_its_running_episodes_only(nodes: Any, tmp_path: 
     before, after = drawn.observations[goes_on], drawn.next_observations[goes_on]
     assert torch.equal(before[:, 0], after[:, 0]) and torch.equal(before[:, 1] + 1, after[:, 1])
     assert (drawn.observations[~goes_on, 1] == 7).all()
-    nodes.add_second()
 
 
 def test_rows_are_those_of_processes(nodes: Any, tmp_path: Path) -> None:

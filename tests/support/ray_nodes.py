@@ -1,6 +1,7 @@
 """A Ray cluster of two nodes of two cores each, on this machine."""
 
 import os
+import signal
 import socket
 import sys
 from collections.abc import Callable
@@ -46,7 +47,12 @@ class Nodes:
         self.cluster.wait_for_nodes()
 
     def kill_second(self) -> None:
-        """Kill a node as if its plug was pulled."""
+        """Kill a node and its actors at once, as if its plug was pulled."""
+        raylet = self.second.all_processes["raylet"][0].process.pid
+        for stat in Path("/proc").glob("[0-9]*/stat"):
+            with suppress(OSError):  # it has ended
+                if int(stat.read_text().rsplit(")", 1)[1].split()[1]) == raylet:
+                    os.kill(int(stat.parent.name), signal.SIGKILL)
         self.cluster.remove_node(self.second, allow_graceful=False)
 
 
