@@ -27,7 +27,7 @@ def test_version_has_one_source():
 
 def test_extras_can_be_installed_by_name():
     extras = {"lerobot", "ogbench", "metaworld", "libero", "robomimic"}
-    extras |= {"serve", "plots", "docs", "dev"}
+    extras |= {"ray", "serve", "plots", "docs", "dev"}
     assert set(PYPROJECT["project"]["optional-dependencies"]) == extras
     assert set(importlib.metadata.metadata("qsteer").get_all("Provides-Extra")) == extras
 

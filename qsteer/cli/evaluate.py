@@ -12,10 +12,12 @@ from qsteer.cli.options import (
     add_device_option,
     add_env_options,
     add_plugin_option,
+    add_ray_options,
     add_task_option,
     import_plugins,
     natural_float,
     positive_int,
+    read_cluster,
     read_task,
     refuse_given,
 )
@@ -56,6 +58,7 @@ def add_parser(commands: Commands) -> None:
     parser.add_argument(
         "--compile", choices=["static", "inductor"], help="inductor: compile each arm's actions first"
     )
+    add_ray_options(parser)
     parser.add_argument("--out", type=Path, help="JSON to write")
     parser.add_argument(
         "--eval-info",
@@ -84,6 +87,7 @@ def run(args: argparse.Namespace) -> None:
     else:
         refuse_given(args, ("task", "compile"), "beside --env")
         import_plugins(args)
+    cluster = read_cluster(args)
     if args.out:
         check_output(args.out)
     if args.eval_info:
@@ -98,6 +102,7 @@ def run(args: argparse.Namespace) -> None:
         "episodes": args.episodes,
         "seed": TUNING_SEED if args.tuning else EVALUATION_SEED,
         "num_envs": args.num_envs,
+        "cluster": cluster,
     }
     critic = Critic.from_pretrained(args.critic).to(args.device)
     if args.rho is not None:

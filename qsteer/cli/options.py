@@ -7,7 +7,10 @@ import sys
 from collections.abc import Callable, Sequence
 from importlib import import_module
 from pathlib import Path
-from typing import Any, Never
+from typing import TYPE_CHECKING, Any, Never
+
+if TYPE_CHECKING:
+    from qsteer.envs.cluster import Cluster
 
 TASKS = ("cube-single", "pointmaze-medium", "scene")
 """The names in :data:`qsteer.experiments.tasks.RECIPES`, which the help must not import."""
@@ -142,6 +145,31 @@ def add_training_options(parser: argparse.ArgumentParser, kind: str) -> None:
     add_device_option(parser)
     add_compile_option(parser)
     parser.add_argument("--out", type=Path, help=f"run directory; default runs/TASK/seedN/{kind}")
+
+
+def add_ray_options(parser: argparse.ArgumentParser) -> None:
+    """Add ``--ray`` and how simulators are dealt out; :func:`read_cluster` reads them."""
+    parser.add_argument(
+        "--ray",
+        metavar="ADDRESS",
+        help="run the simulators on a Ray cluster: auto, local or HOST:PORT; default: on this machine",
+    )
+    parser.add_argument(
+        "--envs-per-actor",
+        type=positive_int,
+        metavar="N",
+        help="simulators that share a core of the cluster; default: 1",
+    )
+
+
+def read_cluster(args: argparse.Namespace) -> "Cluster | None":
+    """Return the cluster to run simulators on; None: this machine."""
+    if args.ray is None:
+        refuse_given(args, ("envs-per-actor",), "without --ray")
+        return None
+    from qsteer.envs.cluster import Cluster
+
+    return Cluster(address=args.ray, envs_per_actor=args.envs_per_actor or 1)
 
 
 def add_compile_option(parser: argparse.ArgumentParser) -> None:

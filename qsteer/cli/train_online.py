@@ -12,11 +12,13 @@ from qsteer.cli.options import (
     add_device_option,
     add_env_options,
     add_plugin_option,
+    add_ray_options,
     add_task_option,
     import_plugins,
     natural_int,
     positive_float,
     positive_int,
+    read_cluster,
     read_task,
     refuse_given,
     select_given,
@@ -53,6 +55,7 @@ def add_parser(commands: Commands) -> None:
     parser.add_argument("--tracker", help="tensorboard, wandb, trackio, ...: gets the metrics too")
     add_device_option(parser)
     add_compile_option(parser)
+    add_ray_options(parser)
     parser.add_argument("--out", type=Path, help="run directory; default runs/TASK/online/ARM-TARGET")
     group = parser.add_argument_group("of a lerobot policy, in one of lerobot's environments")
     add_env_options(group)
@@ -81,7 +84,7 @@ def run(args: argparse.Namespace) -> None:
     from qsteer.policies import FlowPolicy
     from qsteer.training.critic import ACTING, LEARNERS, fresh_critic
 
-    name = read_task(args)
+    name, cluster = read_task(args), read_cluster(args)
     task, arm = RECIPES[name], parse(args.arm)
     given = select_given(args, "env_steps", "num_envs", "updates_per_step", "warmup")
     critic = replace(task.online.critic, seed=args.seeds[0], **select_given(args, "compile", "target"))
@@ -109,6 +112,7 @@ def run(args: argparse.Namespace) -> None:
         offline=offline,
         act=actor.sample_under(arm.rule, arm.sampler) if critic.target in ACTING else None,
         tracker=args.tracker,
+        cluster=cluster,
     )
     print(f"critics and metrics: {out}")
 
@@ -133,7 +137,7 @@ def run_in_env(args: argparse.Namespace) -> None:
     from qsteer.online.settings import OnlineTraining
     from qsteer.training.critic import CriticTraining, fresh_critic
 
-    arm, out = parse(args.arm, clip=None), start_run(args, Path(args.out))
+    arm, out, cluster = parse(args.arm, clip=None), start_run(args, Path(args.out)), read_cluster(args)
     config = env_config(args.env, args.env_task, args.env_task_id, dict(args.env_options))
     policy, *processors = open_policy(args.policy, args.device)
     make_env, whole, first = place(config, args.env_task_id, policy, tuple(processors))
@@ -161,6 +165,7 @@ def run_in_env(args: argparse.Namespace) -> None:
                 rule=arm.rule,
                 sampler=arm.sampler,
                 tracker=args.tracker,
+                cluster=cluster,
             )
         finally:
             actor.handle.remove()

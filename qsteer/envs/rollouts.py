@@ -34,7 +34,8 @@ try:
     import gymnasium
 
     from qsteer.envs.chunked import OUTCOMES, make_chunked
-    from qsteer.envs.workers import Failure, Workers
+    from qsteer.envs.cluster import Actors, Cluster
+    from qsteer.envs.workers import Failure, Processes, Workers
 except ModuleNotFoundError as error:
     raise ModuleNotFoundError('rollouts need gymnasium: pip install "qsteer[ogbench]"') from error
 
@@ -123,9 +124,13 @@ def rollout(
     record: bool = False,
     progress: bool = True,
     limits: Limits | None = None,
+    cluster: Cluster | None = None,
 ) -> Rollouts:
     """Roll out one agent. Several arms should share one :class:`Simulators`, which see for the arguments."""
-    with Simulators(make_env, horizon=horizon, num_envs=min(num_envs, episodes), limits=limits) as simulators:
+    num_envs = min(num_envs, episodes)
+    with Simulators(
+        make_env, horizon=horizon, num_envs=num_envs, limits=limits, cluster=cluster
+    ) as simulators:
         return simulators.rollout(
             act, episodes=episodes, seed=seed, name=name, record=record, progress=progress
         )
@@ -146,12 +151,15 @@ class Simulators:
         num_envs: environments, and rows of the agent's batch. About four a core keep the cores busy.
         gamma: discount of the rewards within a chunk.
         limits: of time, and of failures; None: ``Limits()``.
+        cluster: of Ray, on whose nodes the environments run; None: on this machine.
 
     Attributes:
         failed: failures of each environment so far: (N,).
 
     Raises:
-        ValueError: an argument is out of range, or the environment has other spaces.
+        ValueError: an argument is out of range, the environment has other spaces, or the cluster too few
+            cores.
+        ConnectionError: there is no such cluster.
 
     Cost: to start, a few seconds of imports, and building ``num_envs + 1`` environments.
 
@@ -169,6 +177,7 @@ class Simulators:
         num_envs: int = 8,
         gamma: float = 1.0,
         limits: Limits | None = None,
+        cluster: Cluster | None = None,
     ) -> None:
         if horizon < 1 or num_envs < 1:
             raise ValueError(f"horizon, num_envs: expected at least 1, got {horizon} and {num_envs}")
@@ -177,7 +186,12 @@ class Simulators:
         self.num_envs, self._chunk = num_envs, probe.chunk
         space, modules = probe.observation_space, [type(probe.unwrapped).__module__]
         probe.close()
-        self._workers = Workers(make, num_envs, space, modules, limits or Limits())
+        limits = limits or Limits()
+        self._workers: Workers = (
+            Processes(make, num_envs, space, modules, limits)
+            if cluster is None
+            else Actors(make, num_envs, space, cluster, limits)
+        )
 
     @property
     def failed(self) -> Int[np.ndarray, "N"]:

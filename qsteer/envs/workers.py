@@ -1,5 +1,6 @@
 """Simulators in processes of their own: one that raises, dies or hangs is restarted, the others go on."""
 
+import abc
 import multiprocessing
 import os
 import signal
@@ -33,20 +34,15 @@ class Failure(NamedTuple):
     grace_s: float = 0.0
 
 
-class Workers:
-    """Environments, each in a process of its own, that are asked together and restarted one by one.
+class Workers(abc.ABC):
+    """Environments that are asked together and replaced one by one.
 
     An environment fails if it raises, gives what its spaces do not hold, if its process dies, or if it does
-    not answer in time. Its process is then killed, with those that it started, and replaced.
-
-    Workers are forked from a clean server process, never from this one, whose thread pools a fork would
-    break; each uses one thread, and leaves Ctrl-C to this process.
+    not answer in time.
 
     Args:
-        make_env: makes one environment.
         num_envs: N.
         space: of the observations of one, a box or a mapping of them.
-        modules: imported by the server process, so that no worker has to.
         limits: of time and failures.
 
     Attributes:
@@ -54,39 +50,15 @@ class Workers:
         in_a_row: the same since the caller last set it to zero, where the environment has done well.
     """
 
-    def __init__(
-        self,
-        make_env: Callable[[], ChunkedAction],
-        num_envs: int,
-        space: gymnasium.Space,
-        modules: Sequence[str],
-        limits: Limits,
-    ) -> None:
+    def __init__(self, num_envs: int, space: gymnasium.Space, limits: Limits) -> None:
         self.limits = limits
         self.failed: np.ndarray = np.zeros(num_envs, int)
         self.in_a_row: np.ndarray = np.zeros(num_envs, int)
+        self._space = space
+        self._columns: dict[str, np.ndarray] = {}  # observations (N, ...)
         self._seeds = np.zeros(num_envs, int)  # of the last resets
-        self._pending: dict[int, float] = {}  # environments that owe an answer, until when
+        self._pending: dict[int, float] = {}  # environments that owe an answer, and their seconds for it
         self._asked = 0.0
-        method = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
-        self._context: Any = multiprocessing.get_context(method)
-        self._context.set_forkserver_preload([__name__, *modules])
-        self._memory = {
-            key: self._context.RawArray("b", num_envs * box.dtype.itemsize * prod(box.shape))
-            for key, box in name_boxes(space)
-        }
-        self._columns = _view(self._memory, space)
-        self._make_env, self._space = CloudpickleWrapper(make_env), space
-        self._processes: list[Any] = []
-        self._pipes: list[Connection] = []
-        try:
-            for lane in range(num_envs):
-                process, pipe = self._launch(lane)
-                self._processes.append(process)
-                self._pipes.append(pipe)
-        except BaseException:
-            self.close(kill=True)
-            raise
 
     @property
     def observations(self) -> Any:
@@ -112,8 +84,7 @@ class Workers:
             else:
                 limit = None if self.limits.step_s is None else len(argument) * self.limits.step_s
             self._pending[lane] = float("inf") if limit is None else limit
-            with suppress(OSError):  # its process has died, as finish will find
-                self._pipes[lane].send((command, argument))
+        self._ask(command, arguments)
 
     def finish(self) -> tuple[dict[int, Any], dict[int, Failure]]:
         """Wait for what was asked; return the answers, and the failures of the others.
@@ -124,23 +95,7 @@ class Workers:
         Raises:
             RuntimeError: an environment has failed too often in a row.
         """
-        answers: dict[int, Any] = {}
-        failures: dict[int, Failure] = {}
-        for lane, limit in self._pending.items():
-            try:
-                good, said = self._hear(lane, self._asked + limit)
-            except TimeoutError:
-                failures[lane] = Failure(
-                    f"expected an answer within {limit:g} s, got none; raise Limits for slow simulators"
-                )
-            except (EOFError, OSError):
-                failures[lane] = Failure(f"its process ended with {_explain_exit(self._processes[lane])}")
-            else:
-                if good:
-                    answers[lane] = said
-                else:
-                    why, trace = said
-                    failures[lane] = Failure(why, trace, CLOSING_S)
+        answers, failures = self._hear_all()
         self._pending = {}
         for lane, failure in failures.items():
             self.fail(lane, failure)
@@ -152,10 +107,9 @@ class Workers:
         Raises:
             RuntimeError: it has failed too often in a row.
         """
-        self._end([lane], failure.grace_s)
+        self._replace(lane, failure)
         self.failed[lane] += 1
         self.in_a_row[lane] += 1
-        self._processes[lane], self._pipes[lane] = self._launch(lane)
         if self.in_a_row[lane] >= self.limits.failures:
             self.in_a_row[lane] = 0
             error = RuntimeError(
@@ -165,11 +119,72 @@ class Workers:
             error.add_note(failure.trace)
             raise error
         warnings.warn(
-            f"environment {lane}: {failure.why}: its process is replaced and the episode cut (said once, "
-            "counted as failed)",
+            f"environment {lane}: {failure.why}: it is replaced and the episode cut (said once, counted as "
+            "failed)",
             RuntimeWarning,
             skip_file_prefixes=(str(Path(__file__).parents[1]),),
         )
+
+    @abc.abstractmethod
+    def close(self, kill: bool = False) -> None:
+        """End the environments, at once or after they have closed themselves."""
+
+    @abc.abstractmethod
+    def _ask(self, command: str, arguments: Mapping[int, Any]) -> None:
+        """Send a command."""
+
+    @abc.abstractmethod
+    def _hear_all(self) -> tuple[dict[int, Any], dict[int, Failure]]:
+        """Wait for the pending answers, no longer than allowed; put the observations into the columns."""
+
+    @abc.abstractmethod
+    def _replace(self, lane: int, failure: Failure) -> None:
+        """Put a new environment in the place of one."""
+
+
+class Processes(Workers):
+    """Workers on this machine, each environment in a process of its own.
+
+    A process whose environment fails is killed, with those that it started, and replaced. Processes are
+    forked from a clean server process, never from this one, whose thread pools a fork would break; each uses
+    one thread, and leaves Ctrl-C to this process.
+
+    Args:
+        make_env: makes one environment.
+        num_envs: N.
+        space: of the observations of one, a box or a mapping of them.
+        modules: imported by the server process, so that no worker has to.
+        limits: of time and failures.
+    """
+
+    def __init__(
+        self,
+        make_env: Callable[[], ChunkedAction],
+        num_envs: int,
+        space: gymnasium.Space,
+        modules: Sequence[str],
+        limits: Limits,
+    ) -> None:
+        super().__init__(num_envs, space, limits)
+        method = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
+        self._context: Any = multiprocessing.get_context(method)
+        self._context.set_forkserver_preload([__name__, *modules])
+        self._memory = {
+            key: self._context.RawArray("b", num_envs * box.dtype.itemsize * prod(box.shape))
+            for key, box in name_boxes(space)
+        }
+        self._columns = _view(self._memory, space)
+        self._make_env = CloudpickleWrapper(make_env)
+        self._processes: list[Any] = []
+        self._pipes: list[Connection] = []
+        try:
+            for lane in range(num_envs):
+                process, pipe = self._launch(lane)
+                self._processes.append(process)
+                self._pipes.append(pipe)
+        except BaseException:
+            self.close(kill=True)
+            raise
 
     def close(self, kill: bool = False) -> None:
         """End the processes, at once or after the environments have closed themselves."""
@@ -184,6 +199,33 @@ class Workers:
         """End the processes of workers that nobody closed."""
         if getattr(self, "_pipes", None):
             self.close(kill=True)
+
+    def _ask(self, command: str, arguments: Mapping[int, Any]) -> None:
+        for lane, argument in arguments.items():
+            with suppress(OSError):  # its process has died, as _hear_all will find
+                self._pipes[lane].send((command, argument))
+
+    def _hear_all(self) -> tuple[dict[int, Any], dict[int, Failure]]:
+        answers: dict[int, Any] = {}
+        failures: dict[int, Failure] = {}
+        for lane, limit in self._pending.items():
+            try:
+                good, said = self._hear(lane, self._asked + limit)
+            except TimeoutError:
+                failures[lane] = Failure(say_late(limit))
+            except (EOFError, OSError):
+                failures[lane] = Failure(f"its process ended with {_explain_exit(self._processes[lane])}")
+            else:
+                if good:
+                    answers[lane] = said
+                else:
+                    why, trace = said
+                    failures[lane] = Failure(why, trace, CLOSING_S)
+        return answers, failures
+
+    def _replace(self, lane: int, failure: Failure) -> None:
+        self._end([lane], failure.grace_s)
+        self._processes[lane], self._pipes[lane] = self._launch(lane)
 
     def _launch(self, lane: int) -> tuple[Any, Connection]:
         pipe, theirs = self._context.Pipe()
@@ -235,27 +277,54 @@ def _work(
         threading.Thread(target=_follow_parent, daemon=True).start()
     columns, env = _view(memory, space), None
     try:
-        env = make_env()
-        if env.observation_space != space:
-            raise ValueError(
-                f"observation space: expected that of the first environment, {space}, got "
-                f"{env.observation_space}; make equal environments"
-            )
+        env = build(make_env, space)
         while (asked := _receive(pipe)) is not None:
-            command, argument = asked
-            if command == "reset":
-                (observation, _), said = env.reset(seed=argument), None
-            else:
-                observation, *said = env.step(argument)
+            observation, said = serve(env, *asked)
             for key, column in columns.items():
-                column[lane] = observation[key] if key else observation
+                column[lane] = observation[key]
             pipe.send((True, said))
     except (Exception, SystemExit) as error:
         with suppress(OSError):  # nobody listens any more
-            pipe.send((False, (f"{type(error).__name__}: {error}", traceback.format_exc())))
+            pipe.send((False, describe_error(error)))
     finally:
         if env is not None:
             env.close()
+
+
+def build(make_env: Callable[[], ChunkedAction], space: gymnasium.Space) -> ChunkedAction:
+    """Return a new environment.
+
+    Raises:
+        ValueError: it is of another observation space.
+    """
+    env = make_env()
+    if env.observation_space != space:
+        raise ValueError(
+            f"observation space: expected that of the first environment, {space}, got "
+            f"{env.observation_space}; make equal environments"
+        )
+    return env
+
+
+def serve(env: ChunkedAction, command: str, argument: Any) -> tuple[dict[str, Any], Any]:
+    """Do what :meth:`Workers.start` asks for; return the parts of the observation, and the answer."""
+    if command == "reset":
+        (observation, _), said = env.reset(seed=argument), None
+    else:
+        observation, *said = env.step(argument)
+    return {
+        key: observation[key] if key else observation for key, _ in name_boxes(env.observation_space)
+    }, said
+
+
+def describe_error(error: BaseException) -> tuple[str, str]:
+    """Return a line for an error that an environment raised, and where it was."""
+    return f"{type(error).__name__}: {error}", "".join(traceback.format_exception(error))
+
+
+def say_late(limit: float) -> str:
+    """Return why an environment failed that did not answer within so many seconds."""
+    return f"expected an answer within {limit:g} s, got none; raise Limits for slow simulators"
 
 
 def _follow_parent() -> None:

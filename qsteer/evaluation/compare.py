@@ -13,6 +13,7 @@ from qsteer.bench.counting import count
 from qsteer.bench.timing import time_calls
 from qsteer.compiling.kept import Mode
 from qsteer.critics.critic import Critic
+from qsteer.envs.cluster import Cluster
 from qsteer.envs.rollouts import Agent, MakeEnv, Rollouts, Simulators
 from qsteer.envs.seeds import EVALUATION_SEED
 from qsteer.evaluation.arms import Arm
@@ -37,6 +38,7 @@ def compare(
     record: bool = False,
     traces: Mapping[str, Trace] | None = None,
     compile: Mode | None = None,
+    cluster: Cluster | None = None,
     progress: bool = True,
 ) -> tuple[dict[str, Any], list[Rollouts]]:
     """Roll every arm out and report success, difference from the first arm, and cost per action.
@@ -53,6 +55,7 @@ def compare(
         traces: what records the guided steps of an arm, by its spec; the others record displacements only.
         compile: how actions of all environments at once are made fast, see :func:`qsteer.sample`; the last
             ones, of fewer, run eagerly. Milliseconds and their ratios are of eager actions.
+        cluster: of Ray, on whose nodes the environments run; None: on this machine.
         progress: show progress bars.
 
     Returns:
@@ -76,6 +79,7 @@ def compare(
         record=record,
         traces=traces,
         compile=compile,
+        cluster=cluster,
         progress=progress,
     )
 
@@ -124,12 +128,13 @@ def compare_driven(
     record: bool = False,
     traces: Mapping[str, Trace] | None = None,
     compile: Mode | None = None,
+    cluster: Cluster | None = None,
     progress: bool = True,
 ) -> tuple[dict[str, Any], list[Rollouts]]:
     """Do what :func:`compare` does for any policy that a :class:`Driver` acts with."""
     kept = {arm.spec: Trace(steps=False, displacement=True) for arm in arms} | dict(traces or {})
     num_envs = min(num_envs, episodes)
-    with Simulators(make_env, horizon=driver.horizon, num_envs=num_envs) as simulators:
+    with Simulators(make_env, horizon=driver.horizon, num_envs=num_envs, cluster=cluster) as simulators:
         runs = [
             simulators.rollout(
                 driver.agent(arm, kept[arm.spec], compile, num_envs),

@@ -13,6 +13,7 @@ from torch.utils._pytree import tree_map
 
 from qsteer.data.layout import Rows, find_finite
 from qsteer.data.outliers import RewardScale
+from qsteer.envs.cluster import Cluster
 from qsteer.envs.limits import Limits
 from qsteer.envs.rollouts import MakeEnv, Simulators, to_tensors
 from qsteer.online.actors import Decision
@@ -63,6 +64,7 @@ class Collector(Simulators):
         gamma: discount of the rewards within a row.
         closing: observe what follows an episode's last chunk (n = H), which costs one more action.
         limits: of time, and of failures of one environment in a row; None: ``Limits()``.
+        cluster: of Ray, on whose nodes the environments run; None: on this machine.
         scale: refuses rows whose reward is an outlier, unless it is positive and the episode a success; None:
             none is refused for that.
 
@@ -86,11 +88,14 @@ class Collector(Simulators):
         gamma: float = 1.0,
         closing: bool = True,
         limits: Limits | None = None,
+        cluster: Cluster | None = None,
         scale: RewardScale | None = None,
     ) -> None:
         if row < 1 or horizon % row:
             raise ValueError(f"row: expected a divisor of the horizon {horizon}, got {row}")
-        super().__init__(make_env, horizon=horizon, num_envs=num_envs, gamma=gamma, limits=limits)
+        super().__init__(
+            make_env, horizon=horizon, num_envs=num_envs, gamma=gamma, limits=limits, cluster=cluster
+        )
         self.finished: list[tuple[int, bool, float, int]] = []
         self.refused: np.ndarray = np.zeros(num_envs, int)
         self.outliers: list[Outlier] = []

@@ -20,7 +20,8 @@ from qsteer.training.generators import seeded
 from qsteer.training.loop import processes
 from qsteer.types import Rule, Sampler
 
-if TYPE_CHECKING:  # needs gymnasium
+if TYPE_CHECKING:  # need gymnasium
+    from qsteer.envs.cluster import Cluster
     from qsteer.envs.rollouts import MakeEnv
 
 
@@ -37,6 +38,7 @@ def train_online(
     act: SteeredPolicy | None = None,
     tracker: str | None = None,
     limits: Limits | None = None,
+    cluster: "Cluster | None" = None,
     progress: bool = True,
 ) -> Critic:
     """Let a frozen policy act, learn a critic from what happens, and steer with it; return the critic.
@@ -78,11 +80,15 @@ def train_online(
         act: for the targets "td" and "fql", see :func:`~qsteer.training.critic.train_critic`.
         tracker: name of a tracker of accelerate that gets the metrics too: tensorboard, wandb, trackio, ...
         limits: of the simulators' time and failures, which a resumed run may change; None: ``Limits()``.
+        cluster: of Ray, on whose nodes the simulators run while policy and learner stay here; a resumed run
+            may change it; None: on this machine.
         progress: show a progress bar.
 
     Raises:
         ValueError: ``out`` holds a run with other settings, ``act`` is missing or superfluous, the shapes of
-            policy, critic and rows do not fit, or rewards of ``offline`` are outliers.
+            policy, critic and rows do not fit, rewards of ``offline`` are outliers, or the cluster
+            has too few cores.
+        ConnectionError: there is no such cluster.
         RuntimeError: a simulator failed too often in a row, or another run has ``out`` open.
         OSError: the disk has no room for the rows.
         ModuleNotFoundError: the tracker is not installed.
@@ -97,12 +103,17 @@ def train_online(
     with locked_run(Path(out)), seeded(training.critic.seed, critic.device):
         loop = OnlineLoop(actor, critic, Path(out), training, rule, sampler, offline, act)
         with closing(loop.replay):
-            _train(loop, make_env, limits, tracker, progress)
+            _train(loop, make_env, limits, cluster, tracker, progress)
     return loop.learner.target
 
 
 def _train(
-    loop: OnlineLoop, make_env: "MakeEnv", limits: Limits | None, tracker: str | None, progress: bool
+    loop: OnlineLoop,
+    make_env: "MakeEnv",
+    limits: Limits | None,
+    cluster: "Cluster | None",
+    tracker: str | None,
+    progress: bool,
 ) -> None:
     """Do what is left to do of a run."""
     from qsteer.online.collect import Collector
@@ -120,6 +131,7 @@ def _train(
             gamma=training.critic.gamma,
             closing=LEARNERS[training.critic.target].need == "next_state",
             limits=limits,
+            cluster=cluster,
             scale=loop.health.scale if training.refuse_outliers else None,
         ) as collector,
         closing(Tracker(tracker, loop.out)) as log,

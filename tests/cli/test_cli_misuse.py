@@ -214,6 +214,8 @@ def test_a_wrong_value_names_its_option(
         (("distill", "--dataset", "d", "--task", "scene"), "--task: expected none beside --dataset"),
         (("distill", "--dataset", "d", "--policy", "p"), "--out: expected it beside --dataset"),
         (("train-online", "--features"), "--features: expected none without --env"),
+        (("train-online", "--envs-per-actor", "2"), "--envs-per-actor: expected none without --ray"),
+        (("train-online", "--ray", "here"), "expected auto, local or HOST:PORT, got 'here'"),
         (("train-online", "--env", "pusht", "--policy", "p"), "--out: expected it beside --env"),
         (("train-online", "--env", "pusht", "--task", "scene"), "--task: expected none beside --env"),
     ],

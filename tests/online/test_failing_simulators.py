@@ -63,7 +63,7 @@ def test_one_environment_that_fails_costs_its_own_episode(
     way: str, healthy: tuple[Collector, list[Rows]]
 ) -> None:
     make_env = partial(Breaking, way, (episode_seed(1, 2),), AT)  # the second episode of four steps
-    with pytest.warns(RuntimeWarning, match=f"environment 1: .*{SAYS[way]}.*: its process is replaced"):
+    with pytest.warns(RuntimeWarning, match=f"environment 1: .*{SAYS[way]}.*: it is replaced"):
         collector, rows = collect(make_env)
     well, before = healthy
     assert all(equal(rows, before, lane) for lane in (0, 2))
