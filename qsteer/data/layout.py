@@ -122,9 +122,9 @@ class Layout:
         return monte_carlo_target(rewards, ends & over, ends, self.gamma**self.steps, bootstrap=bootstrap)
 
     def read(
-        self, observations: Observation, others: Mapping[str, Tensor] | None = None
+        self, rows: int, observations: Observation, others: Mapping[str, Tensor] | None = None
     ) -> dict[str, Tensor]:
-        """Return one row of every lane, checked, by the names and in the types of the columns.
+        """Return so many rows, checked, by the names and in the types of the columns.
 
         Raises:
             ValueError: observations are of another kind, or something is missing, of another shape, is
@@ -147,7 +147,7 @@ class Layout:
             given = {column_name(key): got[key] for key in self.observations}
         columns, read = self.columns, {}
         for name, value in {**given, **(others or {})}.items():
-            expected, dtype = (self.lanes, *columns[name][0]), getattr(torch, columns[name][1])
+            expected, dtype = (rows, *columns[name][0]), getattr(torch, columns[name][1])
             kinds = value.is_floating_point(), value.is_complex()
             if value.shape != expected or kinds != (dtype.is_floating_point, False):
                 raise ValueError(
@@ -157,10 +157,10 @@ class Layout:
             read[name] = _cast(name, value, dtype)
         return read
 
-    def read_ends(self, rows: "Rows") -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    def read_ends(self, rows: "Rows", count: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
         """Return where the task is over, where a time limit ended it, the executed steps, and kept rows.
 
-        All are (N,); a row that is not kept ends nothing.
+        All are (count,); a row that is not kept ends nothing.
 
         Raises:
             ValueError: a column has another shape, a row in the middle of an episode was not executed to its
@@ -168,13 +168,13 @@ class Layout:
         """
         over = to_numpy(rows.terminals).astype(bool)
         timed_out = to_numpy(rows.truncations).astype(bool)
-        executed = np.full(self.lanes, self.steps) if rows.executed is None else to_numpy(rows.executed)
-        kept = np.ones(self.lanes, bool) if rows.kept is None else to_numpy(rows.kept).astype(bool)
+        executed = np.full(count, self.steps) if rows.executed is None else to_numpy(rows.executed)
+        kept = np.ones(count, bool) if rows.kept is None else to_numpy(rows.kept).astype(bool)
         flags = {"terminals": over, "truncations": timed_out, "executed": executed, "kept": kept}
         for name, value in flags.items():
-            if value.shape != (self.lanes,):
+            if value.shape != (count,):
                 raise ValueError(
-                    f"Replay.add: expected {name} ({self.lanes},), got {value.shape}; give one a lane"
+                    f"Replay.add: expected {name} ({count},), got {value.shape}; give one a lane"
                 )
         over, timed_out = over & kept, timed_out & ~over & kept
         executed = np.where(kept, executed, self.steps)

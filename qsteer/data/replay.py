@@ -153,52 +153,75 @@ class Replay:
             self._rebuild()
         return dropped
 
-    def add(self, rows: Rows) -> None:
-        """Append one row to every lane, or to those of ``rows.kept``. When this returns, they are stored.
+    def add(self, rows: Rows, lanes: Sequence[int] | None = None) -> None:
+        """Append one row to every lane, or to some. When this returns, they are stored.
 
         Cost: their copy, and bookkeeping that does not grow with what is stored.
 
+        Args:
+            rows: one of each lane; those that are not ``kept`` cut their lane's episode.
+            lanes: which lanes the rows are of; the others wait, and nothing of theirs is cut. None: all.
+
         Raises:
             ValueError: a column has another shape or type, or is not finite; a row in the middle of an
-                episode was not executed to its end; or a truncated episode has no return (``"returns"`` with
-                gamma 1).
+                episode was not executed to its end; a truncated episode has no return (``"returns"`` with
+                gamma 1); or there is no such lane, or one twice.
         """
         layout = self.layout
-        over, timed_out, executed, kept = layout.read_ends(rows)
+        lane = self._lane if lanes is None else self._find_lanes(lanes)
+        over, timed_out, executed, kept = layout.read_ends(rows, len(lane))
         ends, whole = over | timed_out, executed == layout.steps
         closed = ends if rows.next_observations is not None else np.zeros_like(ends)
-        columns = layout.read(rows.observations, {"actions": rows.actions, "rewards": rows.rewards}) | {
+        others = {"actions": rows.actions, "rewards": rows.rewards}
+        columns = layout.read(len(lane), rows.observations, others) | {
             "executed": torch.from_numpy(executed),
             "codes": torch.from_numpy(over * TERMINAL + timed_out * TRUNCATED + closed * CLOSED),
         }
-        behind = {} if rows.next_observations is None else layout.read(rows.next_observations)
+        behind = {} if rows.next_observations is None else layout.read(len(lane), rows.next_observations)
         (into,), (ending,) = kept.nonzero(), closed.nonzero()
         check_finite(columns, into)
         check_finite(behind, ending)
 
         with self._exclusive():
-            slot = self._used
-            if len(into) < layout.lanes:
+            before, slot = self._used, self._used[lane]
+            if len(into) < len(lane):
                 columns = {name: column[into] for name, column in columns.items()}
-            self._write(columns, into, slot[into])
+            self._write(columns, lane[into], slot[into])
             if len(ending):
                 after = {name: column[ending] for name, column in behind.items()}
-                self._write(after | {"codes": np.full(len(ending), CLOSING)}, ending, slot[ending] + 1)
+                self._write(after | {"codes": np.full(len(ending), CLOSING)}, lane[ending], slot[ending] + 1)
             if layout.need == "returns":
                 for i in ends.nonzero()[0]:
-                    self._fill_returns(int(i), int(slot[i]) + 1, bool(over[i]))
+                    self._fill_returns(int(lane[i]), int(slot[i]) + 1, bool(over[i]))
 
-            used, added = slot + kept + closed, self.added + layout.lanes
+            used, added = before.copy(), self.added + len(lane)
+            used[lane] += kept
+            used[lane] += closed
             if self._files is not None:
                 self._files.commit(used, added)
             self._used, self.added = used, added
-            self._rows += kept
-            self._expire(slot)
-            self._admit(np.where(kept, layout.usable(slot + 1, over, timed_out, closed, whole), 0))
-            self._begin = np.where(ends, used, self._begin)
+            self._rows[lane] += kept
+            self._expire(before)
+            usable = np.zeros_like(used)
+            usable[lane] = np.where(kept, layout.usable(slot + 1, over, timed_out, closed, whole), 0)
+            self._admit(usable)
+            self._begin[lane[ends]] = used[lane[ends]]
             self._next = np.maximum(self._next, self._begin)
-            if len(into) < layout.lanes:
-                self._cut(~kept)
+            if len(into) < len(lane):
+                self._cut(np.isin(self._lane, lane[~kept]))
+
+    def _find_lanes(self, lanes: Sequence[int]) -> Int[np.ndarray, "K"]:
+        """Return the numbers of some lanes.
+
+        Raises:
+            ValueError: there is no such lane, or one twice.
+        """
+        found = np.asarray(lanes, np.int64)
+        if found.ndim != 1 or len(np.unique(found)) < len(found) or not np.isin(found, self._lane).all():
+            raise ValueError(
+                f"Replay.add: expected different lanes from 0 to {self.layout.lanes - 1}, got {list(lanes)}"
+            )
+        return found
 
     def cut(self, lanes: Bool[Tensor, "N"] | None = None) -> None:
         """End the episodes that are running in these lanes (``None``: all); how they went on is not known.

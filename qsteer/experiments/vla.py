@@ -16,13 +16,13 @@ import torch
 from qsteer.critics import Critic
 from qsteer.data.lerobot import open_dataset, open_policy
 from qsteer.envs.lerobot import env_config
-from qsteer.envs.metaworld.configuration import ACTION, IMAGE, STATE
+from qsteer.envs.metaworld.configuration import ACTION, BLACK, IMAGE, STATE
 from qsteer.envs.metaworld.world import LightWorld
 from qsteer.evaluation.arms import parse
 from qsteer.evaluation.compare import compare_driven
 from qsteer.evaluation.lerobot import drive
 from qsteer.experiments.demo import make_film, present
-from qsteer.testing.checkpoints import halve, smolvla, write_vlm
+from qsteer.testing.checkpoints import halve, pi05, smolvla, write_vlm
 from qsteer.trace import Trace
 from qsteer.training.cloning import CloningTraining, clone
 from qsteer.training.critic import CriticTraining
@@ -102,16 +102,38 @@ def demo_vla(
     return report
 
 
-def make_checkpoints(root: Path, seed: int = 0) -> Path:
+def make_checkpoints(
+    root: Path,
+    seed: int = 0,
+    *,
+    host: str = "smolvla",
+    tasks: tuple[str, ...] = TASKS,
+    episodes: int = EPISODES,
+    camera: int = 0,
+    width: int = WIDTH,
+    cloning: CloningTraining = CLONING,
+    critic: CriticTraining = CRITIC,
+) -> Path:
     """Make data, policy and critic of a training seed; what is there already is not made again.
+
+    Args:
+        root: folder of the data and of a folder for each seed.
+        seed: training seed.
+        host: one of :data:`HOSTS`.
+        tasks: MetaWorld's names.
+        episodes: of play, for each task.
+        camera: see :class:`~qsteer.envs.metaworld.configuration.MetaworldLight`.
+        width: of the policy.
+        cloning: how to train the policy.
+        critic: how to train the critic.
 
     Returns:
         The folder of ``policy`` and ``critic``.
     """
     folder = root / f"seed{seed}"
-    dataset = make_data(root / "dataset")
-    policy, before = make_policy(dataset, folder, seed)
-    train_from_dataset(dataset, policy, before, folder / "critic", replace(CRITIC, seed=seed), features=True)
+    dataset = make_data(root / "dataset", camera, tasks, episodes)
+    policy, before = make_policy(dataset, folder, seed, cloning, host, width)
+    train_from_dataset(dataset, policy, before, folder / "critic", replace(critic, seed=seed), features=True)
     return folder
 
 
@@ -127,34 +149,80 @@ def make_data(
 
 
 def make_policy(
-    dataset: Any, folder: Path, seed: int, training: CloningTraining = CLONING
+    dataset: Any,
+    folder: Path,
+    seed: int,
+    training: CloningTraining = CLONING,
+    host: str = "smolvla",
+    width: int = WIDTH,
 ) -> tuple[Any, Any]:
-    """Train a SmolVLA on the dataset in ``folder/policy``; return it and its preprocessor."""
+    """Train a policy on the dataset in ``folder/policy``; return it and its preprocessor.
+
+    Args:
+        dataset: a LeRobotDataset of play.
+        folder: where it goes.
+        seed: training seed.
+        training: how.
+        host: one of :data:`HOSTS`.
+        width: of the policy.
+    """
     from lerobot.policies.factory import make_pre_post_processors
 
     out = folder / "policy"
     if not (out / "trained").exists():
-        words = " ".join(dataset.meta.tasks.index).split()
-        vlm = write_vlm(folder / "vlm", words, width=WIDTH, depth=DEPTH)
-        stats = {
-            key: {name: torch.as_tensor(value) for name, value in dataset.meta.stats[key].items()}
-            for key in (STATE, ACTION)
-        }
-        policy = smolvla(
-            out,
-            vlm,
-            stats,
-            state=dataset.features[STATE]["shape"][0],
-            action=dataset.features[ACTION]["shape"][0],
-            pixels=dataset.features[IMAGE]["shape"][0],
-            chunk=CHUNK,
-            executed=EXECUTED,
-            depth=DEPTH,
-            seed=seed,
-        )
+        policy: Any = HOSTS[host](dataset, folder, seed, width)
         processors = make_pre_post_processors(policy.config, str(out))
         clone(dataset, policy, processors, out, replace(training, seed=seed))
         halve(out)
         (out / "trained").touch()
     policy, before, _ = open_policy(out)
     return policy, before
+
+
+def _new_smolvla(dataset: Any, folder: Path, seed: int, width: int) -> Any:
+    edge = dataset.features[IMAGE]["shape"][0]
+    eyes = {} if edge == BLACK else {"pixels": edge, "patch": 8, "vision_depth": 2}
+    vlm = write_vlm(folder / "vlm", _words(dataset), width=width, depth=DEPTH, **eyes)
+    return smolvla(
+        folder / "policy",
+        vlm,
+        _stats(dataset),
+        state=dataset.features[STATE]["shape"][0],
+        action=dataset.features[ACTION]["shape"][0],
+        pixels=edge,
+        chunk=CHUNK,
+        executed=EXECUTED,
+        depth=DEPTH,
+        seed=seed,
+    )
+
+
+def _new_pi05(dataset: Any, folder: Path, seed: int, width: int) -> Any:
+    return pi05(
+        folder / "policy",
+        _words(dataset),
+        _stats(dataset),
+        state=dataset.features[STATE]["shape"][0],
+        action=dataset.features[ACTION]["shape"][0],
+        pixels=dataset.features[IMAGE]["shape"][0],
+        chunk=CHUNK,
+        executed=EXECUTED,
+        width=width,
+        depth=DEPTH,
+        seed=seed,
+    )
+
+
+def _words(dataset: Any) -> list[str]:
+    return " ".join(dataset.meta.tasks.index).split()
+
+
+def _stats(dataset: Any) -> dict[str, dict[str, torch.Tensor]]:
+    return {
+        key: {name: torch.as_tensor(value) for name, value in dataset.meta.stats[key].items()}
+        for key in (STATE, ACTION)
+    }
+
+
+HOSTS = {"smolvla": _new_smolvla, "small_pi05": _new_pi05}
+"""What can be trained: lerobot's SmolVLA, and its pi0.5."""

@@ -11,7 +11,7 @@ from zlib import crc32
 import torch
 from torch import Tensor, nn
 
-from qsteer.testing.lerobot import STATE, _build_random, _name_extra, _replace
+from qsteer.testing.lerobot import STATE, _build_random, _name_extra, replaced
 
 CAMERA = "observation.images.top"
 
@@ -43,7 +43,7 @@ def multi_task_dit(seed: int = 0, steps: int = 10) -> nn.Module:
         drop_n_last_frames=0,
         device="cpu",
     )
-    with _replace(modelling, CLIPTextEncoder=_Words):
+    with replaced(modelling, CLIPTextEncoder=_Words):
         return _build_random(lambda: modelling.MultiTaskDiTPolicy(config), seed, "cpu")
 
 
@@ -67,7 +67,7 @@ def vla_jepa(seed: int = 0, steps: int = 10) -> nn.Module:
         action_dropout=0.0,
         device="cpu",
     )
-    with _replace(modelling, VLAJEPAModel=_model_of(modelling)):
+    with replaced(modelling, VLAJEPAModel=_model_of(modelling)):
         return _build_random(lambda: modelling.VLAJEPAPolicy(config), seed, "cpu")
 
 
@@ -79,7 +79,7 @@ def groot(seed: int = 0, steps: int = 10) -> nn.Module:
     config = GrootConfig(
         **_features(images=True), chunk_size=6, n_action_steps=4, device="cpu", use_bf16=False
     )
-    with _replace(modelling, GR00TN17=SimpleNamespace(from_pretrained=lambda **_: _Groot(steps))):
+    with replaced(modelling, GR00TN17=SimpleNamespace(from_pretrained=lambda **_: _Groot(steps))):
         policy = _build_random(lambda: modelling.GrootPolicy(config), seed, "cpu")
     for parameter in policy.parameters():
         if parameter.ndim == 3:  # one matrix for each robot, whose rows were counted as inputs
@@ -107,7 +107,7 @@ def evo1(seed: int = 0, steps: int = 10) -> nn.Module:
         num_inference_timesteps=steps,
         device="cpu",
     )
-    with _replace(evo1_model, InternVL3Embedder=_InternVL):
+    with replaced(evo1_model, InternVL3Embedder=_InternVL):
         return _build_random(lambda: Evo1Policy(config), seed, "cpu")
 
 
@@ -172,7 +172,7 @@ def _model_of(modelling: Any) -> type:
 
     class Model(modelling.VLAJEPAModel):
         def __init__(self, config: Any) -> None:
-            with _replace(modelling, Qwen3VLInterface=_Qwen):
+            with replaced(modelling, Qwen3VLInterface=_Qwen):
                 super().__init__(config)
 
         def _encode_qwen(self, images: Any, instructions: Any, **_: Any) -> tuple[Tensor, None]:

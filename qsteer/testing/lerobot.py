@@ -165,7 +165,7 @@ def smolvla(
     tokens = SimpleNamespace(tokenizer=SimpleNamespace(fake_image_token_id=1, global_image_token_id=2))
     config = SmolVLAConfig(**shape.options(), **shrunk, device="cpu")
     config.device = str(device)
-    with _replace(
+    with replaced(
         smolvlm_with_expert,
         AutoConfig=SimpleNamespace(from_pretrained=lambda name: vlm),
         AutoProcessor=SimpleNamespace(from_pretrained=lambda name: tokens),
@@ -198,7 +198,7 @@ def processors(policy: Any) -> tuple[Any, Any]:
             row[: len(words)] = torch.tensor(words)
         return {"input_ids": tokens, "attention_mask": tokens > 0}
 
-    with _replace(tokenizer_processor, AutoTokenizer=SimpleNamespace(from_pretrained=lambda name: tokenize)):
+    with replaced(tokenizer_processor, AutoTokenizer=SimpleNamespace(from_pretrained=lambda name: tokenize)):
         return make_pre_post_processors(policy.config, dataset_stats=stats)
 
 
@@ -268,13 +268,13 @@ def _build_pi(
     precision = str(dtype).removeprefix("torch.")
     config = config_class(**shape.options(), **resolution, dtype=precision, device="cpu")
     config.device = str(device)
-    shrunk = contextlib.nullcontext() if width is None or depth is None else _shrink(modelling, width, depth)
+    shrunk = contextlib.nullcontext() if width is None or depth is None else shrink(modelling, width, depth)
     with shrunk:
         return _build_random(lambda: getattr(modelling, policy_class)(config), seed, device, dtype)
 
 
 @contextlib.contextmanager
-def _shrink(modelling: Any, width: int, depth: int) -> Iterator[None]:
+def shrink(modelling: Any, width: int, depth: int, vocabulary: int = VOCABULARY) -> Iterator[None]:
     """Shrink what the pi family's code builds in the block."""
     size = modelling.GemmaConfig(
         width=width, depth=depth, mlp_dim=4 * width, num_heads=8, num_kv_heads=1, head_dim=max(4, width // 8)
@@ -282,7 +282,7 @@ def _shrink(modelling: Any, width: int, depth: int) -> Iterator[None]:
     vlm, expert = modelling.PaliGemmaForConditionalGenerationWithPiGemma, modelling.PiGemmaForCausalLM
 
     def small_vlm(config: Any) -> nn.Module:
-        config.text_config.vocab_size = config.image_token_index = VOCABULARY
+        config.text_config.vocab_size = config.image_token_index = vocabulary
         config.vision_config.hidden_size = config.vision_config.projection_dim = width
         config.vision_config.intermediate_size = 2 * width
         config.vision_config.num_hidden_layers = 1
@@ -291,10 +291,10 @@ def _shrink(modelling: Any, width: int, depth: int) -> Iterator[None]:
         return vlm(config=config)
 
     def small_expert(config: Any) -> nn.Module:
-        config.vocab_size = VOCABULARY
+        config.vocab_size = vocabulary
         return expert(config=config)
 
-    with _replace(
+    with replaced(
         modelling,
         get_gemma_config=lambda variant: size,
         PaliGemmaForConditionalGenerationWithPiGemma=small_vlm,
@@ -304,7 +304,7 @@ def _shrink(modelling: Any, width: int, depth: int) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _replace(module: ModuleType, **attributes: Any) -> Iterator[None]:
+def replaced(module: ModuleType, **attributes: Any) -> Iterator[None]:
     """Replace names of a module in the block, where lerobot asks for a download or a size of its own."""
     own = {name: getattr(module, name) for name in attributes}
     vars(module).update(attributes)

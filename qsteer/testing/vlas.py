@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from qsteer.testing.heads import CAMERA, _features
-from qsteer.testing.lerobot import STATE, _build_random, _name_extra, _replace
+from qsteer.testing.lerobot import STATE, _build_random, _name_extra, replaced
 
 WORDS, STATE_TOKEN, ACTION_TOKEN, IMAGE, VISION, VISION_END = 40, 50, 51, 52, 53, 54
 """Tokens: the first that is no word, and those with a meaning."""
@@ -101,7 +101,7 @@ def eo1(seed: int = 0, steps: int = 10) -> nn.Module:
             config.vlm_backbone_config, dtype=torch.float32
         )
     )
-    with _replace(modelling, Qwen2_5_VLForConditionalGeneration=small):
+    with replaced(modelling, Qwen2_5_VLForConditionalGeneration=small):
         return _build_random(lambda: modelling.EO1Policy(config), seed, "cpu")
 
 
@@ -181,7 +181,7 @@ def molmoact2(seed: int = 0, steps: int = 10) -> nn.Module:
         device="cpu",
     )
     own = modelling.MolmoAct2ForConditionalGeneration
-    with _replace(
+    with replaced(
         modelling,
         _resolve_checkpoint_location=lambda *_, **__: "",
         _strict_load_safetensors_weights=lambda *_: None,
@@ -231,7 +231,7 @@ def wall_x(seed: int = 0) -> nn.Module:
                 "dof_mask": (torch.arange(5) < 3).to(state).expand(rows, 6, -1),
             }
 
-    with _replace(
+    with replaced(
         modelling,
         require_package=lambda *_, **__: None,
         Qwen2_5_VLMoEForAction=SimpleNamespace(from_pretrained=lambda **_: own(small, processor=processor)),

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from qsteer.testing import hosts
-from qsteer.testing.lerobot import _shrink
+from qsteer.testing.lerobot import shrink
 
 torch.set_num_threads(1)
 
@@ -33,7 +33,7 @@ class TestHosts:
         from lerobot.policies.pi05.configuration_pi05 import PI05Config
 
         options = {**hosts.TOY.options(), "image_resolution": (28, 28), "dtype": "bfloat16", "device": "cpu"}
-        with _shrink(modeling_pi05, 16, 2):
+        with shrink(modeling_pi05, 16, 2):
             theirs = modeling_pi05.PI05Policy(PI05Config(**options))
         ours = hosts.pi05(dtype=torch.bfloat16)
         kinds = [
