@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import signal
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
 
 KEY = "QSTEER_API_KEY"
 """The environment's variable that may hold the key."""
+STOPPING = signal.SIGTERM, signal.SIGINT
 
 LEARNING = (
     "robots",
@@ -207,7 +209,7 @@ def open_learning(args: argparse.Namespace, served: "Served") -> "RobotLearning"
     from qsteer.serving import RobotLearning
     from qsteer.serving.learning import ENDLESS
 
-    steps = served.contract.horizon
+    steps = served.interface.horizon
     training = OnlineTraining(
         critic=replace(read_training(args), horizon=steps),
         env_steps=ENDLESS,
@@ -224,24 +226,23 @@ def open_learning(args: argparse.Namespace, served: "Served") -> "RobotLearning"
 async def listen(server: "Server", address: str) -> None:
     """Serve until the process is told to stop, by SIGTERM or an interrupt; then finish what was taken."""
     import asyncio
-    import signal
 
     stop = asyncio.Event()
-    for number in (signal.SIGTERM, signal.SIGINT):
+    for number in STOPPING:
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
     async with server:
         told = server.metadata
         for name, each in told["observations"].items():
             print(f"observation: {name}: {each['kind']} {tuple(each['shape'])}")
-        print(f"actions: ({told['horizon']}, {told['action_dim']}), {told['rule']}, {told['sampler']}")
+        print(f"actions: ({told['horizon']}, {told['action_dim']})")
         if server.learning is not None:
             learnt = server.learning.state()
             print(f"learning: {server.learning.out}, {learnt['rows']} rows, {learnt['updates']} updates")
-        print(
-            f"page: http{'s' if address.startswith('wss') else ''}://{address.partition('://')[2]}:{server.port}/"
-        )
+        print(f"page: {address.replace('ws', 'http', 1)}:{server.port}/")
         print(f"listening: {address}:{server.port}", flush=True)
         await stop.wait()
+        for number in STOPPING:  # a second one does not wait
+            asyncio.get_running_loop().remove_signal_handler(number)
         print("stopping: no more requests are taken", flush=True)
 
 

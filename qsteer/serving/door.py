@@ -87,7 +87,7 @@ def is_loopback(host: str) -> bool:
         ValueError: there is no such name.
     """
     try:
-        found = {info[4][0] for info in socket.getaddrinfo(host or None, None, flags=socket.AI_PASSIVE)}
+        found = {info[4][0] for info in socket.getaddrinfo(host or None, 0, flags=socket.AI_PASSIVE)}
     except (OSError, UnicodeError) as error:
         raise ValueError(f"host: expected an address of this machine, got {host!r} ({error})") from None
     return all(ipaddress.ip_address(str(address).partition("%")[0]).is_loopback for address in found)
@@ -113,7 +113,7 @@ def is_allowed(request: Request, key: str | None, *, browser: bool = False) -> b
         except ValueError:
             return False
         return hmac.compare_digest(password, key.encode())
-    return hmac.compare_digest(given[0].encode(), f"{SCHEME} {key}".encode())
+    return hmac.compare_digest(given[0].encode(errors="surrogateescape"), f"{SCHEME} {key}".encode())
 
 
 def respond(

@@ -116,7 +116,7 @@ class RobotLearning:
     ) -> None:
         if (critic := served.live) is None:
             raise ValueError("served: expected a LiveCritic, got another critic; open_served(learns=...)")
-        steps, horizon = served.contract.horizon, critic.config.horizon
+        steps, horizon = served.interface.horizon, critic.config.horizon
         if not steps == horizon == training.row:
             raise ValueError(
                 f"critic: expected one of the {steps} steps of a reply, which are stored as a row, got a "

@@ -18,7 +18,7 @@ from qsteer.files import read_json
 from qsteer.hub import CONFIG, fetch
 from qsteer.online.actors import HostActor
 from qsteer.policies import FlowPolicy
-from qsteer.serving.requests import Contract, Input
+from qsteer.serving.requests import Input, Interface
 from qsteer.serving.served import Served, ServedHost, ServedStates, stacked
 from qsteer.steering.handle import Handle, steer
 from qsteer.steering.loading import load
@@ -86,12 +86,15 @@ def open_served(
         live = judge if learns is None else LiveCritic(judge)
         inputs = {STATE: Input("numbers", (small.config.obs_dim,))}
         way = parse(arm, maps, clip="policy")
-        contract = Contract(*renamed(inputs, rename), *shape)
+        interface = Interface(*renamed(inputs, rename), *shape)
         return ServedStates(
-            small, live, way.rule, way.sampler, contract, exact=exact, displacement=displacement
+            small, live, way.rule, way.sampler, interface, exact=exact, displacement=displacement
         )
+    from lerobot.utils.import_utils import register_third_party_plugins
+
     from qsteer.data.lerobot import open_policy
 
+    register_third_party_plugins()
     host, before, after = open_policy(policy, device)
     way = parse(arm, maps, clip=None)
     if learns is None:
@@ -129,7 +132,7 @@ def _new_for_host(
     """Return a critic of a lerobot policy's state, and of its features if they are asked for."""
     host = host_of(policy)
     inputs = {name: _input(policy.config, feature) for name, feature in _features(policy.config)}
-    example = Contract(inputs, {}, 1, 1).example()
+    example = Interface(inputs, {}, 1, 1).example()
     batch = preprocess({name: stacked([example], name) for name in inputs} | {"task": [instruction or ""]})
     if (key := learns.observation_key) not in batch:
         raise KeyError(
@@ -158,7 +161,9 @@ def open_steering(
     Arguments and errors are those of :func:`open_served` and :func:`qsteer.load`.
     """
     from lerobot.policies.factory import make_pre_post_processors
+    from lerobot.utils.import_utils import register_third_party_plugins
 
+    register_third_party_plugins()
     folder = fetch(str(path), None, kind="saved steering", needed=STEERING)
     handle = load(folder, device=device)
     if handle.compile is not None:
@@ -190,7 +195,7 @@ def serve_lerobot(
     inputs = {name: _input(config, feature) for name, feature in _features(config)}
     horizon = host.read(policy, host.executed) if handle.executed is None else handle.executed
     dim = config.output_features["action"].shape[0]
-    contract = Contract(
+    interface = Interface(
         *renamed(inputs, rename),
         int(horizon),
         int(dim),
@@ -198,7 +203,7 @@ def serve_lerobot(
         instruction=instruction,
     )
     return ServedHost(
-        handle, contract, preprocess, postprocess, actor=actor, exact=exact, displacement=displacement
+        handle, interface, preprocess, postprocess, actor=actor, exact=exact, displacement=displacement
     )
 
 
@@ -236,7 +241,7 @@ def _prompt_of(
     preprocess: Callable[[dict[str, Any]], Any], inputs: Mapping[str, Input]
 ) -> Literal["needed", "optional"]:
     """Return whether a preprocessor can do without an instruction, which is tried."""
-    example = Contract(inputs, {}, 1, 1).example()
+    example = Interface(inputs, {}, 1, 1).example()
     try:
         preprocess({name: stacked([example], name) for name in inputs})
     except (KeyError, TypeError, ValueError):

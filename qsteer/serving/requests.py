@@ -141,7 +141,7 @@ class Input:
 
 
 @dataclass(frozen=True)
-class Contract:
+class Interface:
     """What a served policy gets and gives.
 
     Attributes:

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_map
 
 from qsteer.adapters import contract_of
-from qsteer.contract import Contract as PolicyContract
+from qsteer.contract import Contract
 from qsteer.critics import Critic, LiveCritic
 from qsteer.flow import ask, ask_members, spread
 from qsteer.online.actors import HostActor
@@ -27,7 +27,7 @@ from qsteer.policies import FlowPolicy
 from qsteer.randomness import seeded
 from qsteer.samplers import Euler, TrustRegion
 from qsteer.sampling import acting, chain_of, nested, rms, sample
-from qsteer.serving.requests import Contract, Decision, Request, Seen
+from qsteer.serving.requests import Decision, Interface, Request, Seen
 from qsteer.steering.handle import Handle
 from qsteer.trace import Step, Trace
 from qsteer.types import Field, Observation, Rule, Sampler, Value
@@ -93,7 +93,7 @@ class Served(ABC):
     """A frozen policy, a critic and a method, behind a server.
 
     Attributes:
-        contract: what the policy gets and gives.
+        interface: what the policy gets and gives.
         rule: bends the velocity; None: nothing does.
         sampler: makes the action.
         exact: each call computes this number of rows, so that a reply is the same to the bit whoever shares
@@ -103,7 +103,7 @@ class Served(ABC):
 
     def __init__(
         self,
-        contract: Contract,
+        interface: Interface,
         rule: Rule | None,
         sampler: Sampler,
         *,
@@ -111,7 +111,7 @@ class Served(ABC):
         displacement: bool = True,
     ) -> None:
         check_rows(sampler)
-        self.contract = replace(contract, exact=exact is not None)
+        self.interface = replace(interface, exact=exact is not None)
         self.exact, self.displacement = exact, displacement
         self.trace = Trace(keep=1, displacement=False)
         self.steer(rule, sampler)
@@ -122,9 +122,9 @@ class Served(ABC):
         return None
 
     @property
-    def policy_contract(self) -> PolicyContract:
+    def policy_contract(self) -> Contract:
         """What the policy was trained on, for a critic that learns from it."""
-        return PolicyContract()
+        return Contract()
 
     def steer(self, rule: Rule | None, sampler: Sampler) -> None:
         """Choose how to act from the next call on; called in the thread that acts."""
@@ -170,16 +170,18 @@ class Served(ABC):
         Raises:
             RuntimeError: they are not.
         """
-        first = self.contract.example()
+        first = self.interface.example()
         (alone,) = self.act([first])
         if isinstance(alone, Exception):
             raise alone
         if self.exact is None:
             return
         for odd in (0, 1):
-            rows = [first if i % 2 == odd else self.contract.example(i + 1) for i in range(self.exact)]
+            rows = [first if i % 2 == odd else self.interface.example(i + 1) for i in range(self.exact)]
             for found in self.act(rows)[odd::2]:
-                if isinstance(found, Exception) or not np.array_equal(found.actions, alone.actions):
+                if isinstance(found, Exception) or not all(
+                    np.array_equal(mine, alone.message()[name]) for name, mine in found.message().items()
+                ):
                     raise RuntimeError(
                         "exact: expected a row to be the same to the bit beside any others, got another on "
                         "this device; leave --exact out, or use --max-batch 1"
@@ -202,7 +204,7 @@ class ServedStates(Served):
         critic: on its device.
         rule: see :class:`Served`.
         sampler: its chain clips to the policy's bounds.
-        contract: with one input, the state.
+        interface: with one input, the state.
         exact: see :class:`Served`.
         displacement: whether replies say it.
 
@@ -216,13 +218,13 @@ class ServedStates(Served):
         critic: Critic | LiveCritic,
         rule: Rule | None,
         sampler: Sampler,
-        contract: Contract,
+        interface: Interface,
         *,
         exact: int | None = None,
         displacement: bool = True,
     ) -> None:
         policy.check_critic(critic.config)
-        super().__init__(contract, rule, sampler, exact=exact, displacement=displacement)
+        super().__init__(interface, rule, sampler, exact=exact, displacement=displacement)
         self.policy, self.critic = policy, critic
 
     @property
@@ -231,7 +233,7 @@ class ServedStates(Served):
         return self.critic if isinstance(self.critic, LiveCritic) else None
 
     @property
-    def policy_contract(self) -> PolicyContract:
+    def policy_contract(self) -> Contract:
         """What the policy was trained on."""
         return self.policy.contract
 
@@ -252,7 +254,7 @@ class ServedHost(Served):
 
     Args:
         handle: what steers it; the server uses its policy alone from now on.
-        contract: what the policy gets and gives.
+        interface: what the policy gets and gives.
         preprocess: turns a batch of observations, images in [0, 1] and instructions under ``"task"``, into
             the policy's; lerobot's preprocessor.
         postprocess: turns (B, A) steps of the policy into the environment's; lerobot's postprocessor.
@@ -269,7 +271,7 @@ class ServedHost(Served):
     def __init__(
         self,
         handle: Handle,
-        contract: Contract,
+        interface: Interface,
         preprocess: Callable[[dict[str, Any]], Any],
         postprocess: Callable[[Tensor], Tensor],
         *,
@@ -289,7 +291,7 @@ class ServedHost(Served):
                 f"policy: expected one that acts on the latest observation, got n_obs_steps={history}: the "
                 "protocol does not say when an episode begins; train it with n_obs_steps=1"
             )
-        super().__init__(contract, handle.rule, handle.sampler, exact=exact, displacement=displacement)
+        super().__init__(interface, handle.rule, handle.sampler, exact=exact, displacement=displacement)
         self.handle, self.preprocess, self.postprocess = handle, preprocess, postprocess
         self.predict = handle.policy.predict_action_chunk if predict is None else predict
         self.actor, self._quiet = actor, Trace(steps=False)
@@ -301,7 +303,7 @@ class ServedHost(Served):
         return critic if isinstance(critic, LiveCritic) else None
 
     @property
-    def policy_contract(self) -> PolicyContract:
+    def policy_contract(self) -> Contract:
         """What the policy was trained on."""
         return contract_of(self.handle.policy) if self.actor is None else self.actor.contract
 
@@ -316,7 +318,7 @@ class ServedHost(Served):
             for name in names
         }
         with self._acting_by(rule, sampler), seeded([request.seed for request in requests]):
-            chunk = self.predict(self.preprocess(batch))[:, : self.contract.horizon]
+            chunk = self.predict(self.preprocess(batch))[:, : self.interface.horizon]
             steps = [self.postprocess(step) for step in chunk.unbind(1)]
         executed = torch.stack(steps, 1).float().cpu().numpy()
         return Planned(executed, chunk, None if self.actor is None else self.actor.seen)
@@ -360,8 +362,9 @@ def mean_strength(steps: Sequence[Step], rows: int) -> list[float]:
     """Return each observation's strength: the mean over its guided steps and candidates; 0 without any."""
     if not steps:
         return [0.0] * rows
-    columns = torch.stack([step.strength.float().unflatten(0, (rows, -1)).nanmean(1) for step in steps])
-    return columns.nanmean(0).nan_to_num(0.0).tolist()
+    found = torch.cat([step.strength.unflatten(0, (rows, -1)) for step in steps], 1).double().cpu().numpy()
+    guided = [row[np.isfinite(row)] for row in found]  # row by row: a sum of columns rounds by their place
+    return [float(row.mean()) if row.size else 0.0 for row in guided]
 
 
 def check_rows(sampler: Sampler) -> None:

@@ -28,6 +28,7 @@ from websockets.http11 import Response
 from websockets.typing import Data
 
 import qsteer
+from qsteer.sampling import nested
 from qsteer.serving.batching import Batcher, BatchLimits, RefusedError
 from qsteer.serving.codec import CodecError, pack, unpack
 from qsteer.serving.door import SCHEME, Rate, ServerLimits, is_allowed, is_loopback, respond
@@ -115,7 +116,7 @@ class Server:
         self._robots: set[ServerConnection] = set()
         self.learning, self._numbers = learning, count(1)
         self.lanes = (
-            Lanes(served.contract.horizon, limits.connections) if learning is None else learning.lanes
+            Lanes(served.interface.horizon, limits.connections) if learning is None else learning.lanes
         )
         self.lanes.on_end = self._end
         self.watch = Watch(self.lanes)
@@ -128,11 +129,11 @@ class Server:
         return {
             "server": "qsteer",
             "version": qsteer.__version__,
-            "rule": repr(served.rule),
-            "sampler": repr(served.sampler),
+            "rule": None if served.rule is None else type(served.rule).__name__,
+            "sampler": ", ".join(type(each).__name__ for each in nested(served.sampler)),
             "exact": served.exact is not None,
             "learns": self.learning is not None,
-            **served.contract.describe(),
+            **served.interface.describe(),
         }
 
     @property
@@ -162,6 +163,7 @@ class Server:
                 self._host,
                 self._port,
                 process_request=self._admit,
+                origins=[None],  # no page of a browser
                 compression=None,
                 max_size=self.limits.message.bytes,
                 max_queue=2,
@@ -170,7 +172,6 @@ class Server:
                 ping_timeout=self.limits.send,
                 close_timeout=self.limits.send,
                 server_header=None,
-                origins=[None],  # no web page drives a robot
                 logger=_websockets,
                 ssl=self._tls,
             )
@@ -315,7 +316,7 @@ class Server:
         return await asyncio.to_thread(self._decode, message)
 
     def _decode(self, message: bytes) -> Request | Told:
-        return self.served.contract.read(
+        return self.served.interface.read(
             unpack(message, self.limits.message), lambda: self._seeds.getrandbits(63)
         )
 

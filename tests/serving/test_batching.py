@@ -186,7 +186,9 @@ def test_leaving_finishes_what_was_taken_and_takes_no_more() -> None:
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"batch": 0}, {"queue": 0}, {"wait": -1.0}, {"timeout": 0.0}], ids=lambda wrong: next(iter(wrong))
+    "wrong",
+    [{"batch": 0}, {"queue": 0}, {"wait": -1.0}, {"timeout": 0.0}],
+    ids=lambda wrong: next(iter(wrong)),
 )
 def test_limits_are_checked(wrong: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=f"BatchLimits.{next(iter(wrong))}"):

@@ -12,18 +12,18 @@ import numpy as np
 from websockets.asyncio.client import ClientConnection, connect
 
 from qsteer.samplers import Euler
-from qsteer.serving import Contract, Decision, Input, Request, Served, Server
+from qsteer.serving import Decision, Input, Interface, Request, Served, Server
 from qsteer.serving.codec import pack, unpack
 
 STATE = "observation.state"
-CONTRACT = Contract({STATE: Input("numbers", (3,))}, {}, horizon=2, action_dim=3)
+INTERFACE = Interface({STATE: Input("numbers", (3,))}, {}, horizon=2, action_dim=3)
 
 
 class Arithmetic(Served):
     """Adds the seed to the state; remembers the size of each call, and may take its time, or fail."""
 
-    def __init__(self, seconds: float = 0.0, contract: Contract = CONTRACT) -> None:
-        super().__init__(contract, None, Euler())
+    def __init__(self, seconds: float = 0.0, interface: Interface = INTERFACE) -> None:
+        super().__init__(interface, None, Euler())
         self.seconds, self.calls = seconds, []
         self.go = threading.Event()
         self.go.set()
@@ -98,6 +98,6 @@ def same(a: Decision | Exception, b: Decision | Exception, *, bits: bool) -> Non
 
 def requests_of(served: Served, count: int, twin: bool = False) -> list[Request]:
     """Requests with observations and seeds of their own."""
-    found = [served.contract.example(seed) for seed in range(1, count + 1)]
+    found = [served.interface.example(seed) for seed in range(1, count + 1)]
     key = found[0].key
     return [replace(each, unsteered_twin=twin, key=key) for each in found]
