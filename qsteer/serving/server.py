@@ -291,11 +291,11 @@ class Server:
         """
         if self._stopping.is_set():
             return None
-        message, stop = (asyncio.ensure_future(c) for c in (connection.recv(), self._stopping.wait()))
+        message = asyncio.ensure_future(connection.recv())
+        stop = asyncio.ensure_future(self._stopping.wait())
+        both: set[asyncio.Future[Any]] = {message, stop}
         try:
-            done, _ = await asyncio.wait(
-                {message, stop}, timeout=self.limits.idle, return_when=asyncio.FIRST_COMPLETED
-            )
+            done, _ = await asyncio.wait(both, timeout=self.limits.idle, return_when=asyncio.FIRST_COMPLETED)
             if message in done:
                 return message.result()
             if stop in done:
@@ -337,8 +337,9 @@ class Server:
     async def _ask(self, request: Request, gone: asyncio.Future[None]) -> Answer:
         """Return what is decided; a request whose robot has gone is dropped."""
         answer = asyncio.ensure_future(self._batcher.submit(request))
+        either: set[asyncio.Future[Any]] = {answer, gone}
         try:
-            await asyncio.wait({answer, gone}, return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
             if answer.done():
                 return answer.result()
             raise ConnectionClosed(None, None)
