@@ -7,8 +7,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 from uuid import uuid4
 
-from openpi_client.websocket_client_policy import WebsocketClientPolicy
-
 
 class Client:
     """Asks a server (``qsteer serve --learn``) for actions, and tells it what came of them.
@@ -29,6 +27,8 @@ class Client:
     """
 
     def __init__(self, host: str = "127.0.0.1", port: int = 8000, api_key: str | None = None) -> None:
+        from openpi_client.websocket_client_policy import WebsocketClientPolicy  # only robots have it
+
         self._policy = WebsocketClientPolicy(host, port, api_key)
         self._episode: str | None = None
         self._told: dict[str, Any] = {}

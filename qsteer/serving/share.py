@@ -26,7 +26,9 @@ class Share:
 
     share: float = 0.5
     clock: Callable[[], float] = time.monotonic
-    _spent: deque[tuple[float, float, bool]] = field(default_factory=deque, init=False, repr=False)
+    _spent: deque[tuple[float, float, float]] = field(default_factory=deque, init=False, repr=False)
+    _acted: float = field(default=0.0, init=False, repr=False)
+    _learnt: float = field(default=0.0, init=False, repr=False)
     _step: float = field(default=0.0, init=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -36,21 +38,26 @@ class Share:
 
     def act(self, seconds: float) -> None:
         """Count a call."""
-        self._count(seconds, learning=False)
+        self._count(seconds, 0.0)
 
     def learn(self, seconds: float, waiting: bool) -> None:
         """Count a step of learning; one that nobody waited for is free."""
         self._step = seconds
         if waiting:
-            self._count(seconds, learning=True)
+            self._count(0.0, seconds)
 
     def allows(self) -> bool:
         """Return whether a step may be taken while requests wait."""
         while self._spent and self._spent[0][0] < self.clock() - WINDOW:
-            self._spent.popleft()
-        learnt = sum(seconds for _, seconds, learning in self._spent if learning) + self._step
-        acted = sum(seconds for _, seconds, learning in self._spent if not learning)
-        return learnt <= self.share * (learnt + acted)
+            self._add(*(-seconds for seconds in self._spent.popleft()[1:]))
+        if not self._spent:  # what rounding has left
+            self._acted = self._learnt = 0.0
+        learnt = self._learnt + self._step
+        return learnt <= self.share * (learnt + self._acted)
 
-    def _count(self, seconds: float, *, learning: bool) -> None:
-        self._spent.append((self.clock(), seconds, learning))
+    def _count(self, acted: float, learnt: float) -> None:
+        self._spent.append((self.clock(), acted, learnt))
+        self._add(acted, learnt)
+
+    def _add(self, acted: float, learnt: float) -> None:
+        self._acted, self._learnt = self._acted + acted, self._learnt + learnt

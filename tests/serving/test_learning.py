@@ -22,6 +22,7 @@ from qsteer.auditing.page import Check
 from qsteer.critics import Critic, LiveCritic
 from qsteer.serving import BatchLimits, RobotLearning, Server
 from qsteer.serving.options import OWN, RequestError
+from qsteer.serving.share import Share
 
 PASS = Check("stored", "", "pass", "fine", "")
 FAIL = Check("stored", "", "fail", "noise is preferred", "")
@@ -111,8 +112,8 @@ def test_while_requests_wait_the_share_is_kept(tmp_path: Path, passing: None) ->
     fill(learns, 200)
     while learns.learner.update < 1:
         learns.slice(False)
-    learns.share._spent.clear()
-    learns.share._step = 0.01
+    learns.share = Share(0.25, clock)
+    learns.share.learn(0.01, waiting=False)
     assert not learns.slice(True)  # nothing was acted
     before = learns.learner.update
     learns.share.act(0.1)
