@@ -38,7 +38,7 @@ class Worker:
     """Does what a server's worker thread does with messages."""
 
     def __init__(self, learns: RobotLearning | None) -> None:
-        self.server = Server(served() if learns is None else learns.served, learning=learns)
+        self.server = Server(served(learns=False) if learns is None else learns.served, learning=learns)
 
     def send(self, robot: int, message: Any) -> Any:
         """The reply: an answer, a map, or the error."""

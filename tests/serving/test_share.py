@@ -81,6 +81,8 @@ def test_at_most_one_step_between_two_calls_and_all_the_time_without_requests() 
                 await asyncio.sleep(0.01)
             events.append("run")
             await batcher.run(lambda: None)
+            while events[-1] != "nothing":
+                await asyncio.sleep(0.01)
 
     asyncio.run(main())
     first, last = events.index("act"), len(events) - 1 - events[::-1].index("act")
@@ -88,7 +90,7 @@ def test_at_most_one_step_between_two_calls_and_all_the_time_without_requests() 
     assert busy.count("act") == 20 and busy.count("step") == 19
     assert all(a != b for a, b in itertools.pairwise(busy))  # one step between two calls
     assert events.count("idle") == 50
-    assert "nothing" in events[events.index("run") :]  # what ran in between may have made work
+    # What ran in between may have made work, and so it was asked for again.
 
 
 def test_what_runs_beside_is_not_asked_for_again_and_again() -> None:
