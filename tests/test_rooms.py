@@ -35,7 +35,7 @@ ORDER = (
     ("bench",),
     ("evaluation",),
     ("experiments",),
-    ("serving",),
+    ("serving", "client"),
     ("cli",),
 )
 """A room may use those above it, and itself."""

@@ -71,11 +71,15 @@ def _at(probe: Probe, a: Float[Tensor, "B H A"]) -> tuple[Tensor, Tensor, Tensor
         each = torch.stack([_gradient(probe, q, a) for q in ask_members(probe.value, a)])
         whole = _gradient(probe, ask(probe.value, a), a)
         other = torch.full_like(whole, torch.nan) if probe.other is None else _of(probe, probe.other, a)
-    j, unit = len(each), each / each.norm(dim=-1, keepdim=True).clamp(min=1e-300)
-    cosine = (unit.sum(0).square().sum(-1) - unit.square().sum(-1).sum(0)) / max(j * (j - 1), 1)
     mean = each.mean(0)
     share = (whole - mean).norm(dim=-1) / mean.norm(dim=-1)
-    return cosine, share, torch.cosine_similarity(whole, other, dim=-1)
+    return cosines(each), share, torch.cosine_similarity(whole, other, dim=-1)
+
+
+def cosines(each: Float[Tensor, "J B D"]) -> Float[Tensor, "B"]:
+    """Return the mean cosine between the members' gradients; 0 of a single one."""
+    j, unit = len(each), each / each.norm(dim=-1, keepdim=True).clamp(min=1e-300)
+    return (unit.sum(0).square().sum(-1) - unit.square().sum(-1).sum(0)) / max(j * (j - 1), 1)
 
 
 def _of(probe: Probe, value: Value, a: Tensor) -> Tensor:

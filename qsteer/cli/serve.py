@@ -3,6 +3,7 @@
 import argparse
 import os
 import signal
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,16 +18,34 @@ from qsteer.cli.options import (
     positive_float,
     positive_int,
     refuse_given,
+    select_given,
+    start_run,
 )
 
 if TYPE_CHECKING:
     import ssl
 
-    from qsteer.serving import Served, Server
+    from qsteer.serving import RobotLearning, Served, Server
+    from qsteer.training.critic import CriticTraining
 
 KEY = "QSTEER_API_KEY"
 """The environment's variable that may hold the key."""
 STOPPING = signal.SIGTERM, signal.SIGINT
+
+LEARNING = (
+    "robots",
+    "warmup",
+    "updates-per-step",
+    "learn-share",
+    "target",
+    "gamma",
+    "ema",
+    "members",
+    "features",
+    "capacity",
+)
+NEEDED = {False: ("policy", "critic", "rule"), True: ("policy", "rule")}
+"""What must be given, with a critic that learns and with one that does not."""
 
 
 def add_parser(commands: Commands) -> None:
@@ -60,6 +79,24 @@ def add_parser(commands: Commands) -> None:
         "--threads", type=positive_int, default=1, help="of torch, for large policies on a CPU"
     )
     add_plugin_option(parser)
+    group = parser.add_argument_group("learning from the robots")
+    group.add_argument(
+        "--learn", type=Path, metavar="DIR", help="learn the critic from the robots; run directory"
+    )
+    group.add_argument("--robots", type=positive_int, help="most robots that it learns from; default: 16")
+    group.add_argument("--warmup", type=natural_int, help="unsteered steps at first; default: 2000")
+    group.add_argument("--updates-per-step", type=positive_float, help="gradient steps; default: 1")
+    group.add_argument(
+        "--learn-share", type=natural_float, help="most of the time in which requests wait; default: 0.5"
+    )
+    group.add_argument("--target", choices=["sarsa", "iql", "monte_carlo"], help="default: sarsa")
+    group.add_argument("--gamma", type=positive_float, help="discount per step; default: 0.99")
+    group.add_argument("--ema", type=positive_float, help="of the critic that acts; default: 0.005")
+    group.add_argument("--members", type=positive_int, help="of a new critic's ensemble; default: 4")
+    group.add_argument("--features", action="store_true", help="a new critic sees the policy's features, too")
+    group.add_argument(
+        "--capacity", type=positive_int, help="replies kept of each robot, the latest; default: 20000"
+    )
     group = parser.add_argument_group("calls")
     group.add_argument("--max-batch", type=positive_int, default=16, help="most requests of a call")
     group.add_argument("--max-wait-ms", type=natural_float, default=5.0, help="for others to share a call")
@@ -93,9 +130,11 @@ def run(args: argparse.Namespace) -> None:
     from qsteer.serving import BatchLimits, Server, ServerLimits
     from qsteer.serving.codec import CodecLimits
 
+    if args.learn is None:
+        refuse_given(args, LEARNING, "without --learn")
     if args.steering is not None:
-        refuse_given(args, ("policy", "critic", "rule", "maps"), "beside --steering")
-    elif missing := [name for name in ("policy", "critic", "rule") if getattr(args, name) is None]:
+        refuse_given(args, ("policy", "critic", "rule", "maps", "learn"), "beside --steering")
+    elif missing := [name for name in NEEDED[args.learn is not None] if getattr(args, name) is None]:
         raise ValueError(f"--{missing[0]}: expected one, got none; give it, or --steering")
     import torch
 
@@ -110,8 +149,10 @@ def run(args: argparse.Namespace) -> None:
     key, tls = read_key(args.api_key_file), read_tls(args.tls_cert, args.tls_key)
     if args.plugin:
         import_plugins(args)
+    served = open_policy(args)
     server = Server(
-        open_policy(args),
+        served,
+        learning=None if args.learn is None else open_learning(args, served),
         host=args.host,
         port=args.port,
         batching=batching,
@@ -143,6 +184,8 @@ def open_policy(args: argparse.Namespace) -> "Served":
         args.policy,
         args.critic,
         args.rule,
+        learns=None if args.learn is None else read_training(args),
+        features=args.features,
         maps=Maps.load(args.maps).to(args.device) if args.maps else None,
         device=args.device,
         rename=dict(args.rename),
@@ -150,6 +193,34 @@ def open_policy(args: argparse.Namespace) -> "Served":
         exact=exact,
         displacement=displacement,
     )
+
+
+def read_training(args: argparse.Namespace) -> "CriticTraining":
+    """Return how the critic learns."""
+    from qsteer.training.critic import CriticTraining
+
+    given = select_given(args, "target", "gamma", "ema", "members", "seed")
+    return replace(CriticTraining(target="sarsa", ema=0.005), **given)
+
+
+def open_learning(args: argparse.Namespace, served: "Served") -> "RobotLearning":
+    """Return what learns from the robots, as the run directory has it."""
+    from qsteer.online.settings import OnlineTraining
+    from qsteer.serving import RobotLearning
+    from qsteer.serving.learning import ENDLESS
+
+    steps = served.interface.horizon
+    training = OnlineTraining(
+        critic=replace(read_training(args), horizon=steps),
+        env_steps=ENDLESS,
+        num_envs=args.robots or 16,
+        row=steps,
+        capacity=args.capacity or 20_000,
+        evaluate_every=0,
+        **select_given(args, "warmup", "updates_per_step"),
+    )
+    share = {} if args.learn_share is None else {"share": args.learn_share}
+    return RobotLearning(served, start_run(args, args.learn), training, **share)
 
 
 async def listen(server: "Server", address: str) -> None:
@@ -164,6 +235,10 @@ async def listen(server: "Server", address: str) -> None:
         for name, each in told["observations"].items():
             print(f"observation: {name}: {each['kind']} {tuple(each['shape'])}")
         print(f"actions: ({told['horizon']}, {told['action_dim']})")
+        if server.learning is not None:
+            learnt = server.learning.state()
+            print(f"learning: {server.learning.out}, {learnt['rows']} rows, {learnt['updates']} updates")
+        print(f"page: {address.replace('ws', 'http', 1)}:{server.port}/")
         print(f"listening: {address}:{server.port}", flush=True)
         await stop.wait()
         for number in STOPPING:  # a second one does not wait

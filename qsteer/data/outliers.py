@@ -1,6 +1,7 @@
 """Rewards that no task gives: a sensor's mistakes, told from rare successes by their size and number."""
 
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Bool
@@ -9,6 +10,24 @@ from torch import Tensor
 FAR, RARE = 2.0**14, 0.01
 """Size over the usual size, and share of the rewards other than zero, from which on and below which rewards
 are outliers."""
+
+
+class Outlier(NamedTuple):
+    """A reward that was refused.
+
+    Attributes:
+        lane: environment.
+        episode: of the environment, counted from 0 in this process.
+        length: steps of the episode so far.
+        reward: of the row.
+        limit: the absolute value from which on rewards are outliers.
+    """
+
+    lane: int
+    episode: int
+    length: int
+    reward: float
+    limit: float
 
 
 @dataclass

@@ -38,20 +38,29 @@ class Decision(NamedTuple):
 
 
 @runtime_checkable
-class Actor(Protocol):
-    """A frozen policy and the critic that may steer it.
+class Steered(Protocol):
+    """A frozen policy whose steering can be changed while it acts.
 
     Attributes:
-        noise_shape: of one chunk's noise.
         trace: records the guided steps of the latest actions.
     """
 
-    noise_shape: tuple[int, ...]
     trace: Trace
 
     def steer(self, rule: Rule | None, sampler: Sampler | None) -> None:
         """Choose how to act from now on; neither rule nor sampler: the unsteered policy."""
         ...
+
+
+@runtime_checkable
+class Actor(Steered, Protocol):
+    """A frozen policy and the critic that may steer it.
+
+    Attributes:
+        noise_shape: of one chunk's noise.
+    """
+
+    noise_shape: tuple[int, ...]
 
     def act(self, obs: Any, noise: Tensor) -> Decision:
         """Return a chunk for each of the environment's own observations ``obs``, on the CPU."""
@@ -197,6 +206,16 @@ class HostActor:
     def contract(self) -> Contract:
         """What the policy gets and gives; of a chunk, the steps that the critic sees are executed."""
         return contract_of(self.handle.policy) | Contract(horizon=self._critic.config.horizon)
+
+    @property
+    def critic(self) -> LiveCritic | Critic:
+        """The critic."""
+        return self._critic.critic
+
+    @property
+    def seen(self) -> Observation:
+        """What the critic saw of the latest observations."""
+        return self._critic.seen
 
     @property
     def trace(self) -> Trace:

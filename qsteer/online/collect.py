@@ -4,7 +4,7 @@ import warnings
 from collections.abc import Callable, Mapping
 from operator import itemgetter
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -12,7 +12,7 @@ from jaxtyping import Int
 from torch.utils._pytree import tree_map
 
 from qsteer.data.layout import Rows, find_finite
-from qsteer.data.outliers import RewardScale
+from qsteer.data.outliers import Outlier, RewardScale
 from qsteer.envs.cluster import Cluster
 from qsteer.envs.limits import Limits
 from qsteer.envs.rollouts import MakeEnv, Simulators, to_tensors
@@ -21,24 +21,6 @@ from qsteer.types import Observation
 
 IN_A_ROW = 5
 """Failures in a row, without a success between them, after which a run stops."""
-
-
-class Outlier(NamedTuple):
-    """A reward that was refused.
-
-    Attributes:
-        lane: environment.
-        episode: of the environment, counted from 0 in this process.
-        length: steps of the episode so far.
-        reward: of the row.
-        limit: the absolute value from which on rewards are outliers.
-    """
-
-    lane: int
-    episode: int
-    length: int
-    reward: float
-    limit: float
 
 
 type LaneActor = Callable[[Any, Int[np.ndarray, "N"]], Decision]

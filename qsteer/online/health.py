@@ -141,6 +141,11 @@ class Health:
         self._since_keep = 0
         self._kept.append((deepcopy(learner.state_dict()), deepcopy(optimizer.state_dict()), self._inside))
 
+    def begin(self, learner: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+        """Forget the kept states, and keep this one: another critic was put in the place of the former."""
+        self._kept.clear()
+        self.keep(learner, optimizer)
+
     def restore(self, learner: nn.Module, optimizer: torch.optim.Optimizer) -> None:
         """Put the last kept state back, bit for bit; if that is ill again before it recovers, the one before.
 

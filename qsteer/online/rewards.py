@@ -1,19 +1,15 @@
 """Rewards that only a sensor's mistake explains are kept from the critic, and listed."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from tqdm import tqdm
 
 from qsteer.data.episodes import Chunks
-from qsteer.data.outliers import RewardScale
+from qsteer.data.outliers import Outlier, RewardScale
 from qsteer.data.replay import Replay
 from qsteer.files import append_json_line
 from qsteer.online.health import Health
 from qsteer.online.settings import OnlineTraining
-
-if TYPE_CHECKING:  # needs gymnasium
-    from qsteer.online.collect import Outlier
 
 OUTLIERS = "outliers.jsonl"
 
@@ -51,7 +47,7 @@ class RewardGuard:
             gamma = training.critic.gamma
             self.health.observe_rewards(rewards * sum(gamma**k for k in range(training.row)))
 
-    def list_outliers(self, outliers: "list[Outlier]", env_steps: int) -> None:
+    def list_outliers(self, outliers: list[Outlier], env_steps: int) -> None:
         """Write down what was refused at the door."""
         for outlier in outliers:
             append_json_line(self.out / OUTLIERS, {"env_steps": env_steps} | outlier._asdict())

@@ -2,6 +2,7 @@
 
 from qsteer.serving.batching import Batcher, BatchLimits
 from qsteer.serving.door import ServerLimits
+from qsteer.serving.learning import RobotLearning
 from qsteer.serving.opening import open_served, open_steering
 from qsteer.serving.requests import Decision, Input, Interface, Request
 from qsteer.serving.served import Served, ServedHost, ServedStates
@@ -14,6 +15,7 @@ __all__ = [
     "Input",
     "Interface",
     "Request",
+    "RobotLearning",
     "Served",
     "ServedHost",
     "ServedStates",

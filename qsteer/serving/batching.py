@@ -76,6 +76,8 @@ class Batcher[R: Batchable, D]:
         limits: how requests are gathered.
         clients: how many may have a request in flight; None: not known.
         on_call: is told how many requests a call takes, and how many go on waiting.
+        idle: ``waiting -> more``: does a little other work in the worker thread, and says whether there is
+            more: once between two calls while requests wait, and again and again while none does.
 
     Use it inside the event loop: ``async with Batcher(act) as batcher: await batcher.submit(request)``.
     Leaving finishes what was taken.
@@ -88,8 +90,10 @@ class Batcher[R: Batchable, D]:
         *,
         clients: Callable[[], int] | None = None,
         on_call: Callable[[int, int], None] | None = None,
+        idle: Callable[[bool], bool] | None = None,
     ) -> None:
         self.act, self.limits, self.clients, self.on_call = act, limits, clients, on_call
+        self.idle = idle
         self._waiting: deque[_Waiting[R, D]] = deque()
         self._changed = asyncio.Event()
         self._closing = False
@@ -141,14 +145,22 @@ class Batcher[R: Batchable, D]:
 
     async def run[T](self, work: Callable[[], T]) -> T:
         """Return what ``work`` returns in the worker thread, between two calls."""
+        try:
+            return await self._run(work)
+        finally:
+            self._changed.set()  # there may be something to do while nothing waits
+
+    async def _run[T](self, work: Callable[[], T]) -> T:
         return await asyncio.get_running_loop().run_in_executor(self._worker, work)
 
-    async def drain(self) -> None:
-        """Take no more requests, finish those that were taken, and let the worker go."""
+    async def drain(self, last: Callable[[], None] | None = None) -> None:
+        """Take no more requests, finish those taken, do the ``last`` work, and let the worker go."""
         self._closing = True
         self._changed.set()
         if self._dispatcher is not None:
             await self._dispatcher
+        if last is not None:
+            await self._run(last)
         self._worker.shutdown(wait=False)
 
     async def _dispatch(self) -> None:
@@ -157,7 +169,8 @@ class Batcher[R: Batchable, D]:
             if not self._waiting:
                 if self._closing:
                     return
-                await self._changed.wait()
+                if self.idle is None or not await self._run(partial(self.idle, False)):
+                    await self._changed.wait()
                 continue
             left = self._waiting[0].since + self.limits.wait - time.monotonic()
             if left > 0 and not self._closing and len(self._next()) < self._enough():
@@ -168,6 +181,8 @@ class Batcher[R: Batchable, D]:
                     pass
                 continue
             await self._call(self._next())
+            if self.idle is not None and self._waiting:
+                await self._run(partial(self.idle, True))
 
     def _enough(self) -> int:
         """Return how many requests need not wait for others."""
@@ -183,7 +198,7 @@ class Batcher[R: Batchable, D]:
             self._waiting.remove(entry)
         if self.on_call is not None:
             self.on_call(len(taken), len(self._waiting))
-        replies = await self.run(partial(self._reply, [entry.request for entry in taken]))
+        replies = await self._run(partial(self._reply, [entry.request for entry in taken]))
         for entry, reply in zip(taken, replies, strict=True):
             if entry.reply.done():
                 continue  # its caller has gone

@@ -1,9 +1,11 @@
 """Who may come in: loopback or a key, so many connections, and so many requests a second of each."""
 
+import base64
 import hmac
 import ipaddress
 import socket
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from http import HTTPStatus
 
@@ -91,20 +93,35 @@ def is_loopback(host: str) -> bool:
     return all(ipaddress.ip_address(str(address).partition("%")[0]).is_loopback for address in found)
 
 
-def is_allowed(request: Request, key: str | None) -> bool:
-    """Return whether a request carries the key, compared in constant time; without a key, all do."""
+def is_allowed(request: Request, key: str | None, *, browser: bool = False) -> bool:
+    """Return whether a request carries the key, compared in constant time; without a key, all do.
+
+    Args:
+        request: over HTTP.
+        key: that is expected.
+        browser: take it as a password, too, with any name: what a browser asks a person for.
+    """
     if key is None:
         return True
     given = request.headers.get_all("Authorization")
-    return len(given) == 1 and hmac.compare_digest(
-        given[0].encode(errors="surrogateescape"), f"{SCHEME} {key}".encode()
-    )
+    if len(given) != 1:
+        return False
+    scheme, _, credentials = given[0].partition(" ")
+    if browser and scheme.lower() == "basic":
+        try:
+            _, _, password = base64.b64decode(credentials, validate=True).partition(b":")
+        except ValueError:
+            return False
+        return hmac.compare_digest(password, key.encode())
+    return hmac.compare_digest(given[0].encode(errors="surrogateescape"), f"{SCHEME} {key}".encode())
 
 
-def respond(connection: ServerConnection, status: HTTPStatus, text: str, kind: str | None = None) -> Response:
-    """Return an answer over HTTP, after which the connection is closed."""
+def respond(
+    connection: ServerConnection, status: HTTPStatus, text: str, headers: Mapping[str, str] | None = None
+) -> Response:
+    """Return an answer over HTTP, after which the connection is closed; given headers replace the usual."""
     response = connection.respond(status, text)
-    if kind is not None:
-        response.headers = Headers([(n, v) for n, v in response.headers.raw_items() if n != "Content-Type"])
-        response.headers["Content-Type"] = kind
+    own = {name.lower() for name in headers or {}}
+    kept = [(name, value) for name, value in response.headers.raw_items() if name.lower() not in own]
+    response.headers = Headers([*kept, *(headers or {}).items()])
     return response

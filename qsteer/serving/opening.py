@@ -2,22 +2,29 @@
 
 import logging
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
 from torch import Tensor
 
+from qsteer.adapters import host_of
 from qsteer.adapters.files import PROCESSORS
-from qsteer.critics import Critic
+from qsteer.critics import Critic, LiveCritic
+from qsteer.critics.encoders import pooled
 from qsteer.evaluation.arms import Maps, parse
 from qsteer.files import read_json
 from qsteer.hub import CONFIG, fetch
+from qsteer.online.actors import HostActor
 from qsteer.policies import FlowPolicy
 from qsteer.serving.requests import Input, Interface
 from qsteer.serving.served import Served, ServedHost, ServedStates, stacked
 from qsteer.steering.handle import Handle, steer
 from qsteer.steering.loading import load
+from qsteer.steering.opening import open_action
 from qsteer.steering.saving import STEERING
+from qsteer.training.critic import CriticTraining, fresh_critic
 
 logger = logging.getLogger(__name__)
 
@@ -29,9 +36,11 @@ RESIZING = ("resize_imgs_with_padding", "image_resolution")
 
 def open_served(
     policy: str | Path,
-    critic: str | Path,
+    critic: str | Path | None,
     arm: str,
     *,
+    learns: CriticTraining | None = None,
+    features: bool = False,
     maps: Maps | None = None,
     device: str = "cpu",
     rename: Mapping[str, str] | None = None,
@@ -43,8 +52,11 @@ def open_served(
 
     Args:
         policy: directory or hub name of a lerobot policy, or of a :class:`~qsteer.policies.FlowPolicy`.
-        critic: directory or hub name of its critic.
+        critic: directory or hub name of its critic; None, if it learns: a new one.
         arm: how it steers, see :func:`qsteer.evaluation.arms.parse`.
+        learns: how the critic learns, for :class:`~qsteer.serving.learning.RobotLearning`; of a new one, also
+            its shape, but for the horizon, which is the policy's. None: it stays as it is.
+        features: a new critic of a lerobot policy sees the policy's features, too.
         maps: learnt maps which the arm may ask for, on the device.
         device: where the networks go.
         rename: a client's names of observations, and the policy's.
@@ -58,17 +70,25 @@ def open_served(
         TypeError: no Host record describes the policy.
     """
     folder = fetch(str(policy), None, kind="policy", needed=CONFIG, whole=False)
-    judge = Critic.from_pretrained(critic).to(device).requires_grad_(False).eval()
+    if critic is None and learns is None:
+        raise ValueError("critic: expected one, got none; name it, or let a new one learn")
+    judge = None if critic is None else Critic.from_pretrained(critic).to(device).requires_grad_(False).eval()
+    live: Critic | LiveCritic
     if "type" not in read_json(folder / CONFIG):
         small = FlowPolicy.from_pretrained(policy).to(device).requires_grad_(False).eval()
-        if instruction is not None:
-            raise ValueError("instruction: expected none for a policy of states, got one; leave it out")
+        if instruction is not None or features:
+            raise ValueError(
+                "instruction, features: expected none for a policy of states, got one; leave it out"
+            )
         shape = small.config.horizon, small.config.action_dim
+        if judge is None:
+            judge = _new(replace(_given(learns), horizon=shape[0]), small.config.obs_dim, shape[1]).to(device)
+        live = judge if learns is None else LiveCritic(judge)
         inputs = {STATE: Input("numbers", (small.config.obs_dim,))}
         way = parse(arm, maps, clip="policy")
         interface = Interface(*renamed(inputs, rename), *shape)
         return ServedStates(
-            small, judge, way.rule, way.sampler, interface, exact=exact, displacement=displacement
+            small, live, way.rule, way.sampler, interface, exact=exact, displacement=displacement
         )
     from lerobot.utils.import_utils import register_third_party_plugins
 
@@ -77,8 +97,54 @@ def open_served(
     register_third_party_plugins()
     host, before, after = open_policy(policy, device)
     way = parse(arm, maps, clip=None)
-    handle = steer(host, judge, way.rule, sampler=way.sampler)
-    return serve_lerobot(handle, before, after, rename, instruction, exact=exact, displacement=displacement)
+    if learns is None:
+        assert judge is not None  # checked above
+        handle = steer(host, judge, way.rule, sampler=way.sampler)
+        return serve_lerobot(
+            handle, before, after, rename, instruction, exact=exact, displacement=displacement
+        )
+    if judge is None:
+        judge = _new_for_host(host, before, learns, features, instruction).to(device)
+    actor = HostActor(host, LiveCritic(judge), before, after)
+    actor.steer(way.rule, way.sampler)
+    return serve_lerobot(
+        actor.handle, before, after, rename, instruction, actor=actor, exact=exact, displacement=displacement
+    )
+
+
+def _given(learns: CriticTraining | None) -> CriticTraining:
+    assert learns is not None  # or there is a critic
+    return learns
+
+
+def _new(learns: CriticTraining, obs_dim: int, action_dim: int, features: int = 0) -> Critic:
+    shape = replace(learns.critic_config(obs_dim, action_dim), features=features)
+    return fresh_critic(shape, [learns.seed]).requires_grad_(False).eval()
+
+
+def _new_for_host(
+    policy: Any,
+    preprocess: Callable[[dict[str, Any]], Any],
+    learns: CriticTraining,
+    features: bool,
+    instruction: str | None,
+) -> Critic:
+    """Return a critic of a lerobot policy's state, and of its features if they are asked for."""
+    host = host_of(policy)
+    inputs = {name: _input(policy.config, feature) for name, feature in _features(policy.config)}
+    example = Interface(inputs, {}, 1, 1).example()
+    batch = preprocess({name: stacked([example], name) for name in inputs} | {"task": [instruction or ""]})
+    if (key := learns.observation_key) not in batch:
+        raise KeyError(
+            f"policy's batch: expected the state under {key!r}, which a new critic sees, got "
+            f"{sorted(batch)}; give a critic of the policy's views"
+        )
+    size = 0
+    if features:
+        with torch.no_grad(), torch.random.fork_rng(range(torch.cuda.device_count())):
+            size = pooled(open_action(policy, dict(batch)).field.features).shape[1]
+    learns = replace(learns, horizon=int(host.read(policy, host.executed)))
+    return _new(learns, batch[key].shape[1], host.action_dim(policy), size)
 
 
 def open_steering(
@@ -119,20 +185,14 @@ def serve_lerobot(
     rename: Mapping[str, str] | None = None,
     instruction: str | None = None,
     *,
+    actor: HostActor | None = None,
     exact: int | None = None,
     displacement: bool = True,
 ) -> ServedHost:
     """Return a steered lerobot policy with its processors, to be served; see :func:`open_served`."""
     policy, host = handle.policy, handle.host
     config = policy.config
-    resized = any(getattr(config, name, None) for name in RESIZING)
-    inputs = {
-        name: Input("image", tuple(feature.shape), resized)
-        if feature.type.value == "VISUAL"
-        else Input("numbers", tuple(feature.shape))
-        for name, feature in config.input_features.items()
-        if "empty_camera" not in name  # filled in by the policy
-    }
+    inputs = {name: _input(config, feature) for name, feature in _features(config)}
     horizon = host.read(policy, host.executed) if handle.executed is None else handle.executed
     dim = config.output_features["action"].shape[0]
     interface = Interface(
@@ -142,7 +202,21 @@ def serve_lerobot(
         prompt=_prompt_of(preprocess, inputs),
         instruction=instruction,
     )
-    return ServedHost(handle, interface, preprocess, postprocess, exact=exact, displacement=displacement)
+    return ServedHost(
+        handle, interface, preprocess, postprocess, actor=actor, exact=exact, displacement=displacement
+    )
+
+
+def _features(config: Any) -> list[tuple[str, Any]]:
+    """Return what a lerobot policy is sent, by name; the rest it fills in itself."""
+    return [(name, each) for name, each in config.input_features.items() if "empty_camera" not in name]
+
+
+def _input(config: Any, feature: Any) -> Input:
+    resized = any(getattr(config, name, None) for name in RESIZING)
+    if feature.type.value == "VISUAL":
+        return Input("image", tuple(feature.shape), resized)
+    return Input("numbers", tuple(feature.shape))
 
 
 def renamed(

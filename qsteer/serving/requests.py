@@ -5,50 +5,14 @@ from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
+from torch import Tensor
 
 from qsteer.serving.codec import short
+from qsteer.serving.options import OWN, Feedback, Options, RequestError, Told
+from qsteer.types import Observation
 
-OWN = "qsteer"
-"""The key of a message that is the server's, and not an observation: see :class:`Options`."""
 PROMPTS = ("prompt", "task")
 """Keys of the instruction, openpi's and lerobot's; a request has one of them."""
-SEEDS = 2**63
-
-
-class RequestError(ValueError):
-    """A request that cannot be answered; its text is for the client."""
-
-
-@dataclass(frozen=True)
-class Options:
-    """What a message may ask for under :data:`OWN`, beside its observations.
-
-    Attributes:
-        seed: of the request's noise, in [0, 2**63); None: the server draws one.
-        unsteered_twin: send the frozen policy's own chunk of the same noise, too.
-    """
-
-    seed: int | None = None
-    unsteered_twin: bool = False
-
-    @classmethod
-    def read(cls, found: Any) -> "Options":
-        """Return the options in a message's map.
-
-        Raises:
-            RequestError: it holds something else.
-        """
-        if not isinstance(found, Mapping) or (unknown := found.keys() - cls.__dataclass_fields__.keys()):
-            got = short(sorted(map(str, unknown))) if isinstance(found, Mapping) else type(found).__name__
-            raise RequestError(
-                f"{OWN}: expected a map of {', '.join(cls.__dataclass_fields__)}, got {got}; leave others out"
-            )
-        seed, twin = found.get("seed"), found.get("unsteered_twin", False)
-        if seed is not None and (type(seed) is not int or not 0 <= seed < SEEDS):
-            raise RequestError(f"{OWN}.seed: expected a whole number in [0, 2**63), got {short(seed)}")
-        if type(twin) is not bool:
-            raise RequestError(f"{OWN}.unsteered_twin: expected true or false, got {short(twin)}")
-        return cls(seed, twin)
 
 
 @dataclass(frozen=True, eq=False)
@@ -60,12 +24,28 @@ class Request:
         seed: of its noise.
         unsteered_twin: whether the frozen policy's own chunk is asked for, too.
         key: requests of one key may share a call.
+        feedback: what came of the last actions; None: nothing is told.
+        robot: number of the connection.
     """
 
     observation: Mapping[str, Any]
     seed: int
     unsteered_twin: bool = False
     key: Hashable = None
+    feedback: Feedback | None = None
+    robot: int = 0
+
+
+class Seen(NamedTuple):
+    """What a critic saw of a decision, on its device.
+
+    Attributes:
+        observation: (1, ...).
+        actions: (1, H, A), in the policy's units, without padding.
+    """
+
+    observation: Observation
+    actions: Tensor
 
 
 class Decision(NamedTuple):
@@ -80,6 +60,7 @@ class Decision(NamedTuple):
             replies do not say it.
         seed: of the noise: the same seed and observation give the same reply.
         unsteered_actions: (H, A), the frozen policy's own from the same noise; None: it was not asked for.
+        seen: what a critic that learns keeps of it, inside the server; None: no critic learns.
     """
 
     actions: np.ndarray
@@ -89,6 +70,7 @@ class Decision(NamedTuple):
     displacement: float | None
     seed: int
     unsteered_actions: np.ndarray | None = None
+    seen: Seen | None = None
 
     def equals(self, other: "Decision") -> bool:
         """Return whether two decisions are the same to the bit."""
@@ -97,7 +79,8 @@ class Decision(NamedTuple):
 
     def message(self) -> dict[str, Any]:
         """Return the reply's own entries."""
-        return {name: value for name, value in self._asdict().items() if value is not None}
+        told = self._replace(seen=None)._asdict()
+        return {name: value for name, value in told.items() if value is not None}
 
 
 @dataclass(frozen=True)
@@ -185,8 +168,8 @@ class Interface:
     instruction: str | None = None
     exact: bool = False
 
-    def read(self, message: Any, draw_seed: Callable[[], int]) -> Request:
-        """Return the request in a decoded message.
+    def read(self, message: Any, draw_seed: Callable[[], int]) -> Request | Told:
+        """Return the request in a decoded message, or what it tells without an observation.
 
         Args:
             message: the client's; entries that are not asked for are left out.
@@ -197,13 +180,22 @@ class Interface:
         """
         if not isinstance(message, dict):
             raise RequestError(f"message: expected a map of observations, got {type(message).__name__}")
+        options = Options.read(message.get(OWN, {}))
+        if options.feedback is not None:
+            self._check_steps(options.feedback)
+        if message.keys() == {OWN} and (options.command or options.feedback):
+            return Told(options.feedback, options.command)
+        if options.command or (options.feedback and options.feedback.ends):
+            raise RequestError(
+                f"{OWN}: expected a command, or the end of an episode, in a message of its own, got "
+                "observations beside it; send the next episode's first observation after the reply"
+            )
         if missing := [name for name in self.inputs if name not in message]:
             raise RequestError(
                 f"observation: expected {sorted(self.inputs)}, got no {missing} among "
                 f"{short(sorted(map(str, message)))}; name it so, or start the server with --rename "
                 f"YOURS={self.names.get(missing[0], missing[0])}"
             )
-        options = Options.read(message.get(OWN, {}))
         observation: dict[str, Any] = {
             self.names.get(name, name): each.read(name, message[name]) for name, each in self.inputs.items()
         }
@@ -213,7 +205,14 @@ class Interface:
             observation["task"] = prompt
         seed = draw_seed() if options.seed is None else options.seed
         key = shapes, prompt if self.exact else prompt is None
-        return Request(observation, seed, options.unsteered_twin, key)
+        return Request(observation, seed, options.unsteered_twin, key, options.feedback)
+
+    def _check_steps(self, feedback: Feedback) -> None:
+        if len(feedback.rewards) > self.horizon:
+            raise RequestError(
+                f"{OWN}.rewards: expected at most {self.horizon}, one of each step of the last reply, got "
+                f"{len(feedback.rewards)}; tell of them with every request"
+            )
 
     def _read_prompt(self, message: Mapping[str, Any]) -> str | None:
         given = next((message[name] for name in PROMPTS if name in message), self.instruction)

@@ -9,23 +9,48 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from typing import Any
+from operator import itemgetter
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from torch.utils._pytree import tree_map
 
+from qsteer.adapters import contract_of
+from qsteer.contract import Contract
 from qsteer.critics import Critic, LiveCritic
 from qsteer.flow import ask, ask_members, spread
+from qsteer.online.actors import HostActor
 from qsteer.policies import FlowPolicy
 from qsteer.randomness import seeded
 from qsteer.samplers import Euler, TrustRegion
 from qsteer.sampling import acting, chain_of, nested, rms, sample
-from qsteer.serving.requests import Decision, Interface, Request
+from qsteer.serving.requests import Decision, Interface, Request, Seen
 from qsteer.steering.handle import Handle
 from qsteer.trace import Step, Trace
-from qsteer.types import Field, Rule, Sampler, Value
+from qsteer.types import Field, Observation, Rule, Sampler, Value
+
+
+class Planned(NamedTuple):
+    """Chunks of B observations.
+
+    Attributes:
+        executed: (B, H, A), in the environment's units.
+        actions: (B, H, A), in the policy's, without padding.
+        observations: what the critic saw; None: it is not kept, for no critic learns.
+    """
+
+    executed: np.ndarray
+    actions: Tensor
+    observations: Observation | None = None
+
+    def seen(self, row: int) -> Seen | None:
+        """Return what a critic that learns keeps of a row."""
+        if self.observations is None:
+            return None
+        return tree_map(itemgetter(slice(row, row + 1)), Seen(self.observations, self.actions))
 
 
 @dataclass(frozen=True)
@@ -87,9 +112,24 @@ class Served(ABC):
     ) -> None:
         check_rows(sampler)
         self.interface = replace(interface, exact=exact is not None)
-        self.rule, self.sampler, self.exact = rule, sampler, exact
+        self.exact, self.displacement = exact, displacement
         self.trace = Trace(keep=1, displacement=False)
-        self._judged = Judged(sampler, displacement)
+        self.steer(rule, sampler)
+
+    @property
+    def live(self) -> LiveCritic | None:
+        """The critic, if one that learns can renew it."""
+        return None
+
+    @property
+    def policy_contract(self) -> Contract:
+        """What the policy was trained on, for a critic that learns from it."""
+        return Contract()
+
+    def steer(self, rule: Rule | None, sampler: Sampler) -> None:
+        """Choose how to act from the next call on; called in the thread that acts."""
+        self.rule, self.sampler = rule, sampler
+        self._judged = Judged(sampler, self.displacement)
 
     def act(self, requests: Sequence[Request]) -> list[Decision | Exception]:
         """Return a decision for each request of one key.
@@ -100,7 +140,8 @@ class Served(ABC):
         """
         rows = self._padded(requests)
         self.trace.actions.clear()
-        actions = self._plan(rows, self.rule, self._judged)
+        planned = self._plan(rows, self.rule, self._judged)
+        actions = planned.executed
         strengths = mean_strength(self.trace.actions[-1] if self.trace.actions else [], len(rows))
         columns = {
             name: None if column is None else column.tolist() for name, column in self._judged.found.items()
@@ -108,13 +149,13 @@ class Served(ABC):
         asking = [i for i, request in enumerate(requests) if request.unsteered_twin]
         twins: dict[int, np.ndarray] = {}
         if asking:
-            planned = self._plan(self._padded([requests[i] for i in asking]), None, chain_of(self.sampler))
-            twins = dict(zip(asking, planned, strict=False))
+            twin = self._plan(self._padded([requests[i] for i in asking]), None, chain_of(self.sampler))
+            twins = dict(zip(asking, twin.executed, strict=False))
         decisions: list[Decision | Exception] = []
         for i, request in enumerate(requests):
             judged = {name: None if column is None else column[i] for name, column in columns.items()}
             if np.isfinite(actions[i]).all():
-                own: Any = judged | {"strength": strengths[i], "seed": request.seed}
+                own: Any = judged | {"strength": strengths[i], "seed": request.seed, "seen": planned.seen(i)}
                 decisions.append(Decision(actions[i], **own, unsteered_actions=twins.get(i)))
             else:
                 decisions.append(FloatingPointError(f"policy: expected finite actions, got {actions[i]}"))
@@ -145,8 +186,8 @@ class Served(ABC):
                     )
 
     @abstractmethod
-    def _plan(self, requests: Sequence[Request], rule: Rule | None, sampler: Sampler) -> np.ndarray:
-        """Return (B, H, A) actions in the environment's units, by a method."""
+    def _plan(self, requests: Sequence[Request], rule: Rule | None, sampler: Sampler) -> Planned:
+        """Return chunks by a method."""
 
     def _padded(self, requests: Sequence[Request]) -> list[Request]:
         """Return as many requests as are computed: the last one again."""
@@ -184,7 +225,17 @@ class ServedStates(Served):
         super().__init__(interface, rule, sampler, exact=exact, displacement=displacement)
         self.policy, self.critic = policy, critic
 
-    def _plan(self, requests: Sequence[Request], rule: Rule | None, sampler: Sampler) -> np.ndarray:
+    @property
+    def live(self) -> LiveCritic | None:
+        """The critic, if one that learns can renew it."""
+        return self.critic if isinstance(self.critic, LiveCritic) else None
+
+    @property
+    def policy_contract(self) -> Contract:
+        """What the policy was trained on."""
+        return self.policy.contract
+
+    def _plan(self, requests: Sequence[Request], rule: Rule | None, sampler: Sampler) -> Planned:
         (key,) = requests[0].observation
         obs = stacked(requests, key).to(self.policy.first.weight)
         with seeded([request.seed for request in requests]), acting(self.critic):
@@ -193,7 +244,7 @@ class ServedStates(Served):
             noise = policy_field.draws(like, 1)[:, 0]
             trace = self.trace if sampler is self._judged else None
             actions = sample(policy_field, value, noise, rule=rule, sampler=sampler, trace=trace)
-        return actions.float().cpu().numpy()
+        return Planned(actions.float().cpu().numpy(), actions, None if self.live is None else obs)
 
 
 class ServedHost(Served):
@@ -206,6 +257,7 @@ class ServedHost(Served):
             the policy's; lerobot's preprocessor.
         postprocess: turns (B, A) steps of the policy into the environment's; lerobot's postprocessor.
         predict: asks the steered policy for chunks; None: its ``predict_action_chunk``.
+        actor: of the handle, for a critic that learns; None: none does.
         exact: see :class:`Served`.
         displacement: whether replies say it.
 
@@ -222,6 +274,7 @@ class ServedHost(Served):
         postprocess: Callable[[Tensor], Tensor],
         *,
         predict: Callable[[Any], Tensor] | None = None,
+        actor: HostActor | None = None,
         exact: int | None = None,
         displacement: bool = True,
     ) -> None:
@@ -239,9 +292,20 @@ class ServedHost(Served):
         super().__init__(interface, handle.rule, handle.sampler, exact=exact, displacement=displacement)
         self.handle, self.preprocess, self.postprocess = handle, preprocess, postprocess
         self.predict = handle.policy.predict_action_chunk if predict is None else predict
-        self._quiet = Trace(steps=False)
+        self.actor, self._quiet = actor, Trace(steps=False)
 
-    def _plan(self, requests: Sequence[Request], rule: Rule | None, sampler: Sampler) -> np.ndarray:
+    @property
+    def live(self) -> LiveCritic | None:
+        """The critic, if one that learns can renew it."""
+        critic = None if self.actor is None else self.actor.critic
+        return critic if isinstance(critic, LiveCritic) else None
+
+    @property
+    def policy_contract(self) -> Contract:
+        """What the policy was trained on."""
+        return contract_of(self.handle.policy) if self.actor is None else self.actor.contract
+
+    def _plan(self, requests: Sequence[Request], rule: Rule | None, sampler: Sampler) -> Planned:
         if self.handle.host.step is None and len(requests) > 1:
             return self._plan_apart(requests, rule, sampler)
         names = requests[0].observation
@@ -252,20 +316,26 @@ class ServedHost(Served):
             for name in names
         }
         with self._acting_by(rule, sampler), seeded([request.seed for request in requests]):
-            chunk = self.predict(self.preprocess(batch))
-            steps = [self.postprocess(step) for step in chunk[:, : self.interface.horizon].unbind(1)]
-        return torch.stack(steps, 1).float().cpu().numpy()
+            chunk = self.predict(self.preprocess(batch))[:, : self.interface.horizon]
+            steps = [self.postprocess(step) for step in chunk.unbind(1)]
+        executed = torch.stack(steps, 1).float().cpu().numpy()
+        return Planned(executed, chunk, None if self.actor is None else self.actor.seen)
 
-    def _plan_apart(self, requests: Sequence[Request], rule: Rule | None, sampler: Sampler) -> np.ndarray:
-        found, actions = [], []
+    def _plan_apart(self, requests: Sequence[Request], rule: Rule | None, sampler: Sampler) -> Planned:
+        found, planned = [], []
         for request in requests:
-            actions.append(self._plan([request], rule, sampler))
+            planned.append(self._plan([request], rule, sampler))
             found.append(dict(self._judged.found))
         for name in found[0]:
             columns = [each[name] for each in found]
             whole = [column for column in columns if column is not None]
             self._judged.found[name] = torch.cat(whole) if whole else None
-        return np.concatenate(actions)
+        kept = [each.observations for each in planned if each.observations is not None]
+        return Planned(
+            np.concatenate([each.executed for each in planned]),
+            torch.cat([each.actions for each in planned]),
+            tree_map(lambda *rows: torch.cat(rows), *kept) if kept else None,
+        )
 
     @contextmanager
     def _acting_by(self, rule: Rule | None, sampler: Sampler) -> Iterator[None]:

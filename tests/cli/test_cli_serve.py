@@ -94,3 +94,8 @@ def test_misuse(networks: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -
     tls = "--tls-cert", empty, "--tls-key", empty
     assert "expected a certificate and its key in PEM" in misuse(capsys, *whole, *tls)
     assert "none" in misuse(capsys, *whole, "--tls-cert", str(tmp_path / "none"), "--tls-key", empty)
+    assert "--robots: expected none without --learn" in misuse(capsys, *whole, "--robots", "2")
+    learn = "--learn", str(tmp_path / "run")
+    steering = "serve", "--steering", "x", *learn
+    assert "--learn: expected none beside --steering" in misuse(capsys, *steering)
+    assert "expected a number in [0, 1], got 2" in misuse(capsys, *whole, *learn, "--learn-share", "2")
