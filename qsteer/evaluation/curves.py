@@ -242,7 +242,7 @@ def plot_curves(
     from matplotlib.ticker import EngFormatter
 
     with plt.rc_context(STYLE):
-        size = (6.4, 3.6) if len(methods) == 1 else (3.2 * columns, 2.4 * rows + 0.9)
+        size = (6.4, 3.6) if len(methods) == 1 else (max(8.0, 3.2 * columns), 2.4 * rows + 0.9)
         fig, axes = plt.subplots(
             rows, columns, figsize=size, sharex=True, sharey=True, squeeze=False, layout="constrained"
         )
@@ -286,7 +286,9 @@ def plot_curves(
             ax.set_axis_off()
         handles, labels = axes.flat[0].get_legend_handles_labels()
         if labels:
-            fig.legend(handles, labels, loc="outside upper right", ncols=4, frameon=False, fontsize=9)
+            fig.legend(
+                handles, labels, loc="outside upper right", ncols=min(4, columns + 1), frameon=False, fontsize=9
+            )
         if title:
             fig.suptitle(title, x=0.008, ha="left", fontweight="bold", fontsize=11)
         metric = "success rate" if rate else key.removeprefix("evaluation/")
