@@ -22,7 +22,8 @@ class Lane:
         number: of the lane.
         stored: rows of this robot that are stored.
         episode: that is running; None: none is.
-        pending: the last decision, of which nothing has been told yet; None: all is.
+        waiting: whether nothing has been told yet of the last reply.
+        pending: what a critic keeps of that; None: none learns.
         success: whether the episode's task was done.
         total: sum of the episode's rewards.
         length: steps of the episode.
@@ -34,6 +35,7 @@ class Lane:
     number: int
     stored: int = 0
     episode: str | int | None = None
+    waiting: bool = False
     pending: Seen | None = None
     success: bool = False
     total: float = 0.0
@@ -102,7 +104,7 @@ class Lanes:
     def remember(self, robot: int, seen: Seen | None) -> None:
         """Keep what a robot was sent, until it tells what came of it."""
         if (lane := self._robots.get(robot)) is not None:
-            lane.pending = seen
+            lane.waiting, lane.pending = True, seen
 
     def reply(self, robot: int) -> dict[str, int | str]:
         """Return what a robot is told: how many of its rows are stored, and, once, what was not."""
@@ -140,13 +142,13 @@ class Lanes:
             lane.count += 1
         lane.success |= told.success
         if told.rewards:
-            if lane.pending is None:
+            if not lane.waiting:
                 raise RequestError(
                     f"{OWN}.rewards: expected none, for all replies of the episode have theirs, got "
                     f"{len(told.rewards)}; tell of each reply once, under its own episode"
                 )
-            self._store(lane, lane.pending, told)
-        elif lane.pending is not None:
+            self._store(lane, told)
+        elif lane.waiting:
             self._refuse(lane, "the rewards of the last reply, got none")
         if told.ends:
             self.finished.append((lane.number, lane.success, lane.total, lane.length))
@@ -155,13 +157,14 @@ class Lanes:
             lane.episode = None
             self._cut(lane)  # of one that told its end without rewards
 
-    def _store(self, lane: Lane, seen: Seen, told: Feedback) -> None:
-        """Store a decision with its rewards, or refuse it."""
-        lane.pending, executed, reward = None, len(told.rewards), 0.0
+    def _store(self, lane: Lane, told: Feedback) -> None:
+        """Store the last decision with its rewards, or refuse it."""
+        seen, executed, reward = lane.pending, len(told.rewards), 0.0
+        lane.waiting, lane.pending = False, None
         for k, each in enumerate(told.rewards):
             lane.total, reward = lane.total + each, reward + self.gamma**k * each
         lane.length += executed
-        if self.learner is None:
+        if self.learner is None or seen is None:
             return
         if executed < self.steps and not told.ends:
             self._refuse(lane, f"the rewards of all {self.steps} steps of a reply, got {executed}")
@@ -202,6 +205,6 @@ class Lanes:
 
     def _cut(self, lane: Lane) -> None:
         """End what is stored of a lane's running episode: how it went on is not known."""
-        lane.pending = None
+        lane.waiting, lane.pending = False, None
         if self.learner is not None:
             self.learner.replay.cut(torch.arange(self.count) == lane.number)

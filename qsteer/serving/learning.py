@@ -160,7 +160,7 @@ class RobotLearning:
     @property
     def steering(self) -> bool:
         """Whether the critic steers."""
-        return self.learner.steers and self.audited is not None and self.audited.verdict == "pass"
+        return self.learner.steers and self.audited is not None and self.audited.verdict != "fail"
 
     def begin(self) -> None:
         """Take up steering where a former run has left it."""
@@ -314,7 +314,7 @@ class RobotLearning:
             self.audited = None
             return
         self.audited = check_stored(learner.learner.target, *rows, seed=learner.update)
-        if self.audited.verdict != "pass":
+        if self.audited.verdict == "fail":
             logger.warning("the critic does not steer yet: %s", self.audited.finding)
 
     def _finished_rows(self) -> tuple[Observation, Tensor, Tensor] | None:

@@ -76,10 +76,10 @@ def open_served(
     live: Critic | LiveCritic
     if "type" not in read_json(folder / CONFIG):
         small = FlowPolicy.from_pretrained(policy).to(device).requires_grad_(False).eval()
-        if instruction is not None or features:
-            raise ValueError(
-                "instruction, features: expected none for a policy of states, got one; leave it out"
-            )
+        if instruction is not None:
+            raise ValueError("instruction: expected none for a policy of states, got one; leave it out")
+        if features:
+            raise ValueError("features: expected none of a policy of states, got True; leave them out")
         shape = small.config.horizon, small.config.action_dim
         if judge is None:
             judge = _new(replace(_given(learns), horizon=shape[0]), small.config.obs_dim, shape[1]).to(device)

@@ -113,6 +113,7 @@ class Server:
         self.metrics, self.on_decision = Metrics(), on_decision
         self._host, self._port, self._key, self._tls = host, port, key, tls
         self._seeds = random.Random(seed)
+        self._method = served.rule, served.sampler  # which a critic that learns may not use yet
         self._robots: set[ServerConnection] = set()
         self.learning, self._numbers = learning, count(1)
         self.lanes = (
@@ -125,15 +126,15 @@ class Server:
     @property
     def metadata(self) -> dict[str, Any]:
         """What a client is told when it connects."""
-        served = self.served
+        rule, sampler = self._method
         return {
             "server": "qsteer",
             "version": qsteer.__version__,
-            "rule": None if served.rule is None else type(served.rule).__name__,
-            "sampler": ", ".join(type(each).__name__ for each in nested(served.sampler)),
-            "exact": served.exact is not None,
+            "rule": None if rule is None else type(rule).__name__,
+            "sampler": ", ".join(type(each).__name__ for each in nested(sampler)),
+            "exact": self.served.exact is not None,
             "learns": self.learning is not None,
-            **served.interface.describe(),
+            **self.served.interface.describe(),
         }
 
     @property
@@ -426,10 +427,10 @@ class Server:
     def _idle(self, waiting: bool) -> bool:
         """Learn a little, in the worker thread."""
         assert self.learning is not None
-        more = self.learning.slice(waiting)
-        if not more:
+        try:
+            return self.learning.slice(waiting)
+        finally:
             self._look()
-        return more
 
     def _look(self) -> None:
         """Note how far learning is, for others to see."""

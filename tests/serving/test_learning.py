@@ -20,6 +20,7 @@ from robots import ask, http, robot
 
 from qsteer.auditing.page import Check
 from qsteer.critics import Critic, LiveCritic
+from qsteer.data.layout import Rows
 from qsteer.serving import BatchLimits, RobotLearning, Server
 from qsteer.serving.options import OWN, RequestError
 from qsteer.serving.share import Share
@@ -51,6 +52,18 @@ def fill(learns: RobotLearning, decisions: int, name: str = "r") -> Robot:
     return body
 
 
+def stock(learns: RobotLearning, rounds: int) -> None:
+    """Store rows as if two robots had lived: 2 steps each, an end every third row."""
+    generator = torch.Generator().manual_seed(rounds)
+    for i in range(rounds):
+        actions = torch.rand(2, 2, 1, generator=generator) - 0.5
+        over = torch.tensor([i % 3 == 2] * 2)
+        rewards = -(actions - 0.3).square().sum((1, 2))
+        observations = torch.randn(2, 2, generator=generator)
+        rows = Rows(observations, actions, rewards, over, torch.zeros(2, dtype=torch.bool))
+        learns.learner.store(rows)
+
+
 def work(learns: RobotLearning, waiting: bool = False) -> int:
     """Do all that is due; return the number of slices."""
     count = 0
@@ -70,10 +83,10 @@ def test_steering_begins_after_the_warm_up_once_the_audit_passes(
     monkeypatch.setattr("qsteer.serving.learning.check_stored", lambda *args, **options: verdicts.pop(0))
     learns = learning(tmp_path, audit_every=20)
     learns.begin()
-    fill(learns, 140)
+    stock(learns, 60)
     assert work(learns) == 0 or learns.learner.update == 0  # the warm-up
     assert not learns.steering and learns.served.rule is None
-    fill(learns, 60)
+    stock(learns, 40)
     learns.slice(False)
     while len(verdicts) == 3:
         learns.slice(False)
@@ -92,7 +105,7 @@ def test_steering_begins_after_the_warm_up_once_the_audit_passes(
 def test_learning_makes_the_same_critic_as_the_online_loop_would(tmp_path: Path, passing: None) -> None:
     one, other = learning(tmp_path / "a"), learning(tmp_path / "b")
     for learns in (one, other):
-        fill(learns, 200)
+        stock(learns, 90)
     work(one)
     other.learner.learn(other._window)
     assert torch.equal(weights(one.learner.learner.target), weights(other.learner.learner.target))
@@ -109,7 +122,7 @@ def test_while_requests_wait_the_share_is_kept(tmp_path: Path, passing: None) ->
         return now
 
     learns = learning(tmp_path, share=0.25, clock=clock)
-    fill(learns, 200)
+    stock(learns, 90)
     while learns.learner.update < 1:
         learns.slice(False)
     learns.share = Share(0.25, clock)
@@ -123,12 +136,12 @@ def test_while_requests_wait_the_share_is_kept(tmp_path: Path, passing: None) ->
 
 def test_a_critic_that_is_ill_stops_steering_and_is_audited_again(tmp_path: Path, passing: None) -> None:
     learns = learning(tmp_path)
-    fill(learns, 200)
+    stock(learns, 90)
     work(learns)
     assert learns.steering
     with torch.no_grad():
         learns.learner.learner.critic.net.first.weight.fill_(float("nan"))
-    fill(learns, 20)
+    stock(learns, 10)
     while learns.learner.health.steers:
         learns.slice(False)
     assert not learns.steering and learns.audited is None and learns.served.rule is None
@@ -140,13 +153,13 @@ def test_freeze_learn_export_and_roll_back(tmp_path: Path, passing: None) -> Non
     learns = learning(tmp_path, keep=2, keep_every=100)
     with pytest.raises(RequestError, match="kept or exported before the one that acts, got none"):
         learns.command("rollback")
-    fill(learns, 200)
+    stock(learns, 90)
     work(learns)
     exported = learns.command("export")["critic"]
     first = weights(learns.learner.learner.target)
     assert torch.equal(weights(Critic.from_pretrained(tmp_path / exported)), first)
     assert learns.command("freeze")["frozen"]
-    fill(learns, 100)
+    stock(learns, 50)
     assert work(learns) <= 3 and torch.equal(weights(learns.learner.learner.target), first)
     assert not learns.command("learn")["frozen"]
     work(learns)
@@ -173,7 +186,7 @@ def test_a_fault_stops_learning_and_not_the_robots(
     tmp_path: Path, passing: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     learns = learning(tmp_path)
-    fill(learns, 200)
+    stock(learns, 90)
     monkeypatch.setattr(learns.learner, "step", lambda: 1 / 0)
     assert not learns.slice(False)
     assert learns.state()["fault"] == "ZeroDivisionError: division by zero"
@@ -212,13 +225,13 @@ async def live(server: Server, body: Robot, decisions: int) -> list[Any]:
 
 
 def test_robots_over_sockets_are_learnt_from(tmp_path: Path, passing: None) -> None:
-    learns = learning(tmp_path)
+    learns = learning(tmp_path, replace(TRAINING, warmup=20))
 
     async def main() -> None:
         async with Server(learns.served, port=0, batching=BatchLimits(wait=0.0), learning=learns) as server:
             assert server.metadata["learns"]
-            replies, _ = await asyncio.gather(*(live(server, Robot(name), 110) for name in "ab"))
-            assert replies[-1]["stored"] > 100
+            replies, _ = await asyncio.gather(*(live(server, Robot(name), 20) for name in "ab"))
+            assert replies[-1]["stored"] >= 19
             while learns.learner.update < learns.learner.due:
                 await asyncio.sleep(0.01)
             replies = await live(server, Robot("c"), 1)
@@ -230,7 +243,7 @@ def test_robots_over_sockets_are_learnt_from(tmp_path: Path, passing: None) -> N
             assert status == 200 and "qsteer_learning_frozen 1.0" in text and "qsteer_episodes_total" in text
             status, text = await http(server.port, "/state")
             state = json.loads(text)
-            assert state["learning"]["frozen"] and state["episodes"] == len(state["ended"]) > 60
+            assert state["learning"]["frozen"] and state["episodes"] == len(state["ended"]) > 10
             assert state["films"][-1]["values"] and len(state["points"]) > 0
 
     asyncio.run(asyncio.wait_for(main(), 200))
