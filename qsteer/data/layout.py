@@ -1,6 +1,6 @@
 """What a replay takes, stores and gives: the shapes of its rows, a row of every lane, and whole episodes."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -120,6 +120,20 @@ class Layout:
         if not over:
             bootstrap = rewards * self.gamma ** (executed - self.steps) / (1 - self.gamma**executed)
         return monte_carlo_target(rewards, ends & over, ends, self.gamma**self.steps, bootstrap=bootstrap)
+
+    def find_lanes(self, lanes: Sequence[int]) -> Int[np.ndarray, "K"]:
+        """Return the numbers of some lanes.
+
+        Raises:
+            ValueError: there is no such lane, or one twice.
+        """
+        found = np.asarray(lanes, np.int64)
+        known = np.isin(found, np.arange(self.lanes)).all()
+        if found.ndim != 1 or len(np.unique(found)) < len(found) or not known:
+            raise ValueError(
+                f"Replay.add: expected different lanes from 0 to {self.lanes - 1}, got {list(lanes)}"
+            )
+        return found
 
     def read(
         self, rows: int, observations: Observation, others: Mapping[str, Tensor] | None = None

@@ -154,13 +154,9 @@ class Replay:
         return dropped
 
     def add(self, rows: Rows, lanes: Sequence[int] | None = None) -> None:
-        """Append one row to every lane, or to some. When this returns, they are stored.
+        """Append one row to every lane, or to some ``lanes``, while the others wait; then they are stored.
 
         Cost: their copy, and bookkeeping that does not grow with what is stored.
-
-        Args:
-            rows: one of each lane; those that are not ``kept`` cut their lane's episode.
-            lanes: which lanes the rows are of; the others wait, and nothing of theirs is cut. None: all.
 
         Raises:
             ValueError: a column has another shape or type, or is not finite; a row in the middle of an
@@ -168,20 +164,18 @@ class Replay:
                 gamma 1); or there is no such lane, or one twice.
         """
         layout = self.layout
-        lane = self._lane if lanes is None else self._find_lanes(lanes)
+        lane = self._lane if lanes is None else layout.find_lanes(lanes)
         over, timed_out, executed, kept = layout.read_ends(rows, len(lane))
         ends, whole = over | timed_out, executed == layout.steps
         closed = ends if rows.next_observations is not None else np.zeros_like(ends)
-        others = {"actions": rows.actions, "rewards": rows.rewards}
-        columns = layout.read(len(lane), rows.observations, others) | {
-            "executed": torch.from_numpy(executed),
-            "codes": torch.from_numpy(over * TERMINAL + timed_out * TRUNCATED + closed * CLOSED),
-        }
+        codes = over * TERMINAL + timed_out * TRUNCATED + closed * CLOSED
+        columns = layout.read(
+            len(lane), rows.observations, {"actions": rows.actions, "rewards": rows.rewards}
+        ) | {"executed": torch.from_numpy(executed), "codes": torch.from_numpy(codes)}
         behind = {} if rows.next_observations is None else layout.read(len(lane), rows.next_observations)
         (into,), (ending,) = kept.nonzero(), closed.nonzero()
         check_finite(columns, into)
         check_finite(behind, ending)
-
         with self._exclusive():
             before, slot = self._used, self._used[lane]
             if len(into) < len(lane):
@@ -193,10 +187,8 @@ class Replay:
             if layout.need == "returns":
                 for i in ends.nonzero()[0]:
                     self._fill_returns(int(lane[i]), int(slot[i]) + 1, bool(over[i]))
-
             used, added = before.copy(), self.added + len(lane)
-            used[lane] += kept
-            used[lane] += closed
+            used[lane] = slot + kept + closed
             if self._files is not None:
                 self._files.commit(used, added)
             self._used, self.added = used, added
@@ -207,21 +199,7 @@ class Replay:
             self._admit(usable)
             self._begin[lane[ends]] = used[lane[ends]]
             self._next = np.maximum(self._next, self._begin)
-            if len(into) < len(lane):
-                self._cut(np.isin(self._lane, lane[~kept]))
-
-    def _find_lanes(self, lanes: Sequence[int]) -> Int[np.ndarray, "K"]:
-        """Return the numbers of some lanes.
-
-        Raises:
-            ValueError: there is no such lane, or one twice.
-        """
-        found = np.asarray(lanes, np.int64)
-        if found.ndim != 1 or len(np.unique(found)) < len(found) or not np.isin(found, self._lane).all():
-            raise ValueError(
-                f"Replay.add: expected different lanes from 0 to {self.layout.lanes - 1}, got {list(lanes)}"
-            )
-        return found
+            self._cut(np.isin(self._lane, lane[~kept]))
 
     def cut(self, lanes: Bool[Tensor, "N"] | None = None) -> None:
         """End the episodes that are running in these lanes (``None``: all); how they went on is not known.
@@ -355,7 +333,6 @@ class Replay:
         slots = lane[:, None] * self._slots + (start[:, None] + k) % self._slots
         rows = slots[:, :-1]
         codes = take(columns["codes"], rows)
-
         # Everything after the last row that the episode has is clamped to it.
         ends = codes & END > 0
         ended = ends.any(1)

@@ -286,9 +286,8 @@ def plot_curves(
             ax.set_axis_off()
         handles, labels = axes.flat[0].get_legend_handles_labels()
         if labels:
-            fig.legend(
-                handles, labels, loc="outside upper right", ncols=min(4, columns + 1), frameon=False, fontsize=9
-            )
+            ncols = min(4, columns + 1)
+            fig.legend(handles, labels, loc="outside upper right", ncols=ncols, frameon=False, fontsize=9)
         if title:
             fig.suptitle(title, x=0.008, ha="left", fontweight="bold", fontsize=11)
         metric = "success rate" if rate else key.removeprefix("evaluation/")

@@ -155,7 +155,7 @@ def commands(block: Block, directory: Path) -> list[list[str]]:
     """Return the commands of a shell block, as bash would call them."""
     log, binaries = directory / "log", directory / ".venv/bin"
     binaries.mkdir(parents=True)
-    names = ("qsteer", "python", "pip", "make", "git", "accelerate", "apt-get", "pre-commit", "lerobot-eval", "ray")
+    names = "qsteer python pip make git accelerate apt-get pre-commit lerobot-eval ray".split()
     bash = shutil.which("bash")
     for name in names:
         (binaries / name).write_text(STUB.format(bash=bash, name=name, log=log))
