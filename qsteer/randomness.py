@@ -7,6 +7,7 @@ robots in one batch; under :func:`seeded` what is drawn for a row depends on the
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -52,33 +53,21 @@ def normal(
             :meth:`qsteer.types.Field.repeat`.
         generator: what is drawn from unless rows have generators of their own; None: torch's.
     """
-
-    def draw(shape: Sequence[int], device: torch.device, generator: torch.Generator | None) -> Tensor:
-        return torch.randn(*shape, generator=generator, dtype=like.dtype, device=device)
-
-    return _draw(draw, shape, like.device, rows, generator)
+    return _draw(partial(torch.randn, dtype=like.dtype), shape, like.device, rows, generator)
 
 
 def uniform(shape: Sequence[int], like: Tensor) -> Tensor:
     """Return numbers in [0, 1), rows on the first axis, on the device and in the dtype of ``like``."""
-
-    def draw(shape: Sequence[int], device: torch.device, generator: torch.Generator | None) -> Tensor:
-        return torch.rand(*shape, generator=generator, dtype=like.dtype, device=device)
-
-    return _draw(draw, shape, like.device)
+    return _draw(partial(torch.rand, dtype=like.dtype), shape, like.device)
 
 
 def integers(high: int, rows: int, device: torch.device) -> Tensor:
     """Return a whole number below ``high`` for each row."""
-
-    def draw(shape: Sequence[int], device: torch.device, generator: torch.Generator | None) -> Tensor:
-        return torch.randint(high, tuple(shape), generator=generator, device=device)
-
-    return _draw(draw, (rows,), device)
+    return _draw(partial(torch.randint, high), (rows,), device)
 
 
 def _draw(
-    draw: Callable[[Sequence[int], torch.device, torch.Generator | None], Tensor],
+    draw: Callable[..., Tensor],
     shape: Sequence[int],
     device: torch.device,
     rows: int = 0,
@@ -86,11 +75,14 @@ def _draw(
 ) -> Tensor:
     own = _rows.get()
     if own is None:
-        return draw(shape, device, generator)
+        source = (
+            {} if generator is None else {"generator": generator}
+        )  # None is another operator to compilers
+        return draw(tuple(shape), device=device, **source)
     if shape[rows] % len(own):
         raise ValueError(
             f"seeded: expected rows for {len(own)} observations, as many for each, got {shape[rows]}; give "
             "one seed for each observation of the batch"
         )
-    part = [*shape[:rows], shape[rows] // len(own), *shape[rows + 1 :]]
-    return torch.cat([draw(part, torch.device("cpu"), each) for each in own], rows).to(device)
+    part = (*shape[:rows], shape[rows] // len(own), *shape[rows + 1 :])
+    return torch.cat([draw(part, generator=each) for each in own], rows).to(device)

@@ -73,12 +73,12 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(1)
     found = {}
+    about = {"cpus": os.cpu_count(), "load": os.getloadavg(), "torch": torch.__version__, "threads": 1}
+    settings = {"batch": BATCH, "seconds": args.seconds, "rounds": args.rounds}
     for name in args.policies:
         served = open_served(FOLDER / name / "policy", FOLDER / name / "critic", RULES[name])
         found[name] = {"rule": RULES[name], "robots": asyncio.run(measure(served, args))}
-    about = {"cpus": os.cpu_count(), "load": os.getloadavg(), "torch": torch.__version__, "threads": 1}
-    settings = {"batch": BATCH, "seconds": args.seconds, "rounds": args.rounds}
-    write_json({"conditions": about | settings, "policies": found}, args.out)
+        write_json({"conditions": about | settings, "policies": found}, args.out)
 
 
 async def measure(served: Served, args: argparse.Namespace) -> list[dict[str, Any]]:

@@ -72,6 +72,11 @@ class Decision(NamedTuple):
     unsteered_actions: np.ndarray | None = None
     seen: Seen | None = None
 
+    def equals(self, other: "Decision") -> bool:
+        """Return whether two decisions are the same to the bit."""
+        mine, its = self.message(), other.message()
+        return mine.keys() == its.keys() and all(np.array_equal(mine[name], its[name]) for name in mine)
+
     def message(self) -> dict[str, Any]:
         """Return the reply's own entries."""
         told = self._replace(seen=None)._asdict()

@@ -338,9 +338,9 @@ class Server:
     async def _ask(self, request: Request, gone: asyncio.Future[None]) -> Answer:
         """Return what is decided; a request whose robot has gone is dropped."""
         answer = asyncio.ensure_future(self._batcher.submit(request))
-        either: set[asyncio.Future[Any]] = {answer, gone}
+        both: set[asyncio.Future[Any]] = {answer, gone}
         try:
-            await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait(both, return_when=asyncio.FIRST_COMPLETED)
             if answer.done():
                 return answer.result()
             raise ConnectionClosed(None, None)

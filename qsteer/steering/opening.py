@@ -184,7 +184,7 @@ class Interception(ABC):
             context = self.host.context(arguments, context)
         field = HostField(self.host, step, context, self.policy, clock)
         field = field.with_given(noise, time)
-        if is_seeded():
+        if is_seeded() and arguments.get("noise") is None:
             noise = field.draws(noise, 1)[:, 0]
         if self.host.hold is not None and chunks(self.policy, self.host):
             return self.host.hold(self.policy, field, flattened(entry, arguments), noise), noise
