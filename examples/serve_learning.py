@@ -36,7 +36,8 @@ def main() -> None:
     parser.add_argument("--robots", type=int, default=2)
     parser.add_argument("--steps", type=int, default=30_000, help="of all robots together")
     parser.add_argument("--warmup", type=int, default=6_000, help="unsteered steps at first")
-    parser.add_argument("--updates-per-step", type=float, default=0.5)
+    parser.add_argument("--updates-per-step", type=float, default=0.25)
+    parser.add_argument("--hz", type=float, default=10.0, help="steps a second of each robot, as real ones")
     parser.add_argument("--every", type=int, default=2_000, help="steps of a point of the curve")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=Path("runs/serve-learning"))
@@ -75,11 +76,12 @@ def serve(args: argparse.Namespace) -> tuple[subprocess.Popen, int]:
 def live(args: argparse.Namespace, port: int, episodes: Path) -> None:
     """Let the robots act until the steps are used up; write a line for each of their episodes."""
     former = [json.loads(line) for line in episodes.open()] if episodes.exists() else []
-    done, began = sum(line["steps"] for line in former), time.monotonic()
+    done = before = sum(line["steps"] for line in former)
+    began = time.monotonic()
     context = get_context("spawn")
     queue, stop = context.Queue(), context.Event()
     bodies = [
-        context.Process(target=robot, args=(port, args.seed + 1000 * i + len(former), queue, stop))
+        context.Process(target=robot, args=(port, args.seed + 1000 * i + len(former), args.hz, queue, stop))
         for i in range(args.robots)
     ]
     for body in bodies:
@@ -89,14 +91,14 @@ def live(args: argparse.Namespace, port: int, episodes: Path) -> None:
         done += episode["steps"]
         with episodes.open("a") as file:
             file.write(json.dumps({**episode, "at": done}) + "\n")
-        rate = done / (time.monotonic() - began)
+        rate = (done - before) / (time.monotonic() - began)
         print(f"{done} steps ({rate:.0f} a second): {'success' if episode['success'] else '-'}", flush=True)
     stop.set()
     for body in bodies:
         body.join(60)
 
 
-def robot(port: int, seed: int, queue: Any, stop: Any) -> None:
+def robot(port: int, seed: int, hz: float, queue: Any, stop: Any) -> None:
     """Live: in a process of its own."""
     os.environ.setdefault("MUJOCO_GL", "disabled")
     from qsteer.client import Client
@@ -107,13 +109,15 @@ def robot(port: int, seed: int, queue: Any, stop: Any) -> None:
     while not stop.is_set():
         observation, _ = env.reset(seed=seed)
         seed += 1
-        over, steps, success, values = False, 0, False, []
+        over, steps, success, values, due = False, 0, False, [], time.monotonic()
         while not over:
             reply = client.infer({STATE: np.asarray(observation, np.float32)})
             values.append(reply["value"])
             rewards: list[float] = []
             done = truncated = False
             for action in reply["actions"]:
+                time.sleep(max(0.0, due - time.monotonic()))
+                due = max(due, time.monotonic() - 1.0) + 1 / hz
                 observation, reward, done, truncated, info = env.step(np.clip(action, -1, 1))
                 rewards.append(float(reward))
                 success = success or bool(info["success"])
@@ -121,8 +125,7 @@ def robot(port: int, seed: int, queue: Any, stop: Any) -> None:
                     break
             steps += len(rewards)
             client.outcome(rewards, done=done, truncated=truncated, success=success)
-        strength = {"steps": steps, "success": success, "value": float(np.mean(values))}
-        queue.put(strength)
+        queue.put({"steps": steps, "success": success, "value": float(np.mean(values))})
 
 
 def summarise(args: argparse.Namespace, episodes: Sequence[dict[str, Any]]) -> dict[str, Any]:

@@ -262,7 +262,7 @@ class Server:
                 rate.take()
                 request = await self._read(message)
                 if isinstance(request, Told):
-                    self._check_command(connection, request)
+                    self._check_command(str(connection.remote_address[0]), request)
                     await self._send(connection, pack(await self._batcher.run(self._teller(robot, request))))
                     continue
                 answer = await self._ask(replace(request, robot=robot), gone)
@@ -321,15 +321,15 @@ class Server:
             unpack(message, self.limits.message), lambda: self._seeds.getrandbits(63)
         )
 
-    def _check_command(self, connection: ServerConnection, told: Told) -> None:
-        """Raise RequestError if a command comes from someone who may not give it."""
+    def _check_command(self, address: str, told: Told) -> None:
+        """Raise RequestError if a command comes from an address that may not give it."""
         if told.command is None:
             return
         if self.learning is None:
             raise RequestError(
                 f"{OWN}.command: expected a server that learns, got one that does not; start it with --learn"
             )
-        if self._key is None and not is_loopback(str(connection.remote_address[0])):
+        if self._key is None and not is_loopback(address):
             raise RequestError(
                 f"{OWN}.command: expected a key, or a client on the server's machine, got neither; start the "
                 "server with a key"

@@ -6,7 +6,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -24,6 +23,7 @@ from qsteer.data.layout import Rows
 from qsteer.serving import BatchLimits, RobotLearning, Server
 from qsteer.serving.options import OWN, RequestError
 from qsteer.serving.share import Share
+from qsteer.training.loop import CHECKPOINT
 
 PASS = Check("stored", "", "pass", "fine", "")
 FAIL = Check("stored", "", "fail", "noise is preferred", "")
@@ -188,7 +188,7 @@ def test_a_fault_stops_learning_and_not_the_robots(
     learns = learning(tmp_path)
     stock(learns, 90)
     monkeypatch.setattr(learns.learner, "step", lambda: 1 / 0)
-    assert not learns.slice(False)
+    work(learns)
     assert learns.state()["fault"] == "ZeroDivisionError: division by zero"
     fill(learns, 2)
     learns.close()
@@ -230,9 +230,9 @@ def test_robots_over_sockets_are_learnt_from(tmp_path: Path, passing: None) -> N
     async def main() -> None:
         async with Server(learns.served, port=0, batching=BatchLimits(wait=0.0), learning=learns) as server:
             assert server.metadata["learns"]
-            replies, _ = await asyncio.gather(*(live(server, Robot(name), 20) for name in "ab"))
-            assert replies[-1]["stored"] >= 19
-            while learns.learner.update < learns.learner.due:
+            replies, _ = await asyncio.gather(*(live(server, Robot(name), 40) for name in "ab"))
+            assert replies[-1]["stored"] >= 39
+            while not learns.steering or learns.learner.update < learns.learner.due:
                 await asyncio.sleep(0.01)
             replies = await live(server, Robot("c"), 1)
             assert replies[0]["strength"] > 0 and replies[0]["stored"] == 0
@@ -243,7 +243,7 @@ def test_robots_over_sockets_are_learnt_from(tmp_path: Path, passing: None) -> N
             assert status == 200 and "qsteer_learning_frozen 1.0" in text and "qsteer_episodes_total" in text
             status, text = await http(server.port, "/state")
             state = json.loads(text)
-            assert state["learning"]["frozen"] and state["episodes"] == len(state["ended"]) > 10
+            assert state["learning"]["frozen"] and state["episodes"] == len(state["ended"]) >= 26
             assert state["films"][-1]["values"] and len(state["points"]) > 0
 
     asyncio.run(asyncio.wait_for(main(), 200))
@@ -261,14 +261,10 @@ def test_commands_need_a_server_that_learns() -> None:
 def test_commands_without_a_key_are_this_machines_own(tmp_path: Path) -> None:
     learns = learning(tmp_path)
     server = Server(learns.served, learning=learns)
-
-    class Far:
-        remote_address = ("192.0.2.7", 1)
-
     told = server.served.interface.read({OWN: {"command": "freeze"}}, lambda: 0)
     with pytest.raises(RequestError, match="expected a key, or a client on the server's machine"):
-        server._check_command(Far(), told)
-    Server(learns.served, learning=learns, key="secret")._check_command(Far(), told)
+        server._check_command("192.0.2.7", told)
+    Server(learns.served, learning=learns, key="secret")._check_command("192.0.2.7", told)
     learns.close()
 
 
@@ -315,8 +311,7 @@ def test_a_kill_at_any_time_loses_nothing_that_was_acknowledged(tmp_path: Path) 
             stored = before
             async with robot(Address()) as one:
                 body = Robot(f"life{life}")  # noqa: B023
-                until = time.monotonic() + 4
-                while time.monotonic() < until:
+                while stored < before + 30 or not (tmp_path / CHECKPOINT).exists():
                     reply = await ask(one, body.ask())
                     if (end := body.execute(reply["actions"])) is not None:
                         reply = await ask(one, end)
@@ -327,5 +322,5 @@ def test_a_kill_at_any_time_loses_nothing_that_was_acknowledged(tmp_path: Path) 
         os.kill(process.pid, signal.SIGKILL)
         process.wait()
     learns = learning(tmp_path, replace(TRAINING, warmup=40, checkpoint_every=20))
-    assert len(learns.learner.replay) >= acknowledged > 20 and learns.learner.update > 0
+    assert len(learns.learner.replay) >= acknowledged >= 90 and learns.learner.update > 0
     learns.close()

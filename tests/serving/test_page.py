@@ -47,7 +47,9 @@ def test_page_and_state_of_a_server_that_does_not_learn() -> None:
             status, text = await http(server.port, "/")
             assert status == 200 and text == page()[0]
             head = await head_of(server.port, "/")
-            assert head.count("Content-Type") == 1 and "Content-Security-Policy: default-src 'none'" in head
+            assert (
+                head.count("\r\nContent-Type") == 1 and "Content-Security-Policy: default-src 'none'" in head
+            )
             status, text = await http(server.port, "/state")
             state = json.loads(text)
             assert status == 200 and state["learning"] is None
