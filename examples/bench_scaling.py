@@ -45,6 +45,8 @@ from qsteer.training.critic import fresh_critic
 
 CHECKPOINT = Path(__file__).parent / "checkpoints" / "cube-single" / "policy"
 EPISODE = 200
+MOST = 500
+"""Updates of a chunk's rounds: where it would be more, the whole is not measured."""
 BEYOND = (1, 4, 16, 64, 256, 1024)
 
 type Parts = dict[str, float]
@@ -112,7 +114,8 @@ def measure(
     horizon, simulated = shape.horizon, step_s * cluster.envs_per_actor
     make_env = partial(Dummy, shape.obs_dim, shape.action_dim, step_s)
     parts, whole = Stopwatch(), Stopwatch()
-    rounds = horizon if num_envs >= 64 else 4 * horizon
+    played = [many for many in updates if num_envs * many * horizon <= MOST]
+    rounds = horizon if num_envs >= 16 else 4 * horizon
     with (
         tempfile.TemporaryDirectory() as out,
         Collector(make_env, horizon=horizon, num_envs=num_envs, cluster=cluster, closing=False) as collector,
@@ -139,12 +142,12 @@ def measure(
                 parts.time("receive", collector.receive)
             parts.time("act", partial(loop.act, obs, lanes))
             parts.time("update", partial(loop.catch_up, loop.update + 20, window), per=20)
-            for many in updates:
+            for many in played:
                 whole.time(f"{many:g}", partial(play, loop, collector, window, many, rounds), per=rounds)
     (wall, cpu), (round_wall, round_cpu) = parts.medians(), whole.medians()
     size = {"num_envs": num_envs, "actors": -(-num_envs // cluster.envs_per_actor)}
     rows = []
-    for many in updates:
+    for many in played:
         seconds = predict(wall, num_envs, many, horizon)
         busy = predict(cpu | {"simulate": 0.0}, num_envs, many, horizon)
         compared = {

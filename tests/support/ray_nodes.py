@@ -1,4 +1,7 @@
-"""A Ray cluster of two nodes of two cores each, on this machine."""
+"""A Ray cluster of two nodes of two cores each, on this machine.
+
+Ray is no part of `make setup`: tests on a cluster are skipped unless it was installed (`pip install ray`).
+"""
 
 import os
 import signal
