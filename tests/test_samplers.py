@@ -109,11 +109,15 @@ def test_value_is_monotone_in_n_over_nested_candidates():
     """With sixteen entries a chunk, torch draws the same first candidates whatever their number."""
     x = noise(1, 4, 4)
     assert torch.equal(pool_of(x, 12, 0)[:, :5], pool_of(x, 5, 0))
-    values = []
-    for n in range(1, 13):
-        torch.manual_seed(0)
-        values.append(float(bumpy(qsteer.sample(BASE, VALUE, x, sampler=qsteer.BestOfN(n)))))
-    assert values == sorted(values) and len(set(values)) > 2
+    steps = 0
+    for seed in range(5):
+        values = []
+        for n in range(1, 13):
+            torch.manual_seed(seed)
+            values.append(float(bumpy(qsteer.sample(BASE, VALUE, x, sampler=qsteer.BestOfN(n)))))
+        assert values == sorted(values)
+        steps += len(set(values)) - 1
+    assert steps > 4
 
 
 @pytest.mark.parametrize(

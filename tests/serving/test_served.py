@@ -16,6 +16,7 @@ from qsteer.policies import FlowPolicy, FlowPolicyConfig
 from qsteer.sampling import sample
 from qsteer.serving import Input, Interface, Served, ServedHost, ServedStates
 from qsteer.serving.opening import serve_lerobot
+from qsteer.serving.served import Planned
 from qsteer.testing import hosts as random_hosts
 
 STRONG = qsteer.Tweedie(alpha=0.3, clip=None)
@@ -107,7 +108,12 @@ def test_exact_is_to_the_bit(make, rule, sampler) -> None:
 def test_exact_refuses_where_rows_are_not(monkeypatch: pytest.MonkeyPatch) -> None:
     served = states(exact=4)
     plan = served._plan
-    monkeypatch.setattr(served, "_plan", lambda *a: plan(*a) + np.arange(4)[:, None, None] * 1e-7)
+
+    def shifted(*args: object) -> Planned:
+        planned = plan(*args)
+        return planned._replace(executed=planned.executed + np.arange(4)[:, None, None] * 1e-7)
+
+    monkeypatch.setattr(served, "_plan", shifted)
     with pytest.raises(RuntimeError, match="exact: expected a row to be the same"):
         served.warm_up()
 
@@ -222,10 +228,10 @@ def test_a_row_that_is_not_finite_is_an_error_of_its_own(monkeypatch: pytest.Mon
     served = states()
     plan = served._plan
 
-    def broken(*args: object) -> np.ndarray:
-        actions = plan(*args)
-        actions[1] = np.nan
-        return actions
+    def broken(*args: object) -> Planned:
+        planned = plan(*args)
+        planned.executed[1] = np.nan
+        return planned
 
     monkeypatch.setattr(served, "_plan", broken)
     found = served.act(requests_of(served, 3))
