@@ -156,6 +156,7 @@ def commands(block: Block, directory: Path) -> list[list[str]]:
     log, binaries = directory / "log", directory / ".venv/bin"
     binaries.mkdir(parents=True)
     names = ("qsteer", "python", "pip", "make", "git", "accelerate", "apt-get", "pre-commit", "lerobot-eval")
+    names += ("ray",)
     bash = shutil.which("bash")
     for name in names:
         (binaries / name).write_text(STUB.format(bash=bash, name=name, log=log))
