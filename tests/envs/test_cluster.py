@@ -103,6 +103,18 @@ def test_an_episode_that_always_fails_ends_the_run(way: str, nodes: Any) -> None
 
 
 @slow
+def test_too_few_cores_are_said(nodes: Any) -> None:
+    says = "expected 5 free cores for 5 environments, 1 to an actor, got 4 free of 4; .* put 2 into an actor"
+    with pytest.raises(ValueError, match=says):
+        Simulators(Breaking, horizon=2, num_envs=5, cluster=Cluster())
+    with Simulators(Breaking, horizon=2, num_envs=1, cluster=Cluster()) as simulators:
+        simulators.rollout(follow, episodes=1, progress=False)  # Ray counts a core once its actor is there
+        says = "expected 4 free cores for 7 environments, 2 to an actor, got 3 free of 4; .* put 3 into"
+        with pytest.raises(ValueError, match=says):
+            Simulators(Breaking, horizon=2, num_envs=7, cluster=PAIRS)
+
+
+@slow
 @pytest.mark.filterwarnings("ignore:environment")
 def test_a_node_that_dies_costs_its_running_episodes_only(nodes: Any, healthy: Rollouts) -> None:
     asked = 0
@@ -114,20 +126,10 @@ def test_a_node_that_dies_costs_its_running_episodes_only(nodes: Any, healthy: R
             nodes.kill_second()
         return follow(obs, noise)
 
-    run = evaluate(Breaking, Cluster(), act)
+    run = evaluate(Breaking, Cluster(), act, step_s=60.0)
     nodes.add_second()
-    assert run.failed == 2 and same(run, healthy)
-
-
-@slow
-def test_too_few_cores_are_said(nodes: Any) -> None:
-    says = "expected 5 free cores for 5 environments, 1 to an actor, got 4 free of 4; .* put 2 into an actor"
-    with pytest.raises(ValueError, match=says):
-        Simulators(Breaking, horizon=2, num_envs=5, cluster=Cluster())
-    with Simulators(Breaking, horizon=2, num_envs=1, cluster=Cluster()):
-        says = "expected 4 free cores for 7 environments, 2 to an actor, got 3 free of 4; .* put 3 into"
-        with pytest.raises(ValueError, match=says):
-            Simulators(Breaking, horizon=2, num_envs=7, cluster=PAIRS)
+    assert same(run, healthy)
+    assert 2 <= run.failed <= 4  # a new actor may be sent to the node that Ray does not know to be dead yet
 
 
 @slow

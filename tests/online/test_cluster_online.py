@@ -55,7 +55,8 @@ def test_a_node_that_dies_costs_its_running_episodes_only(nodes: Any, tmp_path: 
     nodes.add_second()
     last = metrics(tmp_path)[-1]
     assert last["env_steps"] == 240 and last["step"] == 240
-    assert last["failed"] == last["refused"] == 2
+    assert last["refused"] == 2
+    assert 2 <= last["failed"] <= 4  # a new actor may be sent to the node before Ray knows that it is dead
     assert replay.added == 240 and len(replay) == 240 - 2
     drawn = replay.sample(4096, torch.Generator().manual_seed(0))
     assert drawn.rows.unique().numel() == replay.size() > 200
