@@ -308,8 +308,8 @@ class RobotLearning:
         learner = self.learner
         if not learner.steers:
             return
-        self._asked = learner.update + self.audit_every
         rows = self._finished_rows()
+        self._asked = learner.update + (CHECK_EVERY if rows is None else self.audit_every)
         if rows is None:
             self.audited = None
             return
