@@ -17,6 +17,7 @@ import time
 from collections.abc import Sequence
 from multiprocessing import get_context
 from pathlib import Path
+from queue import Empty
 from typing import Any
 
 import numpy as np
@@ -87,7 +88,12 @@ def live(args: argparse.Namespace, port: int, episodes: Path) -> None:
     for body in bodies:
         body.start()
     while done < args.steps:
-        episode = queue.get(timeout=1800)
+        try:
+            episode = queue.get(timeout=10)
+        except Empty:
+            if not all(body.is_alive() for body in bodies):
+                raise SystemExit("a robot has died; run this again to go on") from None
+            continue
         done += episode["steps"]
         with episodes.open("a") as file:
             file.write(json.dumps({**episode, "at": done}) + "\n")
