@@ -85,13 +85,14 @@ def check(scratch: Path) -> None:
     modules = [
         path.relative_to(tree)
         for top in FOLDERS
-        for path in (tree / top).rglob("*.py")
+        for kind in ("*.py", "*.html")
+        for path in (tree / top).rglob(kind)
         if not path.is_relative_to(plugin)
     ]
     expected = {f"{FOLDERS[path.parts[0]]}{path}" for path in modules} | {"qsteer/py.typed"}
     contents = {name for name in files if ".dist-info/" not in name}
     assert contents == expected, f"in only one of wheel and tree: {sorted(contents ^ expected)}"
-    print("ok: it holds every module and py.typed, all of them inside qsteer")
+    print("ok: it holds every module, page and py.typed, all of them inside qsteer")
 
     run(UV, "venv", "--python", sys.executable, env, cwd=empty)
     python = env / "bin" / "python"
