@@ -1,7 +1,7 @@
 """How many environments one learner's node can take: its parts measured, the whole predicted and measured.
 
     ray start --head --num-cpus 16
-    OMP_NUM_THREADS=1 python examples/bench_scaling.py --ray auto --out benchmarks/scaling/cpu.json
+    OMP_NUM_THREADS=1 python examples/bench_scaling.py --ray auto --out scaling.json
 
 Environments are dummies: as many numbers as the policy sees, and a step that sleeps (``--step-ms``), because
 a simulator elsewhere takes no time of this node's cores. The policy is the cube-single checkpoint's, steered
@@ -17,6 +17,7 @@ that acts and learns, as a machine that others use wants it.
 """
 
 import argparse
+import sys
 import tempfile
 import time
 from collections import defaultdict
@@ -258,7 +259,9 @@ def main() -> None:
         )
     if args.out:
         settings = {"step_s": args.step_ms / 1e3, "repeats": args.repeats, "horizon": policy.config.horizon}
-        report = {"settings": settings, "measured": measured, "lines": lines, "beyond": beyond}
+        command = " ".join(("python", *sys.argv))
+        report = {"command": command, "settings": settings, "measured": measured}
+        report |= {"lines": lines, "beyond": beyond}
         print(f"results: {write_json(report, args.out)}")
 
 
