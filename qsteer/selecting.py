@@ -218,8 +218,8 @@ def expectile_weights(q: Float[Tensor, "B n"], expectile: float) -> Float[Tensor
     means = (expectile * sums + (1 - expectile) * (sums[:, -1:] - sums)) / (
         expectile * above + (1 - expectile) * (above[:, -1:] - above)
     )
-    weights = torch.where(q < means.amax(1, keepdim=True), 1 - expectile, expectile)
-    return torch.where(finite, weights, 0.0).to(q.dtype)
+    weights = (expectile - (q < means.amax(1, keepdim=True)).to(q.dtype)).abs()
+    return torch.where(finite, weights, 0.0)
 
 
 def drawn(weights: Float[Tensor, "B n"], m: int) -> Int[Tensor, "B m"]:

@@ -127,7 +127,7 @@ def test_expectile_weights_are_those_of_the_minimiser_found_by_bisection(expecti
         middle = (low + high) / 2
         slope = (torch.where(q < middle, 1 - expectile, expectile) * (q - middle)).sum(1, keepdim=True)
         low, high = torch.where(slope > 0, middle, low), torch.where(slope > 0, high, middle)
-    expected = torch.where(q < low, 1 - expectile, expectile)
+    expected = (expectile - (q < low).double()).abs()
     torch.testing.assert_close(expectile_weights(q, expectile), expected)
     torch.testing.assert_close(expectile_weights(7 * q - 1e4, expectile), expected)  # in any unit
 
