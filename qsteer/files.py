@@ -151,7 +151,7 @@ def write_json(report: Mapping[str, Any], path: str | Path) -> Path:
 
 
 def append_json_line(path: Path, line: Mapping[str, float | int]) -> None:
-    """Add one line of JSON to a file, which is made if it is not there; a full disk gets all of it or none."""
+    """Add one line of JSON to a file, which is made if need be; a full disk gets all of it or none."""
     path.parent.mkdir(parents=True, exist_ok=True)
     left = (json.dumps(line) + "\n").encode()
     with open(path, "ab", buffering=0) as file:

@@ -310,7 +310,7 @@ class RobotLearning:
         return True
 
     def _write(self, work: Callable[[], None]) -> None:
-        """Do what writes to the disk. What a full one does not take is said, and tried again when next due."""
+        """Do what writes to the disk; what a full one does not take is said, and tried when next due."""
         try:
             work()
             self.unwritten = None

@@ -225,9 +225,11 @@ def test_a_full_disk_stops_neither_learning_nor_robots(
     learns.command("learn")
     stock(learns, 45)
     work(learns)
-    assert learns.unwritten is None and (tmp_path / CHECKPOINT).exists() and list((tmp_path / "kept").glob("*"))
+    assert learns.unwritten is None
+    assert (tmp_path / CHECKPOINT).exists() and list((tmp_path / "kept").glob("*"))
     learns.close()
-    assert [json.loads(line)["step"] for line in (tmp_path / "metrics.jsonl").open()][-1] == learns.learner.update
+    lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    assert json.loads(lines[-1])["step"] == learns.learner.update
 
 
 def test_a_directory_serves_one(tmp_path: Path) -> None:
