@@ -22,6 +22,10 @@ from typing import Any
 
 import numpy as np
 
+from qsteer.evaluation.arms import describe_arm
+from qsteer.evaluation.curves import Curve, plot_curves
+from qsteer.statistics import wilson_interval
+
 STATE = "observation.state"
 CHECKPOINT = Path("examples/checkpoints/cube-single/policy")
 TASK = "cube-single"
@@ -42,8 +46,15 @@ def main() -> None:
     parser.add_argument("--every", type=int, default=2_000, help="steps of a point of the curve")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=Path("runs/serve-learning"))
-    parser.add_argument("--json", type=Path, help="where the figures go; default: OUT/learning.json")
+    parser.add_argument("--json", type=Path, help="where the report goes; default: OUT/learning.json")
+    parser.add_argument("--draw", nargs="+", type=Path, metavar="JSON", help="draw reports, and nothing else")
+    parser.add_argument("--plot", type=Path, help="the picture; default: OUT/learning.png")
     args = parser.parse_args()
+    picture = args.plot or args.out / "learning.png"
+    if args.draw:
+        reports = [json.loads(path.read_text()) for path in args.draw]
+        print(describe(reports), draw(reports, picture), sep="\n")
+        return
     args.out.mkdir(parents=True, exist_ok=True)
     episodes = args.out / "episodes.jsonl"
     server, port = serve(args)
@@ -54,9 +65,8 @@ def main() -> None:
         server.wait(60)
     report = summarise(args, [json.loads(line) for line in episodes.open()])
     path = args.json or args.out / "learning.json"
-    path.write_text(json.dumps(report, indent=1) + "\n")
-    plot(report, path.with_suffix(".png"))
-    print(json.dumps({name: report[name] for name in ("frozen", "learnt")}), path)
+    path.write_text(json.dumps(report) + "\n")
+    print(describe([report]), path, draw([report], picture), sep="\n")
 
 
 def serve(args: argparse.Namespace) -> tuple[subprocess.Popen, int]:
@@ -135,55 +145,40 @@ def robot(port: int, seed: int, hz: float, queue: Any, stop: Any) -> None:
 
 
 def summarise(args: argparse.Namespace, episodes: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Return success over steps, of the frozen policy, and of the last quarter."""
-    at = np.array([each["at"] for each in episodes])
-    success = np.array([each["success"] for each in episodes], float)
-    bins = range(0, int(at[-1]) + 1, args.every)
-    curve = [
-        {
-            "steps": low,
-            "episodes": int(inside.sum()),
-            "success": float(success[inside].mean()) if inside.any() else None,
-        }
-        for low in bins
-        for inside in [(at > low) & (at <= low + args.every)]
-    ]
-
-    def rate(of: np.ndarray) -> dict[str, Any]:
-        return {"episodes": int(of.sum()), "success": float(success[of].mean()) if of.any() else None}
-
+    """Return the report: settings, and every episode with the steps of all robots at its end."""
     settings = {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}
-    return {
-        "task": TASK,
-        "settings": settings,
-        "frozen": rate(at <= args.warmup),
-        "learnt": rate(at > 0.75 * at[-1]),
-        "curve": curve,
-        "episodes": [{"at": int(a), "success": bool(s)} for a, s in zip(at, success, strict=True)],
-    }
+    ended = [[each["at"], each["success"]] for each in episodes]
+    return {"task": TASK, "settings": settings, "episodes": ended}
 
 
-def plot(report: dict[str, Any], path: Path) -> None:
-    """Draw the curve."""
-    from qsteer.plotting import CONTROL, MUTED, STEERED, STYLE, add_caption, add_title, load_pyplot, save
+def describe(reports: Sequence[dict[str, Any]]) -> str:
+    """Return how often the frozen policy of the warm-up succeeded, and the robots in the last quarter."""
+    frozen, last = [], []
+    for report in reports:
+        steps, warmup = report["episodes"][-1][0], report["settings"]["warmup"]
+        frozen += [success for at, success in report["episodes"] if at <= warmup]
+        last += [success for at, success in report["episodes"] if at > 0.75 * steps]
+    parts = []
+    for name, found in (("frozen", frozen), ("last quarter", last)):
+        low, high = wilson_interval(sum(found), len(found))
+        rate = f"{sum(found) / len(found):.0%} ({low:.0%} to {high:.0%}) of {len(found)} episodes"
+        parts.append(f"{name}: {rate}")
+    return "; ".join(parts)
 
-    plt = load_pyplot()
-    known = [point for point in report["curve"] if point["success"] is not None]
-    every, warmup = report["settings"]["every"], report["settings"]["warmup"]
-    with plt.rc_context(STYLE):
-        fig, axes = plt.subplots(figsize=(6.4, 3.2), layout="constrained")
-        add_title(axes, f"{report['task']}, served: success of the robots' episodes")
-        axes.axvspan(0, warmup, color=CONTROL, alpha=0.1, linewidth=0)
-        axes.axhline(report["frozen"]["success"], color=MUTED, linewidth=0.8)
-        steps, rates = zip(*[(p["steps"] + every / 2, p["success"]) for p in known], strict=True)
-        axes.plot(steps, rates, "o-", color=STEERED, linewidth=2, markersize=4)
-        axes.set(xlabel="steps of all robots", ylim=(0, 1), xlim=(0, None))
-        axes.yaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
-        caption = (
-            f"shaded: warm-up, the frozen policy; line: its mean. {report['settings']['robots']} robots, "
-        )
-        add_caption(fig, caption + f"{report['settings']['rule']}, points of {every} steps")
-        save(fig, path)
+
+def draw(reports: Sequence[dict[str, Any]], path: Path) -> Path:
+    """Draw success over the steps of all robots, a run a line."""
+    curves, levels = [], []
+    for report in reports:
+        at, success = np.array(report["episodes"], float).T
+        every, warmup = report["settings"]["every"], report["settings"]["warmup"]
+        bins = np.ceil(at / every)
+        whole = [number for number in np.unique(bins) if number * every <= at[-1]]
+        rates = [success[bins == number].mean() for number in whole]
+        curves.append(Curve(np.array(whole) * every, np.array(rates)))
+        levels += success[at <= warmup].tolist()
+    name = f"{describe_arm(reports[0]['settings']['rule'])}, learnt from the robots"
+    return plot_curves({name: curves}, path, levels={"the frozen policy": float(np.mean(levels))})
 
 
 if __name__ == "__main__":
