@@ -45,7 +45,7 @@ def main() -> None:
     parser.add_argument("--theirs", type=Path, required=True)
     parser.add_argument("--policy", required=True)
     parser.add_argument("--critic", required=True)
-    parser.add_argument("--pairs", nargs="+", default=["ours-theirs", "theirs-ours", "theirs-theirs"])
+    parser.add_argument("--pairs", nargs="*", default=["ours-theirs", "theirs-ours", "theirs-theirs"])
     parser.add_argument("--arms", nargs="+", default=["base", "qgf=0.06", "best-of-8"])
     parser.add_argument("--episodes", type=int, default=200)
     parser.add_argument("--tuning", action="store_true", help="on the tuning seeds")
@@ -173,9 +173,10 @@ def compare_actions(
     noise = np.array(jax.random.normal(key, (len(obs), config.horizon * config.action_dim))).reshape(shape)
     seen, start = torch.from_numpy(obs), torch.from_numpy(noise)
     field, value = policies["theirs"].field(seen), critics["theirs"].bind(seen)
+    clipped = qsteer.Euler(clip="policy")  # as they do
     for weight in (0.0, 0.06, 0.25):
         expected = np.array(agent.sample_actions(obs, seed=key, guidance_weight=weight)).reshape(shape)
-        got = qsteer.sample(field, value, start, rule=qsteer.QGF(weight=weight)).numpy()
+        got = qsteer.sample(field, value, start, rule=qsteer.QGF(weight=weight), sampler=clipped).numpy()
         print(f"weight {weight}: actions differ by at most {np.abs(got - expected).max():.1e}")
 
 
