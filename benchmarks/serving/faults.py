@@ -470,7 +470,7 @@ def kills(scale: float) -> dict[str, Any]:
     total, draw = int(50 * scale), random.Random(0)
     numbers = iter(range(1, 2**22))
     acknowledged: list[float] = []
-    starting = 0
+    starting, made = 0, [0]
 
     async def load(body: Body, life: int) -> None:
         lives = [Life(numbers, f"life{life}-{i}") for i in range(4)]
@@ -483,6 +483,7 @@ def kills(scale: float) -> dict[str, Any]:
 
         robots = asyncio.gather(*map(one, lives))
         await asyncio.sleep(0.5 + 3 * draw.random())
+        made.append((await body.learning())["updates"] - body.updates)
         body.process.send_signal(signal.SIGKILL)
         await robots
         for each in lives:
@@ -506,21 +507,22 @@ def kills(scale: float) -> dict[str, Any]:
             body.process.wait()
             expect("Traceback" not in body.said(), f"no traceback, got:\n{body.said()}")
         body = Body(*options, out=out).listen()
-        rows, made = body.rows, body.updates
+        rows, resumed = body.rows, body.updates
         learnt = asyncio.run(body.learning())
         expect(learnt["fault"] is None and learnt["healthy"], f"a learner that is well, got {learnt}")
         body.stop()
         kept = {float(reward) for reward in stored_rewards(out)}
     missing = [reward for reward in acknowledged if reward not in kept]
     expect(not missing, f"all {len(acknowledged)} acknowledged transitions, got {len(missing)} missing")
-    expect(made > 200 or scale < 1, f"a learner that has learnt on, got {made} updates")
+    expect(sum(made) > 0, "a learner that goes on, got no update")
     return {
         "kills": total,
         "while_starting": starting,
         "acknowledged": len(acknowledged),
         "missing": 0,
         "rows": rows,
-        "updates_resumed": made,
+        "updates_made": sum(made),
+        "updates_resumed": resumed,
     }
 
 
