@@ -345,7 +345,6 @@ def malformed(scale: float) -> dict[str, Any]:
             before = await ask(one, {STATE: state(), "qsteer": {"seed": 7}})
             beside = asyncio.create_task(good())
             while found["sent"] < total:
-                seed = found["sent"]
 
                 @settings(
                     max_examples=500, database=None, deadline=None, suppress_health_check=list(HealthCheck)
@@ -355,7 +354,6 @@ def malformed(scale: float) -> dict[str, Any]:
                     if found["sent"] < total:
                         asyncio.run_coroutine_threadsafe(send(body, messages), loop).result(60)
 
-                random.seed(seed)
                 await asyncio.to_thread(fuzz)
                 if "memory" not in told:
                     told["memory"], told["files"] = body.memory(), body.files()
