@@ -10,14 +10,14 @@ in the chain the denoised action lies between the kinds. Takes a minute of one c
 """
 
 import argparse
-import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from proposition_1 import Mixture, noise
 from torch import Tensor
 
 import qsteer
@@ -25,43 +25,11 @@ from qsteer.files import write_json
 from qsteer.maps import GlassPosterior
 from qsteer.types import Rule, Sampler
 
-MEANS, WEIGHTS, STD = (-1.0, 1.0), (0.8, 0.2), 0.15
+POLICY = Mixture((0.8, 0.2), (-1.0, 1.0), 0.15)
 BUMPS = (0.0, 1.5, -1.5)
 """How far the critic is off half way between the two kinds."""
 FAR = 3.5
 """Standard deviations from a kind's mean, from which on an action is of neither kind."""
-
-
-def mixture(x: Tensor, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return weights, means and standard deviations of p(x1 | x_t = x), kinds first."""
-    over = (-1, *[1] * x.ndim)
-    mean, t = torch.tensor(MEANS, dtype=x.dtype).view(over), t[:, None, None]
-    c2 = (1 - t) ** 2 + (t * STD) ** 2
-    off = x - t * mean
-    prior = torch.tensor(WEIGHTS, dtype=x.dtype).log().view(over)
-    return (prior - off**2 / (2 * c2)).softmax(0), mean + t * STD**2 / c2 * off, STD * (1 - t) / c2.sqrt()
-
-
-def velocity(x: Tensor, t: Tensor) -> Tensor:
-    """Return the policy's velocity, ``(D(x, t) - x) / (1 - t)``."""
-    weight, mean, _ = mixture(x, t)
-    return ((weight * mean).sum(0) - x) / (1 - t)[:, None, None]
-
-
-def posterior(eps: Tensor, x: Tensor, t: Tensor) -> Tensor:
-    """Sample p(x1 | x_t = x) exactly, at the quantiles of ``eps``; differentiable in x."""
-    weight, mean, std = mixture(x, t)
-    with torch.no_grad():
-        u = torch.special.ndtr(eps)
-        first = u < weight[0]
-        rest = torch.where(first, u / weight[0], (u - weight[0]) / weight[1]).clamp(1e-15, 1 - 1e-15)
-        z = torch.where(first, mean[0], mean[1]) + std[0] * torch.special.ndtri(rest)
-    if not torch.is_grad_enabled():
-        return z
-    y = [(z - m) / std[0] for m in mean]
-    cdf = sum(w * torch.special.ndtr(part) for w, part in zip(weight, y, strict=True))
-    pdf = sum(w * torch.exp(-(part**2) / 2) for w, part in zip(weight.detach(), y, strict=True))
-    return z - (cdf - cdf.detach()) * (math.sqrt(2 * math.pi) * std[0] / pdf).detach()
 
 
 @dataclass(frozen=True)
@@ -81,7 +49,7 @@ class Critic:
 
 def shares(a: Tensor, weight: Tensor | None = None) -> dict[str, float]:
     """Return the shares of actions of the better kind, and of neither."""
-    near = [(a.flatten() - mean).abs() < FAR * STD for mean in MEANS]
+    near = [(a.flatten() - mean).abs() < FAR * POLICY.std for mean in POLICY.means]
     weight = torch.full_like(a.flatten(), 1 / a.numel()) if weight is None else weight
     return {"better": float(weight[near[1]].sum()), "neither": float(weight[~(near[0] | near[1])].sum())}
 
@@ -89,9 +57,7 @@ def shares(a: Tensor, weight: Tensor | None = None) -> dict[str, float]:
 def exact(critic: Critic, tilt: float) -> dict[str, float]:
     """Return the shares under ``pi exp(tilt Q)``, by quadrature."""
     a = torch.linspace(-3, 3, 100_001, dtype=torch.float64)
-    parts = zip(WEIGHTS, MEANS, strict=True)
-    density = sum(w * torch.exp(-(((a - mean) / STD) ** 2) / 2) for w, mean in parts)
-    density = density * torch.exp(tilt * critic(a))
+    density = POLICY.density(a) * torch.exp(tilt * critic(a))
     return shares(a, density / density.sum())
 
 
@@ -102,11 +68,11 @@ def tilts(samples: int) -> dict[str, Callable[[float], Rule]]:
     return {
         "tweedie": lambda tilt: qsteer.Tweedie(tilt, **same),
         "qgf": lambda tilt: qsteer.QGF(tilt, **same),
-        "posterior": lambda tilt: qsteer.Posterior(posterior, tilt, samples, **mean),
-        "posterior-1024": lambda tilt: qsteer.Posterior(posterior, tilt, 1024, **mean),
+        "posterior": lambda tilt: qsteer.Posterior(POLICY.posterior, tilt, samples, **mean),
+        "posterior-1024": lambda tilt: qsteer.Posterior(POLICY.posterior, tilt, 1024, **mean),
         "posterior-glass-4": lambda tilt: qsteer.Posterior(GlassPosterior(), tilt, samples, **mean),
         "posterior-glass-16": lambda tilt: qsteer.Posterior(GlassPosterior(steps=16), tilt, samples, **mean),
-        "gradient-free": lambda tilt: qsteer.GradientFreePosterior(posterior, tilt, samples, **mean),
+        "gradient-free": lambda tilt: qsteer.GradientFreePosterior(POLICY.posterior, tilt, samples, **mean),
         "gradient-free-glass-4": lambda tilt: qsteer.GradientFreePosterior(
             GlassPosterior(), tilt, samples, **mean
         ),
@@ -119,9 +85,9 @@ def matched(samples: int) -> dict[str, Callable[[float], Rule]]:
     return {
         "tweedie": lambda alpha: qsteer.Tweedie(alpha, **same),
         "qgf": lambda alpha: qsteer.QGF(alpha, scaling="match_norm", **same),
-        "posterior": lambda alpha: qsteer.Posterior(posterior, alpha, samples, **same),
+        "posterior": lambda alpha: qsteer.Posterior(POLICY.posterior, alpha, samples, **same),
         "posterior-glass-4": lambda alpha: qsteer.Posterior(GlassPosterior(), alpha, samples, **same),
-        "gradient-free": lambda alpha: qsteer.GradientFreePosterior(posterior, alpha, samples, **same),
+        "gradient-free": lambda alpha: qsteer.GradientFreePosterior(POLICY.posterior, alpha, samples, **same),
         "random-direction": lambda alpha: qsteer.RandomDirection(alpha, **same),
     }
 
@@ -129,10 +95,8 @@ def matched(samples: int) -> dict[str, Callable[[float], Rule]]:
 def act(critic: Critic, chains: int, rule: Rule | None, sampler: Sampler) -> dict[str, float]:
     """Return the shares of actions from stratified noise."""
     torch.manual_seed(0)
-    levels = (torch.arange(chains, dtype=torch.float64) + 0.5) / chains
-    noise = torch.special.ndtri(levels)[:, None, None]
-    value = qsteer.value(critic)
-    return shares(qsteer.sample(qsteer.field(velocity), value, noise, rule=rule, sampler=sampler))
+    field, value = qsteer.field(POLICY.velocity), qsteer.value(critic)
+    return shares(qsteer.sample(field, value, noise(chains), rule=rule, sampler=sampler))
 
 
 def main() -> None:
@@ -166,7 +130,7 @@ def main() -> None:
         for alpha in args.alphas:
             for name, rule in matched(args.samples).items():
                 add(bump, f"{name}, matched", alpha, act(critic, args.chains, rule(alpha), euler))
-    settings = {"means": MEANS, "weights": WEIGHTS, "std": STD, "steps": args.steps, "samples": args.samples}
+    settings = {**asdict(POLICY), "steps": args.steps, "samples": args.samples}
     spent = {"chains": args.chains, "torch": torch.__version__, "cpu_seconds": time.process_time() - began}
     print(write_json({**settings, **spent, "rows": rows}, args.out))
 
