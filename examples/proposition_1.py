@@ -15,6 +15,7 @@ import json
 import math
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -58,41 +59,65 @@ def psi(a: Tensor) -> Tensor:
     return torch.tanh(2 * a)
 
 
-def mixture(x: Tensor, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return weights, means and standard deviations of p(x1 | x_t = x), components first."""
-    over = (-1, *[1] * x.ndim)
-    mean, t = torch.tensor(MEANS, dtype=x.dtype).view(over), t[:, None, None]
-    c2 = (1 - t) ** 2 + (t * STD) ** 2
-    off = x - t * mean
-    prior = torch.tensor(WEIGHTS, dtype=x.dtype).log().view(over)
-    return (prior - off**2 / (2 * c2)).softmax(0), mean + t * STD**2 / c2 * off, STD * (1 - t) / c2.sqrt()
+@dataclass(frozen=True)
+class Mixture:
+    """A policy in one dimension: two Gaussians as wide as each other, of which all is known.
 
-
-def velocity(x: Tensor, t: Tensor) -> Tensor:
-    """Return the policy's velocity, ``(D(x, t) - x) / (1 - t)``."""
-    weight, mean, _ = mixture(x, t)
-    return ((weight * mean).sum(0) - x) / (1 - t)[:, None, None]
-
-
-def posterior(eps: Tensor, x: Tensor, t: Tensor) -> Tensor:
-    """Sample p(x1 | x_t = x) exactly, differentiably in x.
-
-    Drawing a component is not differentiable, but a sample z at the fixed quantile ``F(z; x) = u`` is:
-    ``dz/dx = -(dF/dx) / p(z; x)``, whichever way z was drawn. In one dimension this is the derivative of the
-    exact posterior flow.
+    Attributes:
+        weights, means: of the two.
+        std: of both.
     """
-    weight, mean, std = mixture(x, t)
-    with torch.no_grad():
-        u = torch.special.ndtr(eps)
-        first = u < weight[0]  # the quantile picks the component, what remains of it the place within
-        rest = torch.where(first, u / weight[0], (u - weight[0]) / weight[1]).clamp(1e-15, 1 - 1e-15)
-        z = torch.where(first, mean[0], mean[1]) + std[0] * torch.special.ndtri(rest)
-    if not torch.is_grad_enabled():
-        return z
-    y = [(z - m) / std[0] for m in mean]
-    cdf = sum(w * torch.special.ndtr(part) for w, part in zip(weight, y, strict=True))
-    pdf = sum(w * torch.exp(-(part**2) / 2) for w, part in zip(weight.detach(), y, strict=True))
-    return z - (cdf - cdf.detach()) * (math.sqrt(2 * math.pi) * std[0] / pdf).detach()
+
+    weights: tuple[float, float]
+    means: tuple[float, float]
+    std: float
+
+    def parts(self, x: Tensor, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return weights, means and standard deviations of p(x1 | x_t = x), components first."""
+        over = (-1, *[1] * x.ndim)
+        mean, t = torch.tensor(self.means, dtype=x.dtype).view(over), t[:, None, None]
+        c2 = (1 - t) ** 2 + (t * self.std) ** 2
+        off = x - t * mean
+        prior = torch.tensor(self.weights, dtype=x.dtype).log().view(over)
+        weight = (prior - off**2 / (2 * c2)).softmax(0)
+        return weight, mean + t * self.std**2 / c2 * off, self.std * (1 - t) / c2.sqrt()
+
+    def velocity(self, x: Tensor, t: Tensor) -> Tensor:
+        """Return the policy's velocity, ``(D(x, t) - x) / (1 - t)``."""
+        weight, mean, _ = self.parts(x, t)
+        return ((weight * mean).sum(0) - x) / (1 - t)[:, None, None]
+
+    def posterior(self, eps: Tensor, x: Tensor, t: Tensor) -> Tensor:
+        """Sample p(x1 | x_t = x) exactly, differentiably in x.
+
+        Drawing a component is not differentiable, but a sample z at the fixed quantile ``F(z; x) = u`` is:
+        ``dz/dx = -(dF/dx) / p(z; x)``, whichever way z was drawn. In one dimension this is the derivative of
+        the exact posterior flow.
+        """
+        weight, mean, std = self.parts(x, t)
+        with torch.no_grad():
+            u = torch.special.ndtr(eps)
+            first = u < weight[0]  # the quantile picks the component, what remains of it the place within
+            rest = torch.where(first, u / weight[0], (u - weight[0]) / weight[1]).clamp(1e-15, 1 - 1e-15)
+            z = torch.where(first, mean[0], mean[1]) + std[0] * torch.special.ndtri(rest)
+        if not torch.is_grad_enabled():
+            return z
+        y = [(z - m) / std[0] for m in mean]
+        cdf = sum(w * torch.special.ndtr(part) for w, part in zip(weight, y, strict=True))
+        pdf = sum(w * torch.exp(-(part**2) / 2) for w, part in zip(weight.detach(), y, strict=True))
+        return z - (cdf - cdf.detach()) * (math.sqrt(2 * math.pi) * std[0] / pdf).detach()
+
+    def density(self, a: Tensor) -> Tensor:
+        """Return the density of actions, but for a factor."""
+        parts = [
+            w * torch.exp(-(((a - m) / self.std) ** 2) / 2)
+            for w, m in zip(self.weights, self.means, strict=True)
+        ]
+        return parts[0] + parts[1]
+
+
+POLICY = Mixture(WEIGHTS, MEANS, STD)
+mixture, velocity, posterior = POLICY.parts, POLICY.velocity, POLICY.posterior
 
 
 def rule_of(name: str, sampler: PosteriorSampler, samples: int) -> PosteriorGuidance:
@@ -113,8 +138,7 @@ def noise(chains: int) -> Tensor:
 def tilted_quantiles(at: Tensor, tilt: float = 1.0) -> Laws:
     """Return quantiles of ``pi* = pi exp(tilt psi)`` by quadrature of its density."""
     a = torch.linspace(-6, 6, 200_001, dtype=torch.float64)
-    parts = [w * torch.exp(-(((a - m) / STD) ** 2) / 2) for w, m in zip(WEIGHTS, MEANS, strict=True)]
-    density = (parts[0] + parts[1]) * torch.exp(tilt * psi(a))
+    density = POLICY.density(a) * torch.exp(tilt * psi(a))
     cdf = torch.cumulative_trapezoid(density, a)
     return np.interp(at.numpy(), (cdf / cdf[-1]).numpy(), a[1:].numpy())
 

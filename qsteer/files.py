@@ -151,10 +151,17 @@ def write_json(report: Mapping[str, Any], path: str | Path) -> Path:
 
 
 def append_json_line(path: Path, line: Mapping[str, float | int]) -> None:
-    """Add one line of JSON to a file, which is made if it is not there."""
+    """Add one line of JSON to a file, which is made if need be; a full disk gets all of it or none."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "a") as file:
-        file.write(json.dumps(line) + "\n")
+    left = (json.dumps(line) + "\n").encode()
+    with open(path, "ab", buffering=0) as file:
+        before = os.fstat(file.fileno()).st_size
+        try:
+            while left:
+                left = left[file.write(left) :]
+        except OSError:
+            file.truncate(before)
+            raise
 
 
 def trim_json_lines(path: Path, last_step: int | None = None, key: str = "step") -> None:

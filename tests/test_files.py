@@ -2,6 +2,7 @@
 
 import json
 import os
+import resource
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -41,6 +42,20 @@ def test_lines_are_added_and_trimmed(tmp_path: Path) -> None:
     trim_json_lines(path, 4)
     assert path.read_text() == '{"step": 2}\n{"step": 4}\n'
     assert [file.name for file in path.parent.iterdir()] == ["metrics.jsonl"]
+
+
+def test_a_disk_that_fills_up_gets_no_part_of_a_line(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    append_json_line(path, {"step": 2})
+    former = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (15, former[1]))  # the next line fits in part
+    try:
+        with pytest.raises(OSError):
+            append_json_line(path, {"step": 4})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, former)
+    append_json_line(path, {"step": 6})
+    assert path.read_text() == '{"step": 2}\n{"step": 6}\n'
 
 
 def fill(path: Path, text: str) -> None:

@@ -20,7 +20,7 @@ from qsteer.cli.options import (
 )
 
 HELD_OUT = 8
-"""Held-out observations on which a meta flow map of a lerobot policy is judged."""
+"""Held-out observations on which a meta flow map of a lerobot policy is judged; a flow map: 8 times these."""
 BLOCK = 256
 """Frames in a file, of which the first are held out."""
 
@@ -92,7 +92,8 @@ def run(args: argparse.Namespace) -> None:
         meta = MetaFlowMap(config).to(args.device)
         distil(meta, teacher, out, replace(task.meta, **given), held_out=held_out)
     else:
-        distil_flow_map(FlowMap(config).to(args.device), teacher, out, replace(task.flow_map, **given))
+        flow_map = FlowMap(config).to(args.device)
+        distil_flow_map(flow_map, teacher, out, replace(task.flow_map, **given), held_out=held_out)
     if state.is_main_process:
         print(f"{args.map}: {out}")
 
@@ -112,7 +113,7 @@ def run_on_dataset(args: argparse.Namespace) -> None:
     from qsteer.experiments.tasks import FLOW_MAP, META
     from qsteer.maps import FlowMap, MapConfig, MetaFlowMap, MetaMapConfig
     from qsteer.training.loop import processes
-    from qsteer.training.maps import PosteriorError, distil, distil_flow_map
+    from qsteer.training.maps import JumpError, PosteriorError, distil, distil_flow_map
     from qsteer.training.teachers import HostTeacher
 
     state = processes(args.device)
@@ -124,16 +125,15 @@ def run_on_dataset(args: argparse.Namespace) -> None:
     shape: dict[str, Any] = {"width": args.width or 128, "depth": args.depth or 3, "heads": 4}
     given = select_given(args, "seed", "steps", "compile") | {"batch_size": args.batch_size or 128}
     torch.manual_seed(args.seed)
+    judge = HostTeacher(policy, held, "data") if state.is_main_process else None
     if args.map == "meta":
-        error = None
-        if state.is_main_process:
-            judge = HostTeacher(policy, held, "data")
-            error = PosteriorError(judge, observations=HELD_OUT, samples=32, steps=16)
+        error = judge and PosteriorError(judge, observations=HELD_OUT, samples=32, steps=16)
         meta = MetaFlowMap(MetaMapConfig(*teacher.sizes(), **shape, residual=True)).to(args.device)
         distil(meta, teacher, out, replace(META, **given), held_out=error)
     else:
+        jump = judge and JumpError(judge, observations=8 * HELD_OUT)
         learnt = FlowMap(MapConfig(*teacher.sizes(), **shape, residual=True)).to(args.device)
-        distil_flow_map(learnt, teacher, out, replace(FLOW_MAP, **given))
+        distil_flow_map(learnt, teacher, out, replace(FLOW_MAP, **given), held_out=jump)
     if state.is_main_process:
         print(f"{args.map}: {out}")
 

@@ -15,11 +15,12 @@ NUMBERS = (1, 2, 3, 4, 5)
 META = MetaTraining(steps=8_000, learning_rate=3e-4, warmup=200, evaluate_every=1_000, checkpoint_every=1_000)
 FLOW_MAP = FlowMapTraining(
     steps=8_000,
-    batch_size=128,
-    distillation="lagrangian",
-    diagonal_steps=1,
-    anneal_steps=2_500,
+    learning_rate=1e-3,
+    warmup=200,
+    decay=8_000,
+    distillation="direct",
     zero_share=0.5,
+    one_share=0.5,
 )
 ONLINE = OnlineTraining(
     critic=CriticTraining(target="sarsa", ema=0.02), env_steps=60_000, updates_per_step=0.25, warmup=8_000

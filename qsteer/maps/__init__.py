@@ -5,6 +5,7 @@ from qsteer.maps.glass import GlassPosterior, glass_velocity
 from qsteer.maps.losses import (
     adaptive,
     diagonal_loss,
+    direct_loss,
     eulerian_loss,
     fmq_target,
     lagrangian_loss,
@@ -23,6 +24,7 @@ __all__ = [
     "MetaMapConfig",
     "adaptive",
     "diagonal_loss",
+    "direct_loss",
     "eulerian_loss",
     "fmq_target",
     "glass_velocity",

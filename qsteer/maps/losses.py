@@ -45,6 +45,36 @@ def diagonal_loss(
     return _squares(u(interpolate(x0, x1, t), t, t) - (x1 - x0 if velocity is None else velocity.detach()))
 
 
+def direct_loss(
+    u: AverageVelocity,
+    x: Float[Tensor, "B H A"],
+    r: Float[Tensor, "B"],
+    t: Float[Tensor, "B"],
+    velocity: Callable[[Tensor, Tensor], Tensor],
+    steps: int,
+) -> Float[Tensor, "B"]:
+    """Regression onto the teacher's own integration: ``|| u_{r,t}(x) - mean_k v(x_k, r_k) ||^2``.
+
+    The x_k are ``steps`` Euler steps of the teacher from r to t, which from 0 to 1 are its chain. The loss is
+    weighted by ``t - r``: the longer the jump, the more its velocity counts.
+
+    Args:
+        u: average velocity.
+        x: states at time r.
+        r: first time.
+        t: last time.
+        velocity: the teacher's.
+        steps: of the teacher.
+    """
+    stride = (t - r) / steps
+    end, total = x, torch.zeros_like(x)
+    with torch.no_grad():
+        for k in range(steps):
+            v = velocity(end, r + k * stride)
+            end, total = end + factor(stride, x) * v, total + v
+    return (t - r) * _squares(u(x, r, t) - total / steps)
+
+
 def lagrangian_loss(
     u: AverageVelocity, x: Float[Tensor, "B H A"], r: Float[Tensor, "B"], t: Float[Tensor, "B"]
 ) -> Float[Tensor, "B"]:

@@ -1,5 +1,7 @@
 """Rewards that only a sensor's mistake explains are kept from the critic, and listed."""
 
+import logging
+from collections.abc import Mapping
 from pathlib import Path
 
 from tqdm import tqdm
@@ -10,6 +12,8 @@ from qsteer.data.replay import Replay
 from qsteer.files import append_json_line
 from qsteer.online.health import Health
 from qsteer.online.settings import OnlineTraining
+
+logger = logging.getLogger(__name__)
 
 OUTLIERS = "outliers.jsonl"
 
@@ -50,7 +54,7 @@ class RewardGuard:
     def list_outliers(self, outliers: list[Outlier], env_steps: int) -> None:
         """Write down what was refused at the door."""
         for outlier in outliers:
-            append_json_line(self.out / OUTLIERS, {"env_steps": env_steps} | outlier._asdict())
+            self._list({"env_steps": env_steps} | outlier._asdict())
         outliers.clear()
 
     def drop_outliers(self) -> None:
@@ -63,6 +67,11 @@ class RewardGuard:
                 f"{self.out.name}: row {row} of environment {lane}: the reward {reward:.6g} is beyond "
                 f"{limit:.4g}; it is taken out (listed in {OUTLIERS}; refuse_outliers=False keeps such rows)"
             )
-            append_json_line(
-                self.out / OUTLIERS, {"lane": lane, "row": row, "reward": reward, "limit": limit}
-            )
+            self._list({"lane": lane, "row": row, "reward": reward, "limit": limit})
+
+    def _list(self, line: Mapping[str, float | int]) -> None:
+        """Write a line; where the disk does not take it, it goes to the log."""
+        try:
+            append_json_line(self.out / OUTLIERS, line)
+        except OSError as error:
+            logger.error("%s: not listed: %s: %s", self.out / OUTLIERS, dict(line), error)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
@@ -94,6 +95,7 @@ class RobotLearning:
         frozen: whether the critic stays as it is; rows are stored all the same.
         audited: what the audit found; None: it has not been asked since the critic began, or was ill.
         fault: why learning has stopped, an error of its own; None: it has not.
+        unwritten: why the latest log, checkpoint or kept critic could not be written; None: it was.
 
     Raises:
         ValueError: ``out`` holds a run with other settings, a reply has another number of steps than the
@@ -147,6 +149,7 @@ class RobotLearning:
         self._position: int | None = control.get("position") if self.frozen else None
         self.audited: Check | None = None
         self.fault: str | None = None
+        self.unwritten: str | None = None
         self.info: dict[str, float] = {}
         self._asked = self._unchecked = 0
         self._logged = self._saved = self.learner.env_steps
@@ -190,18 +193,23 @@ class RobotLearning:
         ``export``: the one that acts is written below ``out/exports``.
 
         Raises:
-            RequestError: there is nothing to go back to.
+            RequestError: there is nothing to go back to, or the disk does not take what is to be written.
         """
         told: dict[str, Any] = {}
-        if name == "rollback":
-            told["critic"] = self._roll_back()
-        elif name == "export":
-            told["critic"] = self.kept.export(self.learner.learner.target, self.position)
-        elif name == "learn":
-            self.frozen = False
-        else:
-            self.frozen = True
-        write_json({"frozen": self.frozen, "position": self._position}, self.out / CONTROL)
+        try:
+            if name == "rollback":
+                told["critic"] = self._roll_back()
+            elif name == "export":
+                told["critic"] = self.kept.export(self.learner.learner.target, self.position)
+            elif name == "learn":
+                self.frozen = False
+            else:
+                self.frozen = True
+            write_json({"frozen": self.frozen, "position": self._position}, self.out / CONTROL)
+        except (OSError, SafetensorError) as error:
+            raise RequestError(
+                f"{name}: expected to write to {self.out}, got {error}; free the disk, and ask again"
+            ) from None
         logger.info("%s: %s", name, told or f"at gradient step {self.learner.update}")
         return {"command": name, **told, **self.state()}
 
@@ -227,6 +235,7 @@ class RobotLearning:
             "refused": int(self.lanes.refused.sum()),
             "audit": None if self.audited is None else f"{self.audited.verdict}: {self.audited.finding}",
             "fault": self.fault,
+            "unwritten": self.unwritten,
             **self.info,
         }
 
@@ -234,7 +243,7 @@ class RobotLearning:
         """Write what is learnt, and let others open the directory."""
         try:
             if self.fault is None:
-                self._log()
+                self._write(self._log)
                 self.learner.save()
         finally:
             self._stack.close()
@@ -291,14 +300,23 @@ class RobotLearning:
             self._audit_if_due()
             self._steer()
         elif kept:
-            self.kept.keep(learner.learner.target, learner.update)
             self._last_kept = learner.update
+            self._write(lambda: self.kept.keep(learner.learner.target, learner.update))
         elif logs:
-            self._log()
+            self._write(self._log)
         else:
-            learner.save()
             self._saved = learner.env_steps
+            self._write(learner.save)
         return True
+
+    def _write(self, work: Callable[[], None]) -> None:
+        """Do what writes to the disk; what a full one does not take is said, and tried when next due."""
+        try:
+            work()
+            self.unwritten = None
+        except (OSError, SafetensorError) as error:
+            logger.error("not written, and tried again when next due: %s", error)
+            self.unwritten = f"{type(error).__name__}: {error}"
 
     def _steer(self) -> None:
         self.learner.steer(self.steering)
@@ -356,7 +374,7 @@ class RobotLearning:
         return f"{number:09d}"
 
     def _log(self) -> None:
-        learner = self.learner
-        learner.log(self._window, self.lanes, [{}], self._tracker)
+        learner, window = self.learner, self._window
         self._logged = learner.env_steps
         self._window = LogWindow(learner.env_steps, learner.update)
+        learner.log(window, self.lanes, [{}], self._tracker)

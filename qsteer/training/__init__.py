@@ -6,6 +6,7 @@ from qsteer.training.critic import CriticTraining, train_critic
 from qsteer.training.dataset import Ranking, train_from_dataset
 from qsteer.training.maps import (
     FlowMapTraining,
+    JumpError,
     MetaTraining,
     PosteriorError,
     distil,
@@ -20,6 +21,7 @@ __all__ = [
     "DatasetBatches",
     "FlowMapTraining",
     "HostTeacher",
+    "JumpError",
     "MetaTraining",
     "PolicyTraining",
     "PosteriorError",

@@ -12,12 +12,13 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
-from qsteer.flow import denoise, interpolate, read_features
+from qsteer.flow import clip_actions, denoise, interpolate, read_features
 from qsteer.maps.flow_maps import FlowMap
 from qsteer.maps.glass import Glass, GlassPosterior, glass
 from qsteer.maps.losses import (
     adaptive,
     diagonal_loss,
+    direct_loss,
     eulerian_loss,
     lagrangian_loss,
     progressive_loss,
@@ -25,6 +26,7 @@ from qsteer.maps.losses import (
 )
 from qsteer.maps.meta import MetaFlowMap
 from qsteer.maps.networks import ChunkMLP
+from qsteer.samplers import Euler
 from qsteer.training.loop import WHOLE, Learner, Share, Training, fit, processes
 from qsteer.training.teachers import Teacher
 from qsteer.types import Field
@@ -207,35 +209,47 @@ class FlowMapTraining(Training):
     """How to train a :class:`~qsteer.maps.FlowMap` (FMQ section 3.1).
 
     Attributes:
-        distillation: the off-diagonal loss, on top of the diagonal one.
+        distillation: the off-diagonal loss, on top of the diagonal one; or ``direct``, regression onto the
+            policy's own integration, which stands alone and knows no curriculum.
         weight: of that loss.
         diagonal_steps: steps with the diagonal loss alone.
         anneal_steps: steps after them in which intervals grow to the full range.
         zero_share: share of the intervals that start at the noise, where a one-step policy does.
+        one_share: share of the intervals that end at the action.
     """
 
     steps: int = 60_000
-    distillation: Literal["eulerian", "lagrangian", "progressive"] = "eulerian"
+    distillation: Literal["direct", "eulerian", "lagrangian", "progressive"] = "eulerian"
     weight: float = 1.0
     diagonal_steps: int = 5_000
     anneal_steps: int = 50_000
     zero_share: float = 0.0
+    one_share: float = 0.0
 
 
 class FlowMapDistillation(Learner):
-    """Diagonal loss plus one self-distillation of a flow map, under a frozen teacher's velocity.
+    """Distillation of a flow map under a frozen teacher's velocity: direct, or diagonal and self-distilled.
 
     All in float32: derivatives in time, which the losses take, are more than bfloat16 can carry.
 
-    Cost per step: one batch of the teacher, 1 velocity forward (2 for ``eulerian``), and of the map 1 forward
-    with a backward for the diagonal and 1 to 3 more with one backward for the other loss.
+    Cost per step: one batch of the teacher; ``direct``: its own number of velocity forwards, and of the map 1
+    forward and backward; else 1 velocity forward (2 for ``eulerian``), and of the map 1 forward with a
+    backward for the diagonal and 1 to 3 more with one backward for the other loss. A residual map asks for
+    one more velocity in each of its forwards.
     """
 
     step: Tensor
 
-    def __init__(self, flow_map: FlowMap, teacher: Teacher, settings: FlowMapTraining) -> None:
-        """Learn ``flow_map`` from ``teacher``."""
+    def __init__(
+        self,
+        flow_map: FlowMap,
+        teacher: Teacher,
+        settings: FlowMapTraining,
+        held_out: "JumpError | None" = None,
+    ) -> None:
+        """Learn ``flow_map`` from ``teacher``, and judge it by ``held_out``."""
         super().__init__()
+        self.held_out = held_out
         self.flow_map, self.teacher, self.settings = flow_map, teacher, settings
         self.register_buffer("step", torch.zeros((), dtype=torch.int64))
 
@@ -245,6 +259,8 @@ class FlowMapDistillation(Learner):
         That is a share of the full range, or None while there is the diagonal alone.
         """
         s = self.settings
+        if s.distillation == "direct":
+            return *self.teacher.batch(s.batch_size, generator, self.share), torch.ones_like(self.step)
         reach = ((self.step - s.diagonal_steps) / s.anneal_steps).clamp(0.0, 1.0)
         return *self.teacher.batch(s.batch_size, generator, self.share), reach if reach else None
 
@@ -260,30 +276,83 @@ class FlowMapDistillation(Learner):
         def u(x: Tensor, r: Tensor, t: Tensor) -> Tensor:
             return self.flow_map.average_velocity(z, x, r, t, field)
 
-        t, x0 = uniform(), normal()
-        diagonal = diagonal_loss(u, x0, x1, t, velocity(interpolate(x0, x1, t), t)).mean()
-        info = {"diagonal": diagonal.detach()}
+        loss, info = x1.new_zeros(()), {}
+        if s.distillation != "direct":
+            t, x0 = uniform(), normal()
+            loss = diagonal_loss(u, x0, x1, t, velocity(interpolate(x0, x1, t), t)).mean()
+            info["diagonal"] = loss.detach()
         if reach is None:
-            return diagonal, info
+            return loss, info
 
         r, t = torch.stack([uniform(), uniform()]).sort(0).values
         if s.zero_share:
             starts = uniform() < s.zero_share
             r, t = torch.where(starts, 0.0, r), torch.where(starts, uniform(), t)
+        if s.one_share:
+            t = torch.where(uniform() < s.one_share, 1.0, t)
         t = r + reach * (t - r)
         x = interpolate(normal(), x1, r)
         match s.distillation:
+            case "direct":
+                off = direct_loss(u, x, r, t, velocity, field.clock.steps)
             case "eulerian":
                 off = eulerian_loss(u, x, r, t, velocity(x, r))
             case "lagrangian":
                 off = lagrangian_loss(u, x, r, t)
             case "progressive":
                 off = progressive_loss(u, x, r, t, r + uniform() * (t - r))
-        return diagonal + s.weight * off.mean(), info | {s.distillation: off.detach().mean()}
+        return loss + s.weight * off.mean(), info | {s.distillation: off.detach().mean()}
 
     def after_step(self) -> None:
         """Count the steps of the curriculum."""
         self.step += 1
+
+    def evaluate(self) -> dict[str, float]:
+        """Return the error of the jump from noise on held-out observations."""
+        return {} if self.held_out is None else self.held_out(self.flow_map)
+
+
+class JumpError:
+    """How far a map's action in one jump from noise is from the policy's, on held-out states.
+
+    Root mean square over the entries of a chunk, clipped to the policy's bounds. ``chain`` is how far one of
+    ``fine`` times the policy's own steps is from its own chain, ``one_step`` how far a single Euler step is.
+
+    Cost: once, ``fine + 1`` chains of the policy; then one forward of the map per call.
+
+    Args:
+        teacher: a policy on held-out observations.
+        observations: how many.
+        fine: how much finer the finer chain is.
+        seed: of the states and the noise.
+    """
+
+    @torch.no_grad()
+    def __init__(self, teacher: Teacher, *, observations: int = 1024, fine: int = 10, seed: int = 0) -> None:
+        generator = torch.Generator(teacher.device).manual_seed(seed)
+        self.field, x1 = teacher.batch(observations, generator)
+        self.noise = make_draws(x1, generator)[1]()
+        steps = self.field.clock.steps
+        self.chain = self.integrate(steps)
+        self.constants = {
+            "chain": self.distance(self.integrate(fine * steps)),
+            "one_step": self.distance(self.integrate(1)),
+        }
+
+    def integrate(self, steps: int) -> Float[Tensor, "B H A"]:
+        """Return the policy's action by a number of Euler steps."""
+        return Euler(steps, clip="policy")(self.field, None, self.noise)
+
+    @torch.no_grad()
+    def __call__(self, flow_map: FlowMap) -> dict[str, float]:
+        """Return ``jump_error`` and what to compare it with."""
+        zero = self.noise.new_zeros(len(self.noise))
+        a = flow_map.on(self.field)(self.noise, zero, zero + 1)
+        return {"jump_error": self.distance(clip_actions(a, self.field.bounds))} | self.constants
+
+    def distance(self, a: Float[Tensor, "B H A"]) -> float:
+        """Return how far actions are from the chain's."""
+        return float((a - self.chain).square().mean().sqrt())
 
 
 def distil(
@@ -328,12 +397,19 @@ def distil_flow_map(
     out: str | Path,
     training: FlowMapTraining | None = None,
     *,
+    held_out: Teacher | JumpError | None = None,
     progress: bool = True,
 ) -> FlowMap:
-    """Distil a flow map; ``FlowMap.from_pretrained`` reads the result in ``out``. As :func:`distil`."""
+    """Distil a flow map; ``FlowMap.from_pretrained`` reads the result in ``out``. As :func:`distil`.
+
+    Here ``held_out`` may be a :class:`JumpError` of another size than the default.
+    """
     out, training = Path(out), training or FlowMapTraining()
+    judges = processes(teacher.device).is_main_process
+    if isinstance(held_out, Teacher):
+        held_out = JumpError(held_out) if judges else None
     _fit_normalisation(flow_map, teacher)
-    learner = FlowMapDistillation(flow_map, teacher, training)
+    learner = FlowMapDistillation(flow_map, teacher, training, held_out)
     fit(learner, out, training, _describe(flow_map, teacher, training), progress=progress)
     return _finish(flow_map, out)
 

@@ -12,6 +12,7 @@ from qsteer.maps import (
     FlowMap,
     adaptive,
     diagonal_loss,
+    direct_loss,
     eulerian_loss,
     fmq_target,
     lagrangian_loss,
@@ -121,6 +122,42 @@ def test_eulerian_loss_with_the_data_velocity_has_the_gradient_of_mean_flow_trai
     assert (grads["target"] - grads["velocity"]).norm() > 0.05 * grads["target"].norm()
     own = eulerian_loss(u, x, r, t)
     torch.testing.assert_close(own, eulerian_loss(u, x, r, t, u(x, r, r).detach()))
+
+
+def test_direct_loss_is_the_distance_to_the_teachers_own_steps():
+    """It vanishes for the average over the same steps, and at the true map to the order of Euler's steps."""
+    x, (r, _, t) = noise(40, 1, 3), spread_times(40)
+
+    def steps_of(n):
+        def average(x, r, t):
+            y = x
+            for k in range(n):
+                h = (t - r)[:, None, None] / n
+                y = y + h * GAUSSIAN.velocity(y, r + k * (t - r) / n)
+            return torch.where(
+                (t > r)[:, None, None], (y - x) / (t - r)[:, None, None], GAUSSIAN.velocity(x, r)
+            )
+
+        return average
+
+    same = direct_loss(steps_of(10), x, r, t, GAUSSIAN.velocity, 10)
+    assert same.shape == (40,) and (same < 1e-20).all()
+    true = [direct_loss(GAUSSIAN.average_velocity, x, r, t, GAUSSIAN.velocity, n).mean() for n in (20, 40)]
+    assert (true[0] / true[1]).sqrt() == pytest.approx(2, rel=0.1)
+    assert (direct_loss(euler_step, x, r, t, GAUSSIAN.velocity, 10) > 1e-7)[t - r > 0.1].all()
+
+
+@pytest.mark.parametrize("network", NETWORKS)
+def test_direct_loss_weighs_by_time_and_its_teacher_carries_no_gradient(network):
+    flow_map, x = small(network), noise(3, 2, 2)
+    u = average(flow_map, network)
+    r, t = torch.tensor([[0.1, 0.3, 0.5], [0.9, 0.35, 1.0]], dtype=DOUBLE)
+    scale = torch.ones((), dtype=DOUBLE, requires_grad=True)
+    loss = direct_loss(u, x, r, t, lambda x, r: scale * x, 1)
+    assert not torch.autograd.grad(loss.sum(), scale, retain_graph=True, allow_unused=True)[0]
+    expected = (t - r) * norms(u(x, r, t) - x) ** 2
+    torch.testing.assert_close(loss, expected)
+    torch.testing.assert_close(slopes(loss, flow_map), slopes(expected, flow_map))
 
 
 @pytest.mark.parametrize("network", NETWORKS)

@@ -1,6 +1,7 @@
 """A server that learns: steering begins when the critic may, and can be stopped, taken back, and killed."""
 
 import asyncio
+import errno
 import json
 import os
 import signal
@@ -83,10 +84,10 @@ def test_steering_begins_after_the_warm_up_once_the_audit_passes(
     monkeypatch.setattr("qsteer.serving.learning.check_stored", lambda *args, **options: verdicts.pop(0))
     learns = learning(tmp_path, audit_every=20)
     learns.begin()
-    stock(learns, 60)
+    stock(learns, 25)
     assert work(learns) == 0 or learns.learner.update == 0  # the warm-up
     assert not learns.steering and learns.served.rule is None
-    stock(learns, 40)
+    stock(learns, 20)
     learns.slice(False)
     while len(verdicts) == 3:
         learns.slice(False)
@@ -94,7 +95,7 @@ def test_steering_begins_after_the_warm_up_once_the_audit_passes(
     assert learns.state()["audit"] == "fail: noise is preferred"
     work(learns)
     assert verdicts == [] and learns.steering and learns.served.rule is not None
-    assert learns.learner.update == learns.learner.due > 300
+    assert learns.learner.update == learns.learner.due > 120
     assert learns.served.live.version == 0  # nothing has acted since
     fill(learns, 1)
     assert learns.served.live.version > 0
@@ -105,7 +106,7 @@ def test_steering_begins_after_the_warm_up_once_the_audit_passes(
 def test_learning_makes_the_same_critic_as_the_online_loop_would(tmp_path: Path, passing: None) -> None:
     one, other = learning(tmp_path / "a"), learning(tmp_path / "b")
     for learns in (one, other):
-        stock(learns, 90)
+        stock(learns, 45)
     work(one)
     other.learner.learn(other._window)
     assert torch.equal(weights(one.learner.learner.target), weights(other.learner.learner.target))
@@ -122,7 +123,7 @@ def test_while_requests_wait_the_share_is_kept(tmp_path: Path, passing: None) ->
         return now
 
     learns = learning(tmp_path, share=0.25, clock=clock)
-    stock(learns, 90)
+    stock(learns, 45)
     while learns.learner.update < 1:
         learns.slice(False)
     learns.share = Share(0.25, clock)
@@ -136,7 +137,7 @@ def test_while_requests_wait_the_share_is_kept(tmp_path: Path, passing: None) ->
 
 def test_a_critic_that_is_ill_stops_steering_and_is_audited_again(tmp_path: Path, passing: None) -> None:
     learns = learning(tmp_path)
-    stock(learns, 90)
+    stock(learns, 45)
     work(learns)
     assert learns.steering
     with torch.no_grad():
@@ -150,16 +151,16 @@ def test_a_critic_that_is_ill_stops_steering_and_is_audited_again(tmp_path: Path
 
 
 def test_freeze_learn_export_and_roll_back(tmp_path: Path, passing: None) -> None:
-    learns = learning(tmp_path, keep=2, keep_every=100)
+    learns = learning(tmp_path, keep=2, keep_every=50)
     with pytest.raises(RequestError, match="kept or exported before the one that acts, got none"):
         learns.command("rollback")
-    stock(learns, 90)
+    stock(learns, 45)
     work(learns)
     exported = learns.command("export")["critic"]
     first = weights(learns.learner.learner.target)
     assert torch.equal(weights(Critic.from_pretrained(tmp_path / exported)), first)
     assert learns.command("freeze")["frozen"]
-    stock(learns, 50)
+    stock(learns, 25)
     assert work(learns) <= 3 and torch.equal(weights(learns.learner.learner.target), first)
     assert not learns.command("learn")["frozen"]
     work(learns)
@@ -186,12 +187,49 @@ def test_a_fault_stops_learning_and_not_the_robots(
     tmp_path: Path, passing: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     learns = learning(tmp_path)
-    stock(learns, 90)
+    stock(learns, 45)
     monkeypatch.setattr(learns.learner, "step", lambda: 1 / 0)
     work(learns)
     assert learns.state()["fault"] == "ZeroDivisionError: division by zero"
     fill(learns, 2)
     learns.close()
+
+
+def test_a_full_disk_stops_neither_learning_nor_robots(
+    tmp_path: Path, passing: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    learns = learning(tmp_path, keep_every=20)
+
+    def full(*args: Any, **options: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        for writes in (
+            "online.learner.append_json_line", "online.rewards.append_json_line", "online.learner.save",
+            "files.Path.mkdir", "serving.learning.write_json",
+        ):  # fmt: skip
+            patch.setattr(f"qsteer.{writes}", full)
+        stock(learns, 45)
+        work(learns)
+        assert learns.steering and learns.learner.update == learns.learner.due and learns.fault is None
+        assert learns.state()["unwritten"].startswith("OSError: [Errno 28]")
+        body = fill(learns, 2)
+        learns.learner.health.observe_rewards(torch.full((200,), -0.5))
+        body.told["rewards"] = [-1e9] * 2  # a sensor's mistake, which cannot be listed
+        read = learns.served.interface.read(body.ask(seed=3), lambda: 0)
+        assert learns.lanes.hear(1, read.feedback) is None and learns.state()["refused"] == 1
+        for name in ("export", "freeze"):
+            with pytest.raises(RequestError, match=f"{name}: expected to write to .* free the disk"):
+                learns.command(name)
+    assert not (tmp_path / CHECKPOINT).exists() and not list((tmp_path / "kept").glob("*"))
+    learns.command("learn")
+    stock(learns, 45)
+    work(learns)
+    assert learns.unwritten is None
+    assert (tmp_path / CHECKPOINT).exists() and list((tmp_path / "kept").glob("*"))
+    learns.close()
+    lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    assert json.loads(lines[-1])["step"] == learns.learner.update
 
 
 def test_a_directory_serves_one(tmp_path: Path) -> None:

@@ -2,20 +2,25 @@
 
 import asyncio
 import random
+import ssl
 import time
 from collections.abc import Callable, Coroutine
+from pathlib import Path
 from typing import Any
 
 import msgpack
 import numpy as np
 import pytest
+import trustme
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from robots import STATE, Arithmetic, ask, http, observation, robot
-from websockets.exceptions import ConnectionClosed, InvalidStatus
+from websockets.asyncio.client import connect
+from websockets.exceptions import ConnectionClosed, InvalidMessage, InvalidStatus
 
+from qsteer.cli.serve import read_tls
 from qsteer.serving import BatchLimits, Server, ServerLimits
-from qsteer.serving.codec import CodecLimits, pack
+from qsteer.serving.codec import CodecLimits, pack, unpack
 
 
 def run(
@@ -201,6 +206,29 @@ def test_a_key_is_asked_for_by_all_but_health() -> None:
         assert (await http(server.port, "/metrics", "s3cret"))[0] == 200
 
     run(test, key="s3cret")
+
+
+def test_tls_from_the_files_of_the_command(tmp_path: Path) -> None:
+    authority = trustme.CA()
+    certificate = authority.issue_cert("127.0.0.1")
+    certificate.private_key_pem.write_to_path(tmp_path / "key.pem")
+    certificate.cert_chain_pems[0].write_to_path(tmp_path / "chain.pem")
+    known, unknown = ssl.create_default_context(), ssl.create_default_context()
+    authority.configure_trust(known)
+
+    async def test(server: Server, served: Arithmetic) -> None:
+        address, key = f"wss://127.0.0.1:{server.port}", {"Authorization": "Api-Key s3cret"}
+        async with connect(address, ssl=known, additional_headers=key, proxy=None) as one:
+            assert unpack(await one.recv())["server"] == "qsteer"
+            assert (await ask(one, observation(2.0)))["actions"][0, 0] == 2
+        with pytest.raises(ssl.SSLCertVerificationError):
+            await connect(address, ssl=unknown, additional_headers=key, proxy=None)
+        with pytest.raises(InvalidMessage):  # in clear
+            await connect(address.replace("wss", "ws"), additional_headers=key, proxy=None)
+        with pytest.raises(InvalidStatus, match="401"):
+            await connect(address, ssl=known, proxy=None)
+
+    run(test, key="s3cret", tls=read_tls(tmp_path / "chain.pem", tmp_path / "key.pem"))
 
 
 def test_a_message_that_is_too_large() -> None:

@@ -25,7 +25,7 @@ CRITIC = CriticTraining(
     batch_size=64,
 )  # fmt: skip
 TRAINING = OnlineTraining(
-    critic=CRITIC, env_steps=ENDLESS, num_envs=2, row=STEPS, warmup=300, evaluate_every=0, log_every=100,
+    critic=CRITIC, env_steps=ENDLESS, num_envs=2, row=STEPS, warmup=120, evaluate_every=0, log_every=100,
     checkpoint_every=100, capacity=4000,
 )  # fmt: skip
 

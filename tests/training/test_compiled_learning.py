@@ -49,7 +49,7 @@ def train(what: str, out: Path, seeds: list[int] | None = None, **changes: Any) 
         case "meta":
             settings = replace(distilling.META, learning_rate=1e-3, **changes)
             distil(distilling.untrained("meta"), distilling.teacher(), out, settings, progress=False)
-        case "eulerian" | "lagrangian" | "progressive":
+        case "direct" | "eulerian" | "lagrangian" | "progressive":
             settings = replace(FLOW, distillation=what, **changes)
             distil_flow_map(distilling.untrained("flow"), distilling.teacher(), out, settings, progress=False)
         case "drawing":
@@ -84,6 +84,7 @@ KINDS = {
     **dict.fromkeys(LEARNERS, 1),
     "drawing": 1,
     "meta": 1,
+    "direct": 1,
     "eulerian": 2,  # of the diagonal alone, and of intervals
     "lagrangian": 2,
     "progressive": 2,

@@ -17,6 +17,7 @@ from qsteer.maps import FlowMap, MapConfig, MetaFlowMap, MetaMapConfig, glass_ve
 from qsteer.training import (
     FlowMapTraining,
     HostTeacher,
+    JumpError,
     MetaTraining,
     PosteriorError,
     SafetensorsBatches,
@@ -54,6 +55,38 @@ def test_the_diagonal_target_is_glass_or_the_data(target: str) -> None:
     _, info = model.loss(seed(5))
     assert info["diagonal"] < 1e-10 if target == "glass" else info["diagonal"] > 1e-2
     assert asked[0] and not any(asked[1:])
+
+
+def test_a_direct_distillation_starts_at_noise_and_ends_at_the_action_as_often_as_it_is_told() -> None:
+    settings = replace(distilling.FLOW, distillation="direct", diagonal_steps=9, batch_size=256)
+    settings = replace(settings, zero_share=0.5, one_share=0.25)
+    flow_map = FlowMap(MapConfig(*distilling.teacher().sizes(), hidden=(8,), residual=True))
+    learner, asked = FlowMapDistillation(flow_map, distilling.teacher(), settings), []
+    ask = flow_map.average_velocity
+
+    def recorded(z: Tensor, x: Tensor, r: Tensor, t: Tensor, field: Any) -> Tensor:
+        asked.append((r, t))
+        return ask(z, x, r, t, field)
+
+    flow_map.average_velocity = recorded
+    loss, info = learner.loss(torch.Generator().manual_seed(0))
+    ((r, t),) = asked
+    assert list(info) == ["direct"] and info["direct"] == loss > 0
+    assert 0.4 < (r == 0).float().mean() < 0.6 and 0.17 < (t == 1).float().mean() < 0.33
+    assert (r <= t).all() and ((r == 0) & (t == 1)).any()
+
+
+def test_the_error_of_a_jump_is_that_of_one_step_at_first_and_falls(tmp_path: Path) -> None:
+    teacher = distilling.teacher()
+    settings = replace(distilling.FLOW, distillation="direct", zero_share=0.5, one_share=0.5)
+    settings = replace(settings, steps=200, batch_size=64, evaluate_every=200, log_every=100)
+    flow_map = FlowMap(MapConfig(*teacher.sizes(), hidden=(32,), residual=True))
+    error = JumpError(distilling.teacher(1), observations=64)
+    before = error(flow_map)
+    assert before["jump_error"] == pytest.approx(before["one_step"]) and before["chain"] < before["one_step"]
+    distil_flow_map(flow_map, teacher, tmp_path, settings, held_out=error, progress=False)
+    last = json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[-1])
+    assert last["jump_error"] == error(flow_map)["jump_error"] < 0.5 * before["jump_error"]
 
 
 @pytest.mark.parametrize("distillation", ["eulerian", "lagrangian", "progressive"])

@@ -22,6 +22,7 @@ from qsteer.data import Chunks
 from qsteer.data.episodes import Transitions
 from qsteer.maps import (
     diagonal_loss,
+    direct_loss,
     eulerian_loss,
     fmq_target,
     lagrangian_loss,
@@ -90,6 +91,7 @@ def test_a_fault_of_an_update_is_refused(fault: Callable[[Tensor], Tensor], word
 
 LOSSES: dict[str, Callable[..., Tensor]] = {
     "diagonal": lambda u, x, r, t, w: diagonal_loss(u, x, x, t),
+    "direct": lambda u, x, r, t, w: direct_loss(u, x, r, t, lambda x, r: x, 3),
     "lagrangian": lambda u, x, r, t, w: lagrangian_loss(u, x, r, t),
     "eulerian": lambda u, x, r, t, w: eulerian_loss(u, x, r, t),
     "eulerian-velocity": lambda u, x, r, t, w: eulerian_loss(u, x, r, t, torch.zeros_like(x)),
