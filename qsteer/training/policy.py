@@ -20,7 +20,7 @@ class PolicyTraining(Training):
     Attributes:
         horizon: actions per chunk.
         hidden: widths of the hidden layers.
-        residual: see :class:`~qsteer.policies.FlowPolicyConfig`.
+        residual, layer_norm: see :class:`~qsteer.policies.FlowPolicyConfig`.
     """
 
     steps: int = 30_000
@@ -28,6 +28,7 @@ class PolicyTraining(Training):
     horizon: int = 5
     hidden: Sequence[int] = (256, 256, 256)
     residual: bool = False
+    layer_norm: bool = True
 
 
 class FlowMatching(Learner):
@@ -80,6 +81,7 @@ def train_policy(
         training.horizon,
         training.hidden,
         residual=training.residual,
+        layer_norm=training.layer_norm,
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(training.seed)
