@@ -20,9 +20,6 @@ FLOW_MAP = FlowMapTraining(
     learning_rate=1e-3,
     warmup=200,
     decay=8_000,
-    distillation="direct",
-    zero_share=0.5,
-    one_share=0.5,
 )
 ONLINE = OnlineTraining(
     critic=CriticTraining(target="sarsa", ema=0.02), env_steps=60_000, updates_per_step=0.25, warmup=8_000

@@ -206,25 +206,28 @@ class PosteriorError:
 
 @dataclass(frozen=True, kw_only=True)
 class FlowMapTraining(Training):
-    """How to train a :class:`~qsteer.maps.FlowMap` (FMQ section 3.1).
+    """How to train a :class:`~qsteer.maps.FlowMap`.
+
+    ``direct`` is regression onto the frozen policy's own integration. The others are FMQ's self-distillations
+    (section 3.1), which need no integration and many more steps: after 8,000 a jump from noise was off by .1
+    an entry with ``lagrangian``, and by .03 with ``direct`` (docs/results/maps.md).
 
     Attributes:
-        distillation: the off-diagonal loss, on top of the diagonal one; or ``direct``, regression onto the
-            policy's own integration, which stands alone and knows no curriculum.
+        distillation: ``direct``, or the off-diagonal loss on top of the diagonal one.
         weight: of that loss.
-        diagonal_steps: steps with the diagonal loss alone.
-        anneal_steps: steps after them in which intervals grow to the full range.
+        diagonal_steps: steps with the diagonal loss alone; not of ``direct``.
+        anneal_steps: steps after them in which intervals grow to the full range; not of ``direct``.
         zero_share: share of the intervals that start at the noise, where a one-step policy does.
         one_share: share of the intervals that end at the action.
     """
 
     steps: int = 60_000
-    distillation: Literal["direct", "eulerian", "lagrangian", "progressive"] = "eulerian"
+    distillation: Literal["direct", "eulerian", "lagrangian", "progressive"] = "direct"
     weight: float = 1.0
     diagonal_steps: int = 5_000
     anneal_steps: int = 50_000
-    zero_share: float = 0.0
-    one_share: float = 0.0
+    zero_share: float = 0.5
+    one_share: float = 0.5
 
 
 class FlowMapDistillation(Learner):
