@@ -84,7 +84,6 @@ def run(args: argparse.Namespace) -> None:
         shape.action_dim,
         shape.hidden[0],
         hidden=task.map_hidden,
-        layer_norm=policy.config.layer_norm,
         harmonics=shape.harmonics,
         residual=True,
     )

@@ -48,7 +48,6 @@ class MapConfig:
         network: ``mlp`` for feature vectors (B, F) of state policies, ``transformer`` for feature tokens
             (B, L, F) of vision-language-action models.
         hidden: widths of the MLP's hidden layers.
-        layer_norm: hidden layers of the MLP are normalised before their SiLU, without a gain or offset.
         width, depth, heads: of the transformer.
         harmonics: Fourier harmonics per time.
         residual: the network adds to the frozen policy's own velocity, and starts as it; without, the map
@@ -60,7 +59,6 @@ class MapConfig:
     features: int
     network: Literal["mlp", "transformer"] = "mlp"
     hidden: Sequence[int] = (512, 512, 512, 512)
-    layer_norm: bool = False
     width: int = 512
     depth: int = 8
     heads: int = 8
@@ -87,7 +85,7 @@ class MapConfig:
             "harmonics": self.harmonics,
         }
         if self.network == "mlp":
-            return ChunkMLP(**shape, hidden=self.hidden, layer_norm=self.layer_norm)
+            return ChunkMLP(**shape, hidden=self.hidden)
         return ChunkTransformer(**shape, width=self.width, depth=self.depth, heads=self.heads)
 
 

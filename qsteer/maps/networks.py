@@ -66,11 +66,10 @@ class ChunkMLP(ChunkNetwork):
         times: int,
         hidden: Sequence[int],
         harmonics: int,
-        layer_norm: bool = False,
     ) -> None:
         """Build the network; ``chunks`` and ``times`` are numbers of arguments."""
         super().__init__()
-        size, self.layer_norm = horizon * action_dim, layer_norm
+        size = horizon * action_dim
         self.normalizer, self.fourier = Normalizer(features), Fourier(harmonics)
         self.features = nn.Linear(features, hidden[0])
         self.first = nn.Linear(chunks * size + times * 2 * harmonics, hidden[0], bias=False)
@@ -92,11 +91,8 @@ class ChunkMLP(ChunkNetwork):
         h = torch.cat([*(c.flatten(1).to(z.dtype) for c in chunks), self.fourier(times).to(z.dtype)], 1)
         h = z + self.first(h)
         for layer in self.rest:
-            h = layer(self._activate(h))
-        return self.last(self._activate(h)).view_as(chunks[0]).to(chunks[0].dtype)
-
-    def _activate(self, h: Float[Tensor, "B D"]) -> Float[Tensor, "B D"]:
-        return F.silu(F.layer_norm(h, h.shape[-1:]) if self.layer_norm else h)
+            h = layer(F.silu(h))
+        return self.last(F.silu(h)).view_as(chunks[0]).to(chunks[0].dtype)
 
 
 class ChunkTransformer(ChunkNetwork):
