@@ -336,15 +336,10 @@ class JumpError:
         self.field, x1 = teacher.batch(observations, generator)
         self.noise = make_draws(x1, generator)[1]()
         steps = self.field.clock.steps
-        self.chain = self.integrate(steps)
-        self.constants = {
-            "chain": self.distance(self.integrate(fine * steps)),
-            "one_step": self.distance(self.integrate(1)),
-        }
-
-    def integrate(self, steps: int) -> Float[Tensor, "B H A"]:
-        """Return the policy's action by a number of Euler steps."""
-        return Euler(steps, clip="policy")(self.field, None, self.noise)
+        self.chain, finer, one = (
+            Euler(n, clip="policy")(self.field, None, self.noise) for n in (steps, fine * steps, 1)
+        )
+        self.constants = {"chain": self.distance(finer), "one_step": self.distance(one)}
 
     @torch.no_grad()
     def __call__(self, flow_map: FlowMap) -> dict[str, float]:
