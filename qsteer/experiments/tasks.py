@@ -177,9 +177,19 @@ TASKS = {
             ),
             minutes=4,
         ),
+        Task(
+            "pointmaze-large",
+            "pointmaze-large-navigate-v0",
+            5,
+            0.99,
+            0.5,
+            0.3,
+            tuning_tasks=(1,),
+            published=False,
+        ),
     )
 }
-"""The tasks of the papers, and two small ones which this project adds."""
+"""The tasks of the papers, and three small ones which this project adds."""
 RECIPES = {name: TASKS[name] for name in ("cube-single", "pointmaze-medium", "scene")}
 """The tasks with a demonstration."""
 

@@ -23,7 +23,7 @@ from typing import Any, NoReturn
 import torch
 from accelerate import PartialState
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -396,12 +396,7 @@ def resume(
             f"{out}: expected a run with {expected}, got a checkpoint of one with {found}; {remedy}"
         )
     weights = _select(tensors, "learner.")
-    shapes = [{n: tuple(t.shape) for n, t in of.items()} for of in (learner.state_dict(), weights)]
-    if differences := list_differences(*shapes):
-        expected, found = differences
-        raise ValueError(
-            f"{out}: expected networks with {expected}, got a checkpoint of others with {found}; {remedy}"
-        )
+    _check_shapes(out, learner, weights, remedy)
     states = {name: tensor for name, tensor in tensors.items() if name.startswith("generator")}
     wanted = {_name_generator(i): generator for i, generator in enumerate(generators)}
     if len(states) > 1:  # an older checkpoint has the first alone
@@ -422,6 +417,32 @@ def resume(
     for name, saved in states.items():
         wanted[name].set_state(saved)
     return int(header["step"])
+
+
+def _check_shapes(out: Path, learner: Learner, weights: Mapping[str, Tensor], remedy: str) -> None:
+    shapes = [{n: tuple(t.shape) for n, t in of.items()} for of in (learner.state_dict(), weights)]
+    if differences := list_differences(*shapes):
+        expected, found = differences
+        raise ValueError(
+            f"{out}: expected networks with {expected}, got a checkpoint of others with {found}; {remedy}"
+        )
+
+
+def start_from(out: Path, learner: Learner) -> None:
+    """Give a learner the weights of a run of its kind.
+
+    Raises:
+        FileNotFoundError: ``out`` holds no run.
+        ValueError: its networks are others.
+    """
+    path = out / CHECKPOINT
+    if not path.exists():
+        raise FileNotFoundError(
+            f"start: expected a run directory with {CHECKPOINT}, got none in {str(out)!r}"
+        )
+    weights = _select(load_file(path), "learner.")
+    _check_shapes(out, learner, weights, "start from a run of the same target and sizes")
+    learner.load_state_dict(weights)
 
 
 def _select(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:

@@ -5,7 +5,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from jaxtyping import Float
+from torch import Tensor, nn
 
 from qsteer.data.episodes import Chunks, Episodes, Transitions
 from qsteer.flow import interpolate
@@ -45,11 +46,17 @@ class FlowMatching(Learner):
 
     def batch_loss(self, batch: Transitions, generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the flow-matching loss."""
-        x1 = batch.actions
-        x0 = torch.randn(x1.shape, generator=generator, device=x1.device)
-        t = torch.rand(len(x1), generator=generator, device=x1.device)
-        v = self.policy(batch.observations, interpolate(x0, x1, t), t)
-        return (v - (x1 - x0)).square().mean(), {}
+        return flow_matching_loss(self.policy, batch.observations, batch.actions, generator), {}
+
+
+def flow_matching_loss(
+    policy: nn.Module, obs: Float[Tensor, "B O"], x1: Float[Tensor, "B H A"], generator: torch.Generator
+) -> Float[Tensor, ""]:
+    """Return ``E || v(x_t, t | s) - (x1 - x0) ||^2`` per entry, over x0 ~ N(0, I) and t ~ U[0, 1]."""
+    x0 = torch.randn(x1.shape, generator=generator, device=x1.device)
+    t = torch.rand(len(x1), generator=generator, device=x1.device)
+    v = policy(obs, interpolate(x0, x1, t), t)
+    return (v - (x1 - x0)).square().mean()
 
 
 def train_policy(
