@@ -54,7 +54,7 @@ class Size:
         ema: step of the target critic's moving average.
         target: of the critic; the papers' is TD, the next action being that of the steered policy.
         clones: policies go on cloning offline and online data, and what acts is their moving average.
-        compile: compile updates and actions.
+        compile: compile the updates.
     """
 
     offline_steps: int = 1_000_000

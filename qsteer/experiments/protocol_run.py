@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 
 from qsteer.checks import list_differences
-from qsteer.compiling.kept import Mode
 from qsteer.critics import Critic, LiveCritic
 from qsteer.data import Chunks, Episodes
 from qsteer.envs import ogbench
@@ -46,10 +45,10 @@ def run_protocol(
     """Run the protocol on one task, all seeds at once, and write ``out/results.json``; resumable.
 
     ``out/seedN/policy`` are the cloned policies. Each arm gets a folder of its name, with what
-    :func:`~qsteer.online.train_online` leaves in ``online``; the stack of critics after the offline phase is
-    in ``offline`` beside it or, for targets that ask nothing of the arm, in ``out``. Each arm meets the
-    evaluation episodes under the offline critic and, unless it is a control, with its own critic after the
-    online phase. An arm whose results are there is not run again.
+    :func:`~qsteer.online.train_online` leaves in ``online``. The critics of the offline phase are in
+    ``seedN/critic`` and, as a stack, in ``offline``: of the arm's folder or, if their target asks nothing of
+    the arm, of ``out``. Each arm meets the evaluation episodes under the offline critic and, unless it is a
+    control, under its own after the online phase. An arm whose results are there is not run again.
 
     Args:
         task: one of :data:`DOMAINS`.
@@ -148,21 +147,24 @@ class _Run:
     def train_offline(self, arm: Arm, policies: Sequence[FlowPolicy]) -> Critic:
         """Return the critics after the offline phase, as a stack if there are several seeds."""
         training = plan_critic(self.task, self.seeds[0], self.size)
-        return train_critic(
+        directory = self.offline_directory(arm)
+        critics = train_critic(
             self.episodes,
-            self.offline_directory(arm),
+            directory,
             training,
             act=self.act(arm, StateActor(policies, self.fresh_critics())),
             seeds=self.seeds,
             device=self.device,
             progress=self.progress,
         )
+        for seed, critic in zip(self.seeds, self.split(critics), strict=True):
+            critic.save_pretrained(directory.parent / f"seed{seed}" / "critic")
+        return critics
 
     def train_online(self, arm: Arm, policies: Sequence[FlowPolicy], offline: Critic) -> Critic:
         """Return the critics after the online phase; policies that go on cloning change in place."""
         training, live = plan_online(self.task, self.seeds[0], self.size), LiveCritic(offline)
-        fast: Mode | None = "inductor" if training.critic.compiles and not self.size.clones else None
-        actor = StateActor(policies, live, compile=fast)
+        actor = StateActor(policies, live)
         need = LEARNERS[training.critic.target].need
         return train_online(
             self.make_env,
@@ -186,15 +188,18 @@ class _Run:
 
     def evaluate(self, arm: Arm, policies: Sequence[FlowPolicy], critics: Critic) -> list[float]:
         """Return each seed's success on the evaluation episodes."""
-        own = critics.unstacked() if len(self.seeds) > 1 else [critics]
         episodes, progress = self.size.episodes, self.progress
         reports = [
             compare(self.make_env, policy.cpu(), critic.cpu(), [arm], episodes=episodes, progress=progress)[0]
-            for policy, critic in zip(policies, own, strict=True)
+            for policy, critic in zip(policies, self.split(critics), strict=True)
         ]
         for policy in policies:
             policy.to(self.device)
         return [report["arms"][0]["success"] for report in reports]
+
+    def split(self, critics: Critic) -> list[Critic]:
+        """Return each seed's critic by itself."""
+        return critics.unstacked() if len(self.seeds) > 1 else [critics]
 
     def act(self, arm: Arm, actor: StateActor) -> SteeredPolicy | None:
         """Return how the next action comes about, for targets that ask."""
