@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast, override
 
@@ -19,7 +20,8 @@ from qsteer.training.policy import PolicyTraining, flow_matching_loss
 class OnlineCloning(Learner):
     """Flow matching on what the critic learns from: offline data, and whatever was done since.
 
-    The policies that act are moving averages of those that learn; they change in place.
+    Of a chunk that a terminal cuts short only the steps before it count. The policies that act are moving
+    averages of those that learn; they change in place.
 
     Args:
         policies: act, one for each seed.
@@ -48,12 +50,11 @@ class OnlineCloning(Learner):
     @override
     def batch_loss(self, batch: Transitions, generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the sum of the policies' losses, each on its own rows."""
-        observations, actions = (
-            column.chunk(len(self.acting)) for column in (batch.observations, batch.actions)
-        )
+        columns = batch.observations, batch.actions, batch.valid
+        groups = zip(self.learning, *(column.chunk(len(self.acting)) for column in columns), strict=True)
         losses = [
-            flow_matching_loss(policy, obs, a, generator)
-            for policy, obs, a in zip(self.learning, observations, actions, strict=True)
+            flow_matching_loss(policy, obs, actions, generator, valid)
+            for policy, obs, actions, valid in groups
         ]
         return torch.stack(losses).sum(), {}
 
@@ -66,7 +67,10 @@ class OnlineCloning(Learner):
         if update > self.update:
             self.update = update
             self._differentiate(generator)
-            descend(self, self.optimizer, self.settings, update)
+            if self.settings.gradient_clip is not None:
+                for policy in self.learning:
+                    nn.utils.clip_grad_norm_(policy.parameters(), self.settings.gradient_clip)
+            descend(self, self.optimizer, replace(self.settings, gradient_clip=None), update)
 
     def resume(self, out: Path, identity: Mapping[str, Any]) -> None:
         """Go on from the checkpoint in a directory, if any; see :func:`~qsteer.training.loop.resume`."""

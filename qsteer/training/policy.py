@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from qsteer.data.episodes import Chunks, Episodes, Transitions
@@ -50,13 +50,28 @@ class FlowMatching(Learner):
 
 
 def flow_matching_loss(
-    policy: nn.Module, obs: Float[Tensor, "B O"], x1: Float[Tensor, "B H A"], generator: torch.Generator
+    policy: nn.Module,
+    obs: Float[Tensor, "B O"],
+    x1: Float[Tensor, "B H A"],
+    generator: torch.Generator,
+    valid: Bool[Tensor, "B H"] | None = None,
 ) -> Float[Tensor, ""]:
-    """Return ``E || v(x_t, t | s) - (x1 - x0) ||^2`` per entry, over x0 ~ N(0, I) and t ~ U[0, 1]."""
+    """Return ``E || v(x_t, t | s) - (x1 - x0) ||^2`` per entry, over x0 ~ N(0, I) and t ~ U[0, 1].
+
+    Args:
+        policy: called as ``policy(obs, x, t)``.
+        obs: s.
+        x1: stored chunks.
+        generator: of x0 and t.
+        valid: steps that count; None: all.
+    """
     x0 = torch.randn(x1.shape, generator=generator, device=x1.device)
     t = torch.rand(len(x1), generator=generator, device=x1.device)
     v = policy(obs, interpolate(x0, x1, t), t)
-    return (v - (x1 - x0)).square().mean()
+    errors = (v - (x1 - x0)).square()
+    if valid is None:
+        return errors.mean()
+    return (errors.mean(-1) * valid).sum() / valid.sum()
 
 
 def train_policy(

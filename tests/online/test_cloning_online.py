@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 
 from qsteer.critics import LiveCritic
 from qsteer.data import Chunks
+from qsteer.flow import interpolate
 from qsteer.online.actors import StateActor
 from qsteer.online.cloning import OnlineCloning
 from qsteer.online.run import train_online
@@ -46,6 +47,27 @@ def test_each_policy_learns_from_its_own_rows() -> None:
         for seed, rows in ((0, slice(0, 64)), (1, slice(64, 128)))
     ]
     torch.testing.assert_close(loss, apart[0] + apart[1])
+
+
+def test_steps_after_a_terminal_are_not_cloned() -> None:
+    cloning = OnlineCloning([policy(horizon=2)], Chunks(offline(), 2, 0.9, "next_state"), CLONING, ema=0.1)
+    batch = cloning.sample(torch.Generator().manual_seed(1))
+    cut = ~batch.valid[:, 1]
+    assert 0 < int(cut.sum()) < len(cut)
+    loss, _ = cloning.batch_loss(batch, torch.Generator().manual_seed(2))
+    x1, generator = batch.actions, torch.Generator().manual_seed(2)
+    x0 = torch.randn(x1.shape, generator=generator)
+    t = torch.rand(len(x1), generator=generator)
+    v = cloning.learning[0](batch.observations, interpolate(x0, x1, t), t)
+    torch.testing.assert_close(loss, (v - (x1 - x0))[batch.valid].square().mean())
+
+
+def test_each_policy_is_clipped_by_itself() -> None:
+    clipped = replace(CLONING, gradient_clip=1e-3)
+    both = OnlineCloning([policy(0), policy(1)], chunks(), clipped, ema=0.1)
+    both.step(1, torch.Generator().manual_seed(0))
+    norms = [torch.cat([p.grad.flatten() for p in each.parameters()]).norm() for each in both.learning]
+    torch.testing.assert_close(torch.stack(norms), torch.full((2,), 1e-3), rtol=1e-2, atol=0)
 
 
 def test_what_acts_is_the_moving_average() -> None:
