@@ -4,7 +4,7 @@
 
 Takes what `qsteer protocol` wrote. The table has each arm's success after the offline and the online phase,
 in the mean over seeds, and in its last row the interquartile mean over domains and seeds with its 95 %
-stratified bootstrap interval.
+stratified bootstrap interval, of arms that were measured in all domains.
 """
 
 import argparse
@@ -43,12 +43,16 @@ def list_arms(run: dict[str, Any]) -> dict[str, dict[str, Any]]:
 def format_table(runs: Sequence[dict[str, Any]]) -> str:
     """Return the table as Markdown."""
     arms = [list_arms(run) for run in runs]
-    names = [name for name in arms[0] if all(name in each for each in arms)]
+    names = list(dict.fromkeys(name for each in arms for name in each))
     lines = [f"| domain, task | {' | '.join(names)} |", "|---" * (len(names) + 1) + "|"]
     for run, each in zip(runs, arms, strict=True):
-        lines.append(f"| {run['domain']}, {run['task']} | {' | '.join(describe(each[n]) for n in names)} |")
+        lines.append(
+            f"| {run['domain']}, {run['task']} | {' | '.join(describe(each.get(n, {})) for n in names)} |"
+        )
     cells = [
         " → ".join(pool([each[name][phase] for each in arms]) for phase in phases(arms[0][name]))
+        if all(name in each for each in arms)
+        else ""
         for name in names
     ]
     return "\n".join([*lines, f"| IQM, 95 % | {' | '.join(cells)} |"])
@@ -61,7 +65,7 @@ def phases(row: dict[str, Any]) -> list[str]:
 
 def describe(row: dict[str, Any]) -> str:
     """Return an arm's success in one domain: offline, and after learning online."""
-    return " → ".join(f"{100 * np.mean(row[phase]):.0f}" for phase in phases(row)) + " %"
+    return " → ".join(f"{100 * np.mean(row[phase]):.0f}" for phase in phases(row)) + " %" * bool(row)
 
 
 def pool(scores: Sequence[Sequence[float]]) -> str:
