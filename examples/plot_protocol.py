@@ -14,9 +14,9 @@ from typing import Any
 
 import numpy as np
 
-from qsteer.evaluation.arms import describe_arm, parse
+from qsteer.evaluation.arms import describe_arm
 from qsteer.evaluation.curves import COLOURS
-from qsteer.files import read_json
+from qsteer.experiments.protocol import PHASES, list_arms, read_results
 from qsteer.plotting import BASE, STYLE, add_caption, add_title, load_pyplot, save
 from qsteer.statistics import interquartile_mean, seed_bootstrap, stratified_bootstrap
 
@@ -29,15 +29,10 @@ def main() -> None:
     parser.add_argument("results", nargs="+", type=Path, help="results.json of qsteer protocol")
     parser.add_argument("--plot", type=Path, help="picture to write")
     args = parser.parse_args()
-    runs = [read_json(path) for path in args.results]
+    runs = [read_results(path) for path in args.results]
     print(format_table(runs))
     if args.plot:
         print(f"\nplot: {plot_protocol(runs, args.plot)}")
-
-
-def list_arms(run: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """Return a run's arms by their names without strengths, which differ between domains."""
-    return {parse(row["spec"]).name: row for row in run["arms"]}
 
 
 def format_table(runs: Sequence[dict[str, Any]]) -> str:
@@ -50,22 +45,21 @@ def format_table(runs: Sequence[dict[str, Any]]) -> str:
             f"| {run['domain']}, {run['task']} | {' | '.join(describe(each.get(n, {})) for n in names)} |"
         )
     cells = [
-        " → ".join(pool([each[name][phase] for each in arms]) for phase in phases(arms[0][name]))
-        if all(name in each for each in arms)
-        else ""
+        " → ".join(
+            pool([each[name][phase] for each in arms])
+            for phase in PHASES
+            if all(phase in each.get(name, {}) for each in arms)
+        )
         for name in names
     ]
     return "\n".join([*lines, f"| IQM, 95 % | {' | '.join(cells)} |"])
 
 
-def phases(row: dict[str, Any]) -> list[str]:
-    """Return the phases of which an arm has results."""
-    return [phase for phase in ("offline", "online") if phase in row]
-
-
 def describe(row: dict[str, Any]) -> str:
-    """Return an arm's success in one domain: offline, and after learning online."""
-    return " → ".join(f"{100 * np.mean(row[phase]):.0f}" for phase in phases(row)) + " %" * bool(row)
+    """Return an arm's success in one domain, phase by phase."""
+    return " → ".join(f"{100 * np.mean(row[phase]):.0f}" for phase in PHASES if phase in row) + " %" * bool(
+        row
+    )
 
 
 def pool(scores: Sequence[Sequence[float]]) -> str:
@@ -82,7 +76,8 @@ def plot_protocol(runs: Sequence[dict[str, Any]], path: Path) -> Path:
 
     columns = min(3, len(runs))
     rows = -(-len(runs) // columns)
-    learning = [name for name, row in list_arms(runs[0]).items() if "curve" in row]
+    learnt = (name for run in runs for name, row in list_arms(run).items() if "curve" in row)
+    colours = dict(zip(dict.fromkeys(learnt), COLOURS, strict=False))
     with plt.rc_context(STYLE):
         fig, axes = plt.subplots(
             rows,
@@ -97,7 +92,7 @@ def plot_protocol(runs: Sequence[dict[str, Any]], path: Path) -> Path:
             arms = list_arms(run)
             base = 100 * np.mean(arms["base"]["offline"])
             ax.axhline(base, color=BASE, linewidth=1.4, label=describe_arm("base"))
-            for name, colour in zip(learning, COLOURS, strict=False):
+            for name, colour in colours.items():
                 if name in arms and "curve" in arms[name]:
                     draw(ax, arms[name], run["size"]["online_steps"], name, colour)
             add_title(ax, f"{run['domain']}, task {run['task']}")
@@ -109,8 +104,19 @@ def plot_protocol(runs: Sequence[dict[str, Any]], path: Path) -> Path:
             ax.set_xlabel("environment steps", loc="left")
         for ax in axes.flat[len(runs) :]:
             ax.set_axis_off()
-        handles, labels = axes.flat[0].get_legend_handles_labels()
-        fig.legend(handles, labels, loc="outside upper right", ncols=len(labels), frameon=False, fontsize=9)
+        lines = {
+            label: line
+            for ax in axes.flat
+            for line, label in zip(*ax.get_legend_handles_labels(), strict=True)
+        }
+        fig.legend(
+            lines.values(),
+            lines.keys(),
+            loc="outside upper right",
+            ncols=len(lines),
+            frameon=False,
+            fontsize=9,
+        )
         add_caption(fig, "success while learning, by tenths of the run; mean and 95 % band over seeds")
         return save(fig, path)
 

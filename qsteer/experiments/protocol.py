@@ -149,7 +149,7 @@ def format_results(results: Sequence[str | Path]) -> str:
     """Return the results of several tasks as text: each task's mean, and the interquartile mean of all.
 
     Intervals are 95 %: bootstrap over seeds for a task, stratified bootstrap for the interquartile mean.
-    Arms go by their names without strengths, which may differ between tasks; each must be in every run.
+    Arms go by their names without strengths, which may differ between tasks; those of all runs are pooled.
 
     Args:
         results: files that :func:`~qsteer.experiments.protocol_run.run_protocol` wrote, with equally many
@@ -157,48 +157,54 @@ def format_results(results: Sequence[str | Path]) -> str:
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: it holds something else, or the numbers of seeds or the arms differ.
+        ValueError: it holds something else, or the numbers of seeds differ.
     """
-    runs = [_read_results(Path(path)) for path in results]
+    runs = [read_results(path) for path in results]
     if len(set(counts := [len(run["seeds"]) for run in runs])) != 1:
         raise ValueError(f"results: expected one or more with equally many seeds, got {counts}")
-    tables = [_tabulate(run) for run in runs]
-    if any(table.keys() != tables[0].keys() for table in tables):
-        raise ValueError(f"results: expected the same arms in each, got {[list(table) for table in tables]}")
-    lines = [f"{'arm':<22}{'phase':<9}{'task':<24}{'success':>8}   95 %"]
-    for arm, phase in tables[0]:
-        scores = np.array([table[arm, phase] for table in tables]).T
-        for run, column in zip(runs, scores.T, strict=True):
+    tables = [
+        {
+            (name, phase): row[phase]
+            for name, row in list_arms(run).items()
+            for phase in PHASES
+            if phase in row
+        }
+        for run in runs
+    ]
+    lines = [f"{'arm':<22}{'phase':<10}{'task':<24}{'success':>8}   95 %"]
+    for arm, phase in dict.fromkeys(key for table in tables for key in table):
+        found = [table.get((arm, phase)) for table in tables]
+        for run, column in zip(runs, found, strict=True):
+            if column is None:
+                continue
             mean, low, high = seed_bootstrap(column)
             task = f"{run['domain']} {run['task']}"
-            lines.append(f"{arm:<22}{phase:<9}{task:<24}{mean:>8.0%}   {low:.0%} .. {high:.0%}")
+            lines.append(f"{arm:<22}{phase:<10}{task:<24}{mean:>8.0%}   {low:.0%} .. {high:.0%}")
+        if None in found:
+            continue
+        scores = np.array(found).T
         iqm, interval = interquartile_mean(scores), stratified_bootstrap(scores)
         lines.append(
-            f"{arm:<22}{phase:<9}{'all, IQM':<24}{iqm:>8.0%}   {interval.low:.0%} .. {interval.high:.0%}"
+            f"{arm:<22}{phase:<10}{'all, IQM':<24}{iqm:>8.0%}   {interval.low:.0%} .. {interval.high:.0%}"
         )
     return "\n".join(lines)
 
 
-def _tabulate(run: dict[str, Any]) -> dict[tuple[str, str], list[float]]:
-    """Return each seed's success by arm, without strength, and phase."""
+def list_arms(run: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """Return a run's rows by the names of their arms without strengths, which may differ between tasks."""
     from qsteer.evaluation.arms import parse
 
-    return {
-        (parse(row["spec"]).name, phase): row[phase]
-        for row in run["arms"]
-        for phase in PHASES
-        if phase in row
-    }
+    return {parse(row["spec"]).name: row for row in run["arms"]}
 
 
-def _read_results(path: Path) -> dict[str, Any]:
+def read_results(path: str | Path) -> dict[str, Any]:
     """Read a run's results.
 
     Raises:
         FileNotFoundError: there is no such file.
         ValueError: it holds something else.
     """
-    found = read_json(path)
+    found = read_json(Path(path))
     keys = {"domain", "task", "seeds", "arms"}
     arms = found["arms"] if isinstance(found, dict) and keys <= found.keys() else None
     rates = (

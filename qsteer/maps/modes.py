@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -9,6 +10,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from qsteer.flow import denoise
+from qsteer.maps.flow_maps import EulerMap
 from qsteer.maps.glass import GlassPosterior
 from qsteer.types import Field
 
@@ -69,13 +71,10 @@ def measure_modes(
         raise ValueError(f"times: expected some that increase in [0, 1), got {tuple(times)}")
     if samples < 32:
         raise ValueError(f"samples: expected at least 32, which tell a gap from chance, got {samples}")
-    posterior, x, now, rows = GlassPosterior(steps=steps).on(field), noise, 0.0, []
-    for t in times:
-        n = math.ceil((t - now) * CHAIN_STEPS)
-        for k in range(n):
-            at = now + (t - now) * k / n
-            x = x + (t - now) / n * field(x, at)
-        now = t
+    posterior, chain = GlassPosterior(steps=steps).on(field), EulerMap(field, CHAIN_STEPS)
+    x, rows = noise, []
+    for before, t in pairwise((0.0, *times)):
+        x = chain(x, before, t)
         eps = torch.randn(samples, *x.shape, generator=generator, dtype=x.dtype, device=x.device)
         x1 = posterior(eps, x, t)
         off = scarce(x1, denoise(x, field(x, t), t))

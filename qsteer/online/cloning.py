@@ -13,7 +13,8 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 from qsteer.data.episodes import Source, Transitions
 from qsteer.files import replacing_directory
 from qsteer.policies import FlowPolicy
-from qsteer.training.loop import Learner, descend, differentiator, resume, save
+from qsteer.training.checkpoints import resume, save
+from qsteer.training.loop import Learner, descend, differentiator
 from qsteer.training.policy import PolicyTraining, flow_matching_loss
 
 
@@ -73,7 +74,7 @@ class OnlineCloning(Learner):
             descend(self, self.optimizer, replace(self.settings, gradient_clip=None), update)
 
     def resume(self, out: Path, identity: Mapping[str, Any]) -> None:
-        """Go on from the checkpoint in a directory, if any; see :func:`~qsteer.training.loop.resume`."""
+        """Go on from the checkpoint in ``out``, if any; see :func:`~qsteer.training.checkpoints.resume`."""
         self.update = resume(out, self, self.optimizer, [], identity)
 
     def save(self, out: Path, identity: Mapping[str, Any], directories: Sequence[Path]) -> None:

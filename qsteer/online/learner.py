@@ -27,9 +27,10 @@ from qsteer.online.rewards import RewardGuard
 from qsteer.online.settings import OnlineTraining
 from qsteer.online.sources import StackedSource, make_layout
 from qsteer.trace import Trace
+from qsteer.training.checkpoints import resume, save, start_from
 from qsteer.training.critic import LEARNERS, CriticTraining, SteeredPolicy
 from qsteer.training.generators import list_generators
-from qsteer.training.loop import METRICS, SPEED, descend, differentiator, resume, save, start_from
+from qsteer.training.loop import METRICS, SPEED, descend, differentiator
 from qsteer.types import Rule, Sampler
 
 CHECK_EVERY = 10
@@ -111,7 +112,7 @@ class OnlineLearner:
             torch.manual_seed(settings.seed)
             self.learner = kind(learning, self.source, settings, act).to(critic.device)
         if start is not None:
-            start_from(start, self.learner)
+            start_from(start, self.learner, target=settings.target, gamma=settings.gamma)
         self.optimizer = settings.optimizer([p for p in self.learner.parameters() if p.requires_grad])
         self.differentiate = differentiator(self.learner, self.optimizer, settings)
         device = critic.device

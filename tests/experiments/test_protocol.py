@@ -125,7 +125,7 @@ def test_sparse_rewards_say_solved_or_not(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_the_protocol_runs_all_seeds_at_once(tmp_path: Path) -> None:
+def test_the_protocol_runs_all_seeds_at_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Small networks, few steps, the real task: both phases, results, a second call, another size."""
     pytest.importorskip("ogbench")
     from qsteer.cli import main
@@ -171,8 +171,9 @@ def test_the_protocol_runs_all_seeds_at_once(tmp_path: Path) -> None:
     assert (out / "best-of-2" / "offline" / "config.json").exists()  # TD asks how the arm acts
     main(command)
     assert json.loads((out / "results.json").read_text()) == results
-    with pytest.raises(SystemExit, match=r"size.episodes=2.*got one with size.episodes=1"):
+    with pytest.raises(SystemExit, match="2"):
         main([*command, "--episodes", "2"])
+    assert "with size.episodes=2, got one with size.episodes=1" in capsys.readouterr().err
 
 
 def results_of(number: int, *arms: tuple[str, list[float]]) -> dict[str, object]:
@@ -200,8 +201,8 @@ def test_the_table_has_each_task_and_their_interquartile_mean(tmp_path: Path) ->
     assert lines[6].split()[:5] == ["tweedie", "online", "all,", "IQM", "50%"]
     with pytest.raises(ValueError, match="equally many"):
         format_results(paths[1:3])
-    with pytest.raises(ValueError, match="same arms"):
-        format_results([paths[0], paths[3]])
+    mixed = format_results([paths[0], paths[3]])
+    assert "best-of-8" in mixed and "IQM" not in mixed  # no arm is in both
     for broken in {"arms": []}, {"arms": [{"spec": "base", "offline": [2.0, 0.0]}]}, {"seeds": [0]}:
         paths[3].write_text(json.dumps(results_of(2, ("best-of-8", [0.5, 0.5])) | broken))
         with pytest.raises(ValueError, match=r"expected the results.json of qsteer protocol"):

@@ -163,7 +163,9 @@ class TestStart:
         actor = StateActor([policy()], live := LiveCritic(critic))
         with pytest.raises(FileNotFoundError, match=r"start: expected a run directory"):
             train_online(ThreeSteps, actor, live, tmp_path / "a", SHORT, start=tmp_path, progress=False)
-        with pytest.raises(ValueError, match=r"learner.*value|value.*start from a run of the same target"):
+        with pytest.raises(
+            ValueError, match=r"start: expected a run with target='sarsa', got one with target='iql'"
+        ):
             train_online(
                 ThreeSteps, actor, live, tmp_path / "b", SHORT, start=tmp_path / "offline", progress=False
             )
