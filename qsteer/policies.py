@@ -31,6 +31,8 @@ class FlowPolicyConfig:
         hidden: widths of the hidden layers.
         harmonics: the network sees ``sin(k pi t), cos(k pi t)`` for k = 1 .. harmonics.
         residual: hidden layers after the first add to what they read; they are of one width.
+        layer_norm: what a layer reads of the one before it is normalised before its GELU, without a gain or
+            offset. Such a policy fits the same data better (docs/results/peers.md).
         bounds: lowest and highest entry of an action; None: there are none.
     """
 
@@ -40,6 +42,7 @@ class FlowPolicyConfig:
     hidden: Sequence[int] = (256, 256, 256)
     harmonics: int = 8
     residual: bool = False
+    layer_norm: bool = False
     bounds: Sequence[float] | None = (-1.0, 1.0)
 
     def __post_init__(self) -> None:
@@ -163,9 +166,12 @@ class FlowPolicy(HubModule, tags=["qsteer", "robotics", "flow-matching"]):
         *hidden, last = self.rest
         constant = 0 if layers is None else len(hidden) - layers
         for i, layer in enumerate(hidden):
-            branch = layer(F.gelu(h.detach() if i < constant else h))
+            branch = layer(self._activate(h.detach() if i < constant else h))
             h = h + branch if self.config.residual else branch
-        return last(F.gelu(h)).view_as(x)
+        return last(self._activate(h)).view_as(x)
+
+    def _activate(self, h: Float[Tensor, "B D"]) -> Float[Tensor, "B D"]:
+        return F.gelu(F.layer_norm(h, h.shape[-1:]) if self.config.layer_norm else h)
 
     def forward(
         self, obs: Float[Tensor, "B O"], x: Float[Tensor, "B H A"], t: Float[Tensor, "B"]

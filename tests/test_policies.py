@@ -22,13 +22,17 @@ def test_a_policys_field_is_its_velocity_with_the_observation_encoded_once() -> 
     assert (policy(obs, x[:4], t[:4]) - policy(obs, x[:4], t[:4] / 2)).abs().max() > 1e-4  # sees the time
 
 
-def test_a_policys_first_layer_is_linear_in_observation_action_and_time() -> None:
+@pytest.mark.parametrize("layer_norm", [False, True])
+def test_a_policys_first_layer_is_linear_in_observation_action_and_time(layer_norm: bool) -> None:
     torch.manual_seed(0)
-    policy = FlowPolicy(FlowPolicyConfig(S, A, H, (8,), harmonics=2))
+    policy = FlowPolicy(FlowPolicyConfig(S, A, H, (8,), harmonics=2, layer_norm=layer_norm))
     obs, x, t = torch.randn(4, S), torch.randn(4, H, A), torch.rand(4)
     angles = torch.pi * t[:, None] * torch.tensor([1.0, 2.0])
     inputs = torch.cat([obs, x.flatten(1), angles.sin(), angles.cos()], dim=1)
-    expected = policy.rest[0](torch.nn.functional.gelu(policy.first(inputs)))
+    h = policy.first(inputs)
+    if layer_norm:
+        h = (h - h.mean(1, keepdim=True)) / (h.var(1, keepdim=True, correction=0) + 1e-5).sqrt()
+    expected = policy.rest[0](torch.nn.functional.gelu(h))
     torch.testing.assert_close(policy(obs, x, t).flatten(1), expected)
 
 

@@ -9,14 +9,18 @@ import qsteer
 from qsteer.policies import FlowPolicy, FlowPolicyConfig
 
 
+@pytest.mark.parametrize("layer_norm", [False, True])
 @pytest.mark.parametrize("last", [1, 2, 3])
-def test_a_residual_flow_policy_is_cut_as_defined(last: int):
+def test_a_residual_flow_policy_is_cut_as_defined(last: int, layer_norm: bool):
     torch.manual_seed(0)
-    config = FlowPolicyConfig(obs_dim=4, action_dim=3, horizon=2, hidden=(8,) * 4, residual=True)
+    config = FlowPolicyConfig(4, 3, 2, hidden=(8,) * 4, residual=True, layer_norm=layer_norm)
     policy = FlowPolicy(config).double().requires_grad_(False)
     obs, x, t = torch.randn(5, 4).double(), torch.randn(5, 2, 3).double(), torch.full((5,), 0.4).double()
     value = qsteer.value(lambda a, s: -(a - s[:, None, :3]).square().flatten(1).sum(1), obs)
     field = policy.field(obs)
+
+    def gelu(h: Tensor) -> Tensor:
+        return nn.functional.gelu(nn.functional.layer_norm(h, (8,)) if layer_norm else h)
 
     def by_hand(x: Tensor, t: Tensor) -> Tensor:
         z = policy.encode(obs)
@@ -25,12 +29,12 @@ def test_a_residual_flow_policy_is_cut_as_defined(last: int):
         h = z + features @ policy.first.weight[:, 4:].T
         added = [torch.zeros_like(h)]
         for layer in policy.rest[:-1]:
-            added.append(layer(nn.functional.gelu(h + sum(added))))
+            added.append(layer(gelu(h + sum(added))))
         e, early = h, sum(added[: 4 - last]).detach()
         h = e + early
         for layer in policy.rest[3 - last : 3]:
-            h = h + layer(nn.functional.gelu(h))
-        return policy.rest[-1](nn.functional.gelu(h)).view_as(x)
+            h = h + layer(gelu(h))
+        return policy.rest[-1](gelu(h)).view_as(x)
 
     torch.testing.assert_close(field.truncated(last)(x, t), field(x, t), rtol=0, atol=0)
     torch.testing.assert_close(by_hand(x, t), field(x, t))

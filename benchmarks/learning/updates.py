@@ -59,7 +59,8 @@ def build(name: str, data: Episodes, compiled: bool) -> tuple[Learner, Training]
         config = MetaMapConfig(*teacher.sizes(), hidden=HIDDEN)
         return MetaDistillation(MetaFlowMap(config), teacher, meta), meta
     if name == "flow":
-        flow = FlowMapTraining(diagonal_steps=-1, anneal_steps=1, compile=compiled)  # the full range at once
+        curriculum = {"diagonal_steps": -1, "anneal_steps": 1}  # the full range at once
+        flow = FlowMapTraining(distillation="eulerian", **curriculum, compile=compiled)
         shape = MapConfig(*teacher.sizes(), hidden=HIDDEN, residual=True)
         return FlowMapDistillation(FlowMap(shape), teacher, flow), flow
     settings, kind = CriticTraining(target=name, hidden=HIDDEN, compile=compiled), LEARNERS[name]

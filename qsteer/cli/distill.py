@@ -37,17 +37,21 @@ def add_parser(commands: Commands) -> None:
         help="meta: meta flow map (Posterior); flow: flow map (BeamSearch)",
     )
     add_training_options(parser, "meta or flow")
+    parser.add_argument(
+        "--width",
+        type=positive_int,
+        help="of the map's network; default: the recipe's, or 128",
+    )
     group = parser.add_argument_group("of a lerobot policy, on a LeRobotDataset")
     group.add_argument("--policy", help="its folder, or its name on the hub")
     group.add_argument("--dataset", help="its folder, or its name on the hub")
     group.add_argument("--frames", type=positive_int, help="how many frames are drawn; default: 8192")
     group.add_argument("--batch-size", type=positive_int, help="default: 128")
-    group.add_argument("--width", type=positive_int, help="of the map's transformer; default: 128")
-    group.add_argument("--depth", type=positive_int, help="its layers; default: 3")
+    group.add_argument("--depth", type=positive_int, help="layers of the map's transformer; default: 3")
     add_plugin_option(group)
 
 
-LEROBOT = ("policy", "frames", "batch-size", "width", "depth", "plugin")
+LEROBOT = ("policy", "frames", "batch-size", "depth", "plugin")
 
 
 def run(args: argparse.Namespace) -> None:
@@ -83,7 +87,7 @@ def run(args: argparse.Namespace) -> None:
         shape.horizon,
         shape.action_dim,
         shape.hidden[0],
-        hidden=task.map_hidden,
+        hidden=(args.width,) * len(task.map_hidden) if args.width else task.map_hidden,
         harmonics=shape.harmonics,
         residual=True,
     )

@@ -24,6 +24,12 @@ def add_parser(commands: Commands) -> None:
         type=natural_int,
         help="of the recipe's width, in place of its plain hidden layers",
     )
+    parser.add_argument(
+        "--layer-norm",
+        action="store_true",
+        default=None,
+        help="the policy has LayerNorm, which fits better; default: the recipe's, without",
+    )
     add_training_options(parser, "policy")
 
 
@@ -35,7 +41,7 @@ def run(args: argparse.Namespace) -> None:
     from qsteer.training import train_policy
 
     task = RECIPES[args.task]
-    training = replace(task.policy, **select_given(args, "seed", "steps", "compile"))
+    training = replace(task.policy, **select_given(args, "seed", "steps", "compile", "layer_norm"))
     if args.residual_layers is not None:
         hidden = tuple(training.hidden[:1]) * (1 + args.residual_layers)
         training = replace(training, hidden=hidden, residual=True)

@@ -4,23 +4,24 @@ QPILOTS (arXiv:2606.14801, section 5.1, appendix C) takes over the protocol of Q
 arXiv:2601.14234): 10 domains of 5 tasks, 10^6 offline updates, then 5 x 10^5 environment steps with one
 update each on offline and online data, drawn uniformly; 8 seeds; success over 50 episodes at the end.
 
-A :class:`~qsteer.experiments.tasks.Task` holds what differs between domains. :func:`plan_policy`,
-:func:`plan_critic` and :func:`plan_online` make settings of it, which :func:`dataclasses.replace` scales
-down.
+A :class:`~qsteer.experiments.tasks.Task` holds what differs between domains, a :class:`Size` what makes a run
+long: its defaults are the papers'. :func:`plan_policy`, :func:`plan_critic` and :func:`plan_online` make
+settings of both.
 
-What differs here: the policy is cloned first and stays frozen, where the papers go on cloning with a
-moving average of the policy while the critic learns; networks are as qsteer builds them (GELU).
+What differs here: the policy is cloned first, and stays frozen unless ``Size.clones``, where the papers go on
+cloning with a moving average of the policy while the critic learns; networks are as qsteer builds them (GELU,
+LayerNorm).
 """
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from difflib import get_close_matches
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from qsteer.checks import check_at_least
 from qsteer.experiments.tasks import TASKS, Task
 from qsteer.files import read_json
 from qsteer.online.settings import OnlineTraining
@@ -29,14 +30,60 @@ from qsteer.training.critic import CriticTraining
 from qsteer.training.policy import PolicyTraining
 
 SEEDS = tuple(range(8))
-OFFLINE_STEPS, ONLINE_STEPS = 1_000_000, 500_000
-EVALUATE_EVERY, EPISODES = 50_000, 50
-BATCH_SIZE, LEARNING_RATE, GRADIENT_CLIP = 256, 3e-4, 1.0
-HIDDEN = (512, 512, 512, 512)
-MEMBERS, EMA = 10, 0.005
-EULER_STEPS = 10
+LEARNING_RATE, GRADIENT_CLIP = 3e-4, 1.0
+PHASES = "offline", "online", "unsteered"
+"""Of an arm's results: under the offline critic, under its own, and of its policy alone after cloning."""
 DOMAINS = {task.domain: task for task in TASKS.values()}
 """The tasks by the protocol's names, which tell sparse rewards from dense ones."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Size:
+    """How large a run is; the defaults are the papers'.
+
+    Attributes:
+        offline_steps: gradient steps of the policy, and of the critic.
+        online_steps: environment steps.
+        updates_per_step: gradient steps for each of them.
+        num_envs: simulators of each seed.
+        batch_size: transitions per update of each seed.
+        evaluate_every: environment steps between evaluations; 0: none.
+        episodes: of an evaluation.
+        hidden: widths of all networks.
+        members: of the critic.
+        ema: step of the target critic's moving average.
+        target: of the critic; the papers' is TD, the next action being that of the steered policy.
+        clones: policies go on cloning offline and online data, and what acts is their moving average.
+        compile: compile the updates.
+    """
+
+    offline_steps: int = 1_000_000
+    online_steps: int = 500_000
+    updates_per_step: float = 1.0
+    num_envs: int = 1
+    batch_size: int = 256
+    evaluate_every: int = 50_000
+    episodes: int = 50
+    hidden: Sequence[int] = (512, 512, 512, 512)
+    members: int = 10
+    ema: float = 0.005
+    target: str = "td"
+    clones: bool = False
+    compile: bool = False
+
+    def __post_init__(self) -> None:
+        """Check the values; those of the trainings are checked by them."""
+        check_at_least(self, 1, "offline_steps", "online_steps", "num_envs", "batch_size", "episodes")
+
+    def scaled(self, factor: float) -> "Size":
+        """Return the same with ``factor`` times the steps."""
+        names = "offline_steps", "online_steps", "evaluate_every"
+        counts = {name: round(factor * getattr(self, name)) for name in names}
+        return replace(self, **{name: max(n, min(1, getattr(self, name))) for name, n in counts.items()})
+
+
+PAPERS = Size()
+"""The papers' size."""
 
 
 def find_domain(name: str) -> Task:
@@ -52,185 +99,127 @@ def find_domain(name: str) -> Task:
     return DOMAINS[name]
 
 
-def plan_policy(task: Task, seed: int = 0) -> PolicyTraining:
+def plan_policy(task: Task, seed: int = 0, size: Size = PAPERS) -> PolicyTraining:
     """Return how the policy is cloned offline."""
     return PolicyTraining(
-        steps=OFFLINE_STEPS,
-        batch_size=BATCH_SIZE,
+        steps=size.offline_steps,
+        batch_size=size.batch_size,
         learning_rate=LEARNING_RATE,
         gradient_clip=GRADIENT_CLIP,
         seed=seed,
+        compile=size.compile,
         horizon=task.horizon,
-        hidden=HIDDEN,
+        hidden=size.hidden,
     )
 
 
-def plan_critic(task: Task, seed: int = 0) -> CriticTraining:
-    """Return how the critic learns: TD, the next action being that of the steered policy."""
+def plan_critic(task: Task, seed: int = 0, size: Size = PAPERS) -> CriticTraining:
+    """Return how the critic learns offline."""
     return CriticTraining(
-        steps=OFFLINE_STEPS,
-        batch_size=BATCH_SIZE,
+        steps=size.offline_steps,
+        batch_size=size.batch_size,
         learning_rate=LEARNING_RATE,
         gradient_clip=GRADIENT_CLIP,
         seed=seed,
-        target="td",
+        compile=size.compile,
+        target=size.target,  # type: ignore[arg-type]  # checked there
         horizon=task.horizon,
         gamma=task.gamma,
-        ema=EMA,
-        members=MEMBERS,
+        ema=size.ema,
+        members=size.members,
         rho=task.rho,
-        hidden=HIDDEN,
+        hidden=size.hidden,
     )
 
 
-def plan_online(task: Task, seed: int = 0) -> OnlineTraining:
+def plan_online(task: Task, seed: int = 0, size: Size = PAPERS) -> OnlineTraining:
     """Return how the offline critic goes on online; it steers from the first step on."""
     return OnlineTraining(
-        critic=plan_critic(task, seed),
-        env_steps=ONLINE_STEPS,
-        num_envs=1,
+        critic=plan_critic(task, seed, size),
+        env_steps=size.online_steps,
+        num_envs=size.num_envs,
         warmup=0,
-        evaluate_every=EVALUATE_EVERY,
-        episodes=EPISODES,
+        updates_per_step=size.updates_per_step,
+        evaluate_every=size.evaluate_every,
+        episodes=size.episodes,
     )
-
-
-def run_protocol(
-    task: Task,
-    number: int,
-    data: str | Path,
-    out: str | Path,
-    *,
-    seeds: Sequence[int] = SEEDS,
-    scale: float = 1.0,
-    device: str = "cpu",
-    progress: bool = True,
-) -> Path:
-    """Run the protocol on one task, all seeds at once, and write ``out/results.json``; resumable.
-
-    ``out/seedN/policy`` are the cloned policies, ``out/offline`` the stack of critics after the offline
-    phase, ``out/online`` what :func:`~qsteer.online.train_online` leaves. In the end every seed's
-    base and steered policy meet the evaluation episodes.
-
-    Args:
-        task: one of :data:`DOMAINS`.
-        number: of its goal, 1 to 5.
-        data: the data set's .npz file, official or generated.
-        out: run directory.
-        seeds: of initial weights.
-        scale: of all numbers of steps; 1: the paper's.
-        device: where to train; with several seeds small networks fill a GPU.
-        progress: show progress bars.
-
-    Raises:
-        ValueError: there is no such goal, or ``out`` holds a run with other settings.
-    """
-    from qsteer.critics import LiveCritic
-    from qsteer.data import Chunks, Episodes
-    from qsteer.envs import ogbench
-    from qsteer.evaluation.arms import parse
-    from qsteer.evaluation.compare import compare
-    from qsteer.files import write_json
-    from qsteer.online.actors import StateActor
-    from qsteer.online.run import train_online
-    from qsteer.samplers import Euler
-    from qsteer.training import train_critic, train_policy
-    from qsteer.training.critic import LEARNERS, fresh_critic
-
-    name, out = task.environment(number), Path(out)
-    episodes = Episodes.from_ogbench(ogbench.load(name, data, sparse=task.sparse)[0])
-    make_env = partial(ogbench.make, name, sparse=task.sparse)
-
-    def steps(n: int) -> int:
-        return max(1, round(scale * n))
-
-    policies = []
-    for seed in seeds:
-        training = replace(plan_policy(task, seed), steps=steps(OFFLINE_STEPS))
-        policy = train_policy(
-            episodes, out / f"seed{seed}" / "policy", training, device=device, progress=progress
-        )
-        policies.append(policy.to(device))
-
-    learning = replace(plan_critic(task, seeds[0]), steps=steps(OFFLINE_STEPS))
-    config = learning.critic_config(episodes.observations.shape[1], episodes.actions.shape[1])
-    actor = StateActor(policies, fresh_critic(config, seeds))
-    act = actor.sample_under(task.rule, Euler(steps=EULER_STEPS, clip="policy"))
-    critic = train_critic(
-        episodes, out / "offline", learning, act=act, seeds=seeds, device=device, progress=progress
-    )
-
-    live = LiveCritic(critic)
-    online = plan_online(task, seeds[0])
-    online = replace(online, env_steps=steps(ONLINE_STEPS), evaluate_every=steps(EVALUATE_EVERY))
-    chunks = Chunks(episodes.to(device), task.horizon, task.gamma, LEARNERS[learning.target].need)
-    critic = train_online(
-        make_env,
-        StateActor(policies, live),
-        live,
-        out / "online",
-        online,
-        rule=task.rule,
-        offline=chunks,
-        act=act,
-        progress=progress,
-    )
-
-    arms = [parse("base"), parse(f"tweedie={task.alpha}")]
-    critics = critic.unstacked() if len(seeds) > 1 else [critic]
-    rows = []
-    for seed, policy, own in zip(seeds, policies, critics, strict=True):
-        report, _ = compare(make_env, policy.cpu(), own.cpu(), arms, episodes=EPISODES, progress=progress)
-        rows.append({"seed": seed} | {arm["name"]: arm["success"] for arm in report["arms"]})
-    result = {"domain": task.domain, "task": number, "scale": scale, "episodes": EPISODES, "seeds": rows}
-    return write_json(result, out / "results.json")
 
 
 def format_results(results: Sequence[str | Path]) -> str:
     """Return the results of several tasks as text: each task's mean, and the interquartile mean of all.
 
     Intervals are 95 %: bootstrap over seeds for a task, stratified bootstrap for the interquartile mean.
+    Arms go by their names without strengths, which may differ between tasks; those of all runs are pooled.
 
     Args:
-        results: files that :func:`run_protocol` wrote, with equally many seeds.
+        results: files that :func:`~qsteer.experiments.protocol_run.run_protocol` wrote, with equally many
+            seeds.
 
     Raises:
         FileNotFoundError: there is no such file.
         ValueError: it holds something else, or the numbers of seeds differ.
     """
-    runs = [_read_results(Path(path)) for path in results]
+    runs = [read_results(path) for path in results]
     if len(set(counts := [len(run["seeds"]) for run in runs])) != 1:
         raise ValueError(f"results: expected one or more with equally many seeds, got {counts}")
-    lines = [f"{'task':<24}{'arm':<10}{'success':>8}   95 %"]
-    for arm in ("base", "tweedie"):
-        scores = np.array([[row[arm] for row in run["seeds"]] for run in runs]).T
-        for run, column in zip(runs, scores.T, strict=True):
+    tables = [
+        {
+            (name, phase): row[phase]
+            for name, row in list_arms(run).items()
+            for phase in PHASES
+            if phase in row
+        }
+        for run in runs
+    ]
+    lines = [f"{'arm':<22}{'phase':<10}{'task':<24}{'success':>8}   95 %"]
+    for arm, phase in dict.fromkeys(key for table in tables for key in table):
+        found = [table.get((arm, phase)) for table in tables]
+        for run, column in zip(runs, found, strict=True):
+            if column is None:
+                continue
             mean, low, high = seed_bootstrap(column)
             task = f"{run['domain']} {run['task']}"
-            lines.append(f"{task:<24}{arm:<10}{mean:>8.0%}   {low:.0%} .. {high:.0%}")
+            lines.append(f"{arm:<22}{phase:<10}{task:<24}{mean:>8.0%}   {low:.0%} .. {high:.0%}")
+        if None in found:
+            continue
+        scores = np.array(found).T
         iqm, interval = interquartile_mean(scores), stratified_bootstrap(scores)
-        lines.append(f"{'all, IQM':<24}{arm:<10}{iqm:>8.0%}   {interval.low:.0%} .. {interval.high:.0%}")
+        lines.append(
+            f"{arm:<22}{phase:<10}{'all, IQM':<24}{iqm:>8.0%}   {interval.low:.0%} .. {interval.high:.0%}"
+        )
     return "\n".join(lines)
 
 
-def _read_results(path: Path) -> dict[str, Any]:
-    """Read what :func:`run_protocol` wrote.
+def list_arms(run: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """Return a run's rows by the names of their arms without strengths, which may differ between tasks."""
+    from qsteer.evaluation.arms import parse
+
+    return {parse(row["spec"]).name: row for row in run["arms"]}
+
+
+def read_results(path: str | Path) -> dict[str, Any]:
+    """Read a run's results.
 
     Raises:
         FileNotFoundError: there is no such file.
         ValueError: it holds something else.
     """
-    found = read_json(path)
-    keys = {"domain", "task", "seeds"}
-    seeds = found["seeds"] if isinstance(found, dict) and keys <= found.keys() else None
+    found = read_json(Path(path))
+    keys = {"domain", "task", "seeds", "arms"}
+    arms = found["arms"] if isinstance(found, dict) and keys <= found.keys() else None
     rates = (
-        [row.get(arm) for row in seeds for arm in ("base", "tweedie")]
-        if (isinstance(seeds, list) and all(isinstance(row, dict) for row in seeds))
+        [row.get(phase) for row in arms for phase in PHASES if phase in row]
+        if isinstance(arms, list) and all(isinstance(row, dict) and "spec" in row for row in arms)
         else []
     )
-    if not rates or not all(isinstance(rate, int | float) and 0 <= rate <= 1 for rate in rates):
+    if not rates or not all(
+        isinstance(each, list)
+        and len(each) == len(found["seeds"])
+        and all(isinstance(rate, int | float) and 0 <= rate <= 1 for rate in each)
+        for each in rates
+    ):
         raise ValueError(
-            f"{path}: expected the results.json of qsteer protocol (domain, task, and the success of base "
-            "and tweedie of each of seeds), got another JSON; name the file in a run directory"
+            f"{path}: expected the results.json of qsteer protocol (domain, task, seeds, and the success of "
+            "each seed by arm and phase), got another JSON; name the file in a run directory"
         )
     return found

@@ -12,15 +12,14 @@ from qsteer.training.policy import PolicyTraining
 
 NUMBERS = (1, 2, 3, 4, 5)
 """OGBench's numbers of the goals of every task."""
+PLAIN = PolicyTraining(layer_norm=False)
+"""The policies of the committed checkpoints and of the results, from before there was LayerNorm."""
 META = MetaTraining(steps=8_000, learning_rate=3e-4, warmup=200, evaluate_every=1_000, checkpoint_every=1_000)
 FLOW_MAP = FlowMapTraining(
     steps=8_000,
     learning_rate=1e-3,
     warmup=200,
     decay=8_000,
-    distillation="direct",
-    zero_share=0.5,
-    one_share=0.5,
 )
 ONLINE = OnlineTraining(
     critic=CriticTraining(target="sarsa", ema=0.02), env_steps=60_000, updates_per_step=0.25, warmup=8_000
@@ -139,6 +138,7 @@ TASKS = {
             sparse=True,
             arms=("base", "best-of-8", "qgf=0.06", "tweedie=0.2", "random-direction=0.2", "random-qgf=0.06"),
             transitions=300_000,
+            policy=PLAIN,
             camera="front_pixels",
             minutes=40,
         ),
@@ -154,6 +154,7 @@ TASKS = {
             tuning_tasks=(2,),
             published=False,
             arms=("base", "best-of-8", "qgf=0.06", "tweedie=0.2", "random-direction=0.2", "random-qgf=0.06"),
+            policy=PLAIN,
             camera="front_pixels",
             minutes=25,
         ),
@@ -167,7 +168,7 @@ TASKS = {
             tuning_tasks=(1,),
             published=False,
             arms=("base", "best-of-8", "qgf-matched=0.3", "tweedie=0.3", "random-direction=0.3"),
-            policy=PolicyTraining(steps=6_000, hidden=(64, 64, 64)),
+            policy=replace(PLAIN, steps=6_000, hidden=(64, 64, 64)),
             critic=CriticTraining(steps=15_000, hidden=(64, 64, 64), ema=0.05),
             online=replace(
                 ONLINE,
@@ -176,9 +177,19 @@ TASKS = {
             ),
             minutes=4,
         ),
+        Task(
+            "pointmaze-large",
+            "pointmaze-large-navigate-v0",
+            5,
+            0.99,
+            0.5,
+            0.3,
+            tuning_tasks=(1,),
+            published=False,
+        ),
     )
 }
-"""The tasks of the papers, and two small ones which this project adds."""
+"""The tasks of the papers, and three small ones which this project adds."""
 RECIPES = {name: TASKS[name] for name in ("cube-single", "pointmaze-medium", "scene")}
 """The tasks with a demonstration."""
 

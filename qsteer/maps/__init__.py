@@ -14,6 +14,7 @@ from qsteer.maps.losses import (
     trust_radius,
 )
 from qsteer.maps.meta import MetaFlowMap, MetaMapConfig
+from qsteer.maps.modes import Modes, measure_modes
 
 __all__ = [
     "EulerMap",
@@ -22,6 +23,7 @@ __all__ = [
     "MapConfig",
     "MetaFlowMap",
     "MetaMapConfig",
+    "Modes",
     "adaptive",
     "diagonal_loss",
     "direct_loss",
@@ -29,6 +31,7 @@ __all__ = [
     "fmq_target",
     "glass_velocity",
     "lagrangian_loss",
+    "measure_modes",
     "progressive_loss",
     "semigroup_loss",
     "trust_radius",

@@ -27,9 +27,10 @@ from qsteer.online.rewards import RewardGuard
 from qsteer.online.settings import OnlineTraining
 from qsteer.online.sources import StackedSource, make_layout
 from qsteer.trace import Trace
+from qsteer.training.checkpoints import resume, save, start_from
 from qsteer.training.critic import LEARNERS, CriticTraining, SteeredPolicy
 from qsteer.training.generators import list_generators
-from qsteer.training.loop import METRICS, SPEED, descend, differentiator, resume, save
+from qsteer.training.loop import METRICS, SPEED, descend, differentiator
 from qsteer.types import Rule, Sampler
 
 CHECK_EVERY = 10
@@ -94,6 +95,7 @@ class OnlineLearner:
         offline: Chunks | None = None,
         act: SteeredPolicy | None = None,
         compared: Mapping[str, Any] | None = None,
+        start: Path | None = None,
     ) -> None:
         self.steered, self.live, self.out, self.training = actor, critic, out, training
         self.rule, self.sampler = rule, sampler
@@ -109,6 +111,8 @@ class OnlineLearner:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(settings.seed)
             self.learner = kind(learning, self.source, settings, act).to(critic.device)
+        if start is not None:
+            start_from(start, self.learner, target=settings.target, gamma=settings.gamma)
         self.optimizer = settings.optimizer([p for p in self.learner.parameters() if p.requires_grad])
         self.differentiate = differentiator(self.learner, self.optimizer, settings)
         device = critic.device

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from functools import partial
 from operator import itemgetter
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, override
 
 import numpy as np
 import torch
@@ -19,10 +19,13 @@ from qsteer.data.episodes import Chunks
 from qsteer.envs.seeds import VALIDATION_SEED
 from qsteer.files import replacing_directory, write_json
 from qsteer.online.actors import Actor, Decision, StateActor
+from qsteer.online.cloning import OnlineCloning
 from qsteer.online.learner import OnlineLearner
 from qsteer.online.logs import LogWindow, Tracker
 from qsteer.online.settings import OnlineTraining
+from qsteer.policies import FlowPolicy
 from qsteer.training.critic import SteeredPolicy
+from qsteer.training.policy import PolicyTraining
 from qsteer.types import Observation, Rule, Sampler
 
 if TYPE_CHECKING:  # needs gymnasium
@@ -42,11 +45,19 @@ class OnlineLoop(OnlineLearner):
         sampler: Sampler | None,
         offline: Chunks | None,
         act: SteeredPolicy | None,
+        start: Path | None = None,
+        cloning: PolicyTraining | None = None,
     ) -> None:
         self.actor, self.fast = actor, actor.fast if isinstance(actor, StateActor) else None
         # A compiled actor is asked for other rows, and rounds otherwise.
-        compared = None if self.fast is None else {"actor": self.fast.kept.mode}
-        super().__init__(actor, critic, out, training, rule, sampler, offline, act, compared)
+        compared: dict[str, Any] = {} if self.fast is None else {"actor": self.fast.kept.mode}
+        compared |= {} if cloning is None else {"cloning": cloning.describe()}
+        policies = [] if cloning is None else check_policies(actor, critic.config.stack)
+        super().__init__(actor, critic, out, training, rule, sampler, offline, act, compared, start)
+        self.cloning = None
+        if cloning is not None:
+            self.cloning = OnlineCloning(policies, self.source, cloning, training.critic.ema)
+            self.cloning.resume(out / "cloning", self.identity)
 
     def run(self, collector: "Collector", log: Tracker, bar: tqdm) -> None:
         """Act and learn until the environment steps are used up."""
@@ -69,6 +80,19 @@ class OnlineLoop(OnlineLearner):
         self.learn(window)
         self.report(window, collector, log, bar, training.evaluate_every > 0)
         self.save()
+
+    @override
+    def step(self) -> dict[str, Tensor]:
+        info = super().step()
+        if self.cloning is not None:
+            self.cloning.step(self.update, self.generator)
+        return info
+
+    @override
+    def save(self) -> None:
+        if self.cloning is not None:  # first: it never makes a step twice
+            self.cloning.save(self.out / "cloning", self.identity, self.seed_directories)
+        super().save()
 
     def report(
         self, window: LogWindow, collector: "Collector", log: Tracker, bar: tqdm, evaluates: bool
@@ -153,6 +177,24 @@ class OnlineLoop(OnlineLearner):
     def actors(self) -> Sequence[Actor]:
         """Return each seed's actor by itself."""
         return [self.actor] if self.stack == 1 else self.actor.unstacked()
+
+
+def check_policies(actor: Actor, stack: int) -> Sequence[FlowPolicy]:
+    """Return an actor's policies, which are to go on cloning.
+
+    Raises:
+        ValueError: it acts with others than flow policies on states, its actions are compiled, or the critics
+            of a stack share a policy.
+    """
+    if not isinstance(actor, StateActor) or actor.fast is not None or len(actor.policies) != stack:
+        found = type(actor).__name__
+        if isinstance(actor, StateActor):
+            found += f" of {len(actor.policies)} policies" + (", compiled" if actor.fast else "")
+        raise ValueError(
+            f"cloning: expected an eager StateActor with a policy for each of {stack} seeds, got a {found}; "
+            "leave cloning out, or give it such an actor"
+        )
+    return actor.policies
 
 
 def _executed(actor: Actor, obs: Observation, noise: Tensor) -> Tensor:

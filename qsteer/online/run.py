@@ -18,6 +18,7 @@ from qsteer.online.settings import OnlineTraining
 from qsteer.training.critic import ACTING, LEARNERS, SteeredPolicy
 from qsteer.training.generators import seeded
 from qsteer.training.loop import processes
+from qsteer.training.policy import PolicyTraining
 from qsteer.types import Rule, Sampler
 
 if TYPE_CHECKING:  # need gymnasium
@@ -36,6 +37,8 @@ def train_online(
     sampler: Sampler | None = None,
     offline: Chunks | None = None,
     act: SteeredPolicy | None = None,
+    start: str | Path | None = None,
+    cloning: PolicyTraining | None = None,
     tracker: str | None = None,
     limits: Limits | None = None,
     cluster: "Cluster | None" = None,
@@ -78,6 +81,12 @@ def train_online(
         sampler: how the field becomes an action; None: the policy's own.
         offline: data to mix in.
         act: for the targets "td" and "fql", see :func:`~qsteer.training.critic.train_critic`.
+        start: run directory of :func:`~qsteer.training.critic.train_critic`, with the same target and sizes:
+            its learner goes on, with what is no part of a critic, such as IQL's V.
+        cloning: the policies go on cloning with these settings, one step beside each of the critic's, on the
+            same data; what acts are their moving averages (with the critic's ``ema``), which change in place
+            and are kept as ``policy`` beside the critics. For an eager :class:`StateActor` with a policy for
+            each seed. None: they stay frozen.
         tracker: name of a tracker of accelerate that gets the metrics too: tensorboard, wandb, trackio, ...
         limits: of the simulators' time and failures, which a resumed run may change; None: ``Limits()``.
         cluster: of Ray, on whose nodes the simulators run while policy and learner stay here; a resumed run
@@ -87,7 +96,8 @@ def train_online(
     Raises:
         ValueError: ``out`` holds a run with other settings, ``act`` is missing or superfluous, the shapes of
             policy, critic and rows do not fit, rewards of ``offline`` are outliers, or the cluster
-            has too few cores.
+            has too few cores, or the actor cannot go on cloning.
+        FileNotFoundError: ``start`` holds no run.
         ConnectionError: there is no such cluster.
         RuntimeError: a simulator failed too often in a row, or another run has ``out`` open.
         OSError: the disk has no room for the rows.
@@ -99,9 +109,10 @@ def train_online(
             f"train_online: expected act= when target is one of {ACTING} and only then, got act={act} with "
             f"target {training.critic.target!r}"
         )
+    begun = None if start is None else Path(start)
     processes(critic.device)
     with locked_run(Path(out)), seeded(training.critic.seed, critic.device):
-        loop = OnlineLoop(actor, critic, Path(out), training, rule, sampler, offline, act)
+        loop = OnlineLoop(actor, critic, Path(out), training, rule, sampler, offline, act, begun, cloning)
         with closing(loop.replay):
             _train(loop, make_env, limits, cluster, tracker, progress)
     return loop.learner.target

@@ -10,7 +10,6 @@ computes 1/P of its rows (:class:`Share`); gradients are averaged. So P changes 
 up to rounding, the result, and may change when a run is resumed.
 """
 
-import json
 import math
 import time
 from abc import ABC, abstractmethod
@@ -22,16 +21,15 @@ from typing import Any, NoReturn
 
 import torch
 from accelerate import PartialState
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from qsteer.checks import check_at_least, check_positive, list_differences
-from qsteer.files import append_json_line, locked_run, replacing_file, trim_json_lines
+from qsteer.checks import check_at_least, check_positive
+from qsteer.files import append_json_line, locked_run, trim_json_lines
+from qsteer.training.checkpoints import CHECKPOINT, resume, save
 from qsteer.training.generators import list_generators, seeded
 
-CHECKPOINT, METRICS, SPEED = "checkpoint.safetensors", "metrics.jsonl", "speed.jsonl"
+METRICS, SPEED = "metrics.jsonl", "speed.jsonl"
 
 
 @dataclass(frozen=True)
@@ -342,87 +340,3 @@ def _average(tensors: Sequence[Tensor]) -> None:
     flat /= torch.distributed.get_world_size()
     for tensor, mean in zip(tensors, flat.split([tensor.numel() for tensor in tensors]), strict=True):
         tensor.copy_(mean.view_as(tensor))
-
-
-def save(
-    out: Path,
-    learner: Learner,
-    optimizer: torch.optim.Optimizer,
-    generators: Sequence[torch.Generator],
-    step: int,
-    identity: Mapping[str, Any],
-) -> None:
-    """Write a checkpoint so that there is always a whole one: a temporary file, then a rename."""
-    tensors = {f"learner.{name}": tensor for name, tensor in learner.state_dict().items()}
-    for i, state in optimizer.state_dict()["state"].items():
-        tensors |= {f"optimizer.{i}.{name}": tensor for name, tensor in state.items()}
-    tensors |= {_name_generator(i): generator.get_state() for i, generator in enumerate(generators)}
-    with replacing_file(out / CHECKPOINT) as temporary:
-        save_file(tensors, temporary, metadata={"step": str(step), "identity": json.dumps(identity)})
-
-
-def _name_generator(i: int) -> str:
-    return f"generator.{i}" if i else "generator"
-
-
-def resume(
-    out: Path,
-    learner: Learner,
-    optimizer: torch.optim.Optimizer,
-    generators: Sequence[torch.Generator],
-    identity: Mapping[str, Any],
-) -> int:
-    """Restore the checkpoint in ``out``, if any, and return its step (0: none).
-
-    Raises:
-        ValueError: the checkpoint is broken, of a run with another identity, of networks of other shapes, or
-            of other generators.
-    """
-    if not (out / CHECKPOINT).exists():
-        return 0
-    try:
-        with safe_open(out / CHECKPOINT, "pt") as file:
-            header = file.metadata()
-            tensors = {name: file.get_tensor(name) for name in file.keys()}
-    except SafetensorError as error:
-        raise ValueError(
-            f"{out / CHECKPOINT}: expected a whole checkpoint, got a broken file ({error}); delete it to "
-            "start from the beginning"
-        ) from None
-    remedy = "use another directory, go back to the former settings, or delete this one"
-    if differences := list_differences(json.loads(json.dumps(identity)), json.loads(header["identity"])):
-        expected, found = differences
-        raise ValueError(
-            f"{out}: expected a run with {expected}, got a checkpoint of one with {found}; {remedy}"
-        )
-    weights = _select(tensors, "learner.")
-    shapes = [{n: tuple(t.shape) for n, t in of.items()} for of in (learner.state_dict(), weights)]
-    if differences := list_differences(*shapes):
-        expected, found = differences
-        raise ValueError(
-            f"{out}: expected networks with {expected}, got a checkpoint of others with {found}; {remedy}"
-        )
-    states = {name: tensor for name, tensor in tensors.items() if name.startswith("generator")}
-    wanted = {_name_generator(i): generator for i, generator in enumerate(generators)}
-    if len(states) > 1:  # an older checkpoint has the first alone
-        kinds = [{n: int(s.numel()) for n, s in states.items()}]
-        kinds.insert(0, {n: int(g.get_state().numel()) for n, g in wanted.items()})
-        if differences := list_differences(*kinds):
-            expected, found = differences
-            raise ValueError(
-                f"{out}: expected states of generators of {expected} bytes, got a checkpoint with {found}; "
-                "resume on the same kind of device, with the rule and the sampler that it began with"
-            )
-    learner.load_state_dict(weights)
-    state: dict[int, dict[str, Tensor]] = {}
-    for name, tensor in _select(tensors, "optimizer.").items():
-        i, key = name.split(".")
-        state.setdefault(int(i), {})[key] = tensor
-    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
-    for name, saved in states.items():
-        wanted[name].set_state(saved)
-    return int(header["step"])
-
-
-def _select(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}

@@ -206,25 +206,28 @@ class PosteriorError:
 
 @dataclass(frozen=True, kw_only=True)
 class FlowMapTraining(Training):
-    """How to train a :class:`~qsteer.maps.FlowMap` (FMQ section 3.1).
+    """How to train a :class:`~qsteer.maps.FlowMap`.
+
+    ``direct`` is regression onto the frozen policy's own integration. The others are FMQ's self-distillations
+    (section 3.1), which need no integration and many more steps: after 8,000 a jump from noise was off by .1
+    an entry with ``lagrangian``, and by .03 with ``direct`` (docs/results/maps.md).
 
     Attributes:
-        distillation: the off-diagonal loss, on top of the diagonal one; or ``direct``, regression onto the
-            policy's own integration, which stands alone and knows no curriculum.
+        distillation: ``direct``, or the off-diagonal loss on top of the diagonal one.
         weight: of that loss.
-        diagonal_steps: steps with the diagonal loss alone.
-        anneal_steps: steps after them in which intervals grow to the full range.
+        diagonal_steps: steps with the diagonal loss alone; not of ``direct``.
+        anneal_steps: steps after them in which intervals grow to the full range; not of ``direct``.
         zero_share: share of the intervals that start at the noise, where a one-step policy does.
         one_share: share of the intervals that end at the action.
     """
 
     steps: int = 60_000
-    distillation: Literal["direct", "eulerian", "lagrangian", "progressive"] = "eulerian"
+    distillation: Literal["direct", "eulerian", "lagrangian", "progressive"] = "direct"
     weight: float = 1.0
     diagonal_steps: int = 5_000
     anneal_steps: int = 50_000
-    zero_share: float = 0.0
-    one_share: float = 0.0
+    zero_share: float = 0.5
+    one_share: float = 0.5
 
 
 class FlowMapDistillation(Learner):
@@ -333,15 +336,10 @@ class JumpError:
         self.field, x1 = teacher.batch(observations, generator)
         self.noise = make_draws(x1, generator)[1]()
         steps = self.field.clock.steps
-        self.chain = self.integrate(steps)
-        self.constants = {
-            "chain": self.distance(self.integrate(fine * steps)),
-            "one_step": self.distance(self.integrate(1)),
-        }
-
-    def integrate(self, steps: int) -> Float[Tensor, "B H A"]:
-        """Return the policy's action by a number of Euler steps."""
-        return Euler(steps, clip="policy")(self.field, None, self.noise)
+        self.chain, finer, one = (
+            Euler(n, clip="policy")(self.field, None, self.noise) for n in (steps, fine * steps, 1)
+        )
+        self.constants = {"chain": self.distance(finer), "one_step": self.distance(one)}
 
     @torch.no_grad()
     def __call__(self, flow_map: FlowMap) -> dict[str, float]:

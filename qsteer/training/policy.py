@@ -5,7 +5,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
 
 from qsteer.data.episodes import Chunks, Episodes, Transitions
 from qsteer.flow import interpolate
@@ -20,7 +21,7 @@ class PolicyTraining(Training):
     Attributes:
         horizon: actions per chunk.
         hidden: widths of the hidden layers.
-        residual: see :class:`~qsteer.policies.FlowPolicyConfig`.
+        residual, layer_norm: see :class:`~qsteer.policies.FlowPolicyConfig`.
     """
 
     steps: int = 30_000
@@ -28,6 +29,7 @@ class PolicyTraining(Training):
     horizon: int = 5
     hidden: Sequence[int] = (256, 256, 256)
     residual: bool = False
+    layer_norm: bool = True
 
 
 class FlowMatching(Learner):
@@ -44,11 +46,32 @@ class FlowMatching(Learner):
 
     def batch_loss(self, batch: Transitions, generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the flow-matching loss."""
-        x1 = batch.actions
-        x0 = torch.randn(x1.shape, generator=generator, device=x1.device)
-        t = torch.rand(len(x1), generator=generator, device=x1.device)
-        v = self.policy(batch.observations, interpolate(x0, x1, t), t)
-        return (v - (x1 - x0)).square().mean(), {}
+        return flow_matching_loss(self.policy, batch.observations, batch.actions, generator), {}
+
+
+def flow_matching_loss(
+    policy: nn.Module,
+    obs: Float[Tensor, "B O"],
+    x1: Float[Tensor, "B H A"],
+    generator: torch.Generator,
+    valid: Bool[Tensor, "B H"] | None = None,
+) -> Float[Tensor, ""]:
+    """Return ``E || v(x_t, t | s) - (x1 - x0) ||^2`` per entry, over x0 ~ N(0, I) and t ~ U[0, 1].
+
+    Args:
+        policy: called as ``policy(obs, x, t)``.
+        obs: s.
+        x1: stored chunks.
+        generator: of x0 and t.
+        valid: steps that count; None: all.
+    """
+    x0 = torch.randn(x1.shape, generator=generator, device=x1.device)
+    t = torch.rand(len(x1), generator=generator, device=x1.device)
+    v = policy(obs, interpolate(x0, x1, t), t)
+    errors = (v - (x1 - x0)).square()
+    if valid is None:
+        return errors.mean()
+    return (errors.mean(-1) * valid).sum() / valid.sum()
 
 
 def train_policy(
@@ -80,6 +103,7 @@ def train_policy(
         training.horizon,
         training.hidden,
         residual=training.residual,
+        layer_norm=training.layer_norm,
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(training.seed)

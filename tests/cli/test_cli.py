@@ -4,6 +4,7 @@ import pytest
 
 from qsteer.cli import main
 from qsteer.evaluation import compare
+from qsteer.policies import FlowPolicy
 
 
 def test_help_names_every_command(capsys):
@@ -26,8 +27,9 @@ def test_from_nothing_to_a_comparison(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(compare, "ROUNDS", 3)
     task, data = ["--task", "cube-single"], ["--data", str(tmp_path / "cube.npz")]  # episodes of 200 steps
     main(["generate", *task, *data, "--transitions", "400", "--workers", "1"])
-    for kind, shape in ("policy", ["--residual-layers", "2"]), ("critic", []):
+    for kind, shape in ("policy", ["--residual-layers", "2", "--layer-norm"]), ("critic", []):
         main([f"train-{kind}", *task, *data, *shape, "--steps", "30", "--out", str(tmp_path / kind)])
+    assert FlowPolicy.from_pretrained(tmp_path / "policy").config.layer_norm
     evaluate = ["evaluate", *task, "--policy", str(tmp_path / "policy"), "--critic", str(tmp_path / "critic")]
     options = ["--episodes", "2", "--num-envs", "2", "--out", str(tmp_path / "report.json")]
     options += ["--eval-info", str(tmp_path / "episodes")]

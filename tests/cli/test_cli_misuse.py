@@ -210,7 +210,7 @@ def test_a_wrong_value_names_its_option(
     [
         (("demo", "--host", "smolvla", "--task", "cube-single"), "for --host smolvla, got 'cube-single'"),
         (("demo", "--task", "push-v3"), "for --host mlp, got 'push-v3'"),
-        (("distill", "--width", "8"), "--width: expected none without --dataset"),
+        (("distill", "--depth", "8"), "--depth: expected none without --dataset"),
         (("distill", "--dataset", "d", "--task", "scene"), "--task: expected none beside --dataset"),
         (("distill", "--dataset", "d", "--policy", "p"), "--out: expected it beside --dataset"),
         (("train-online", "--features"), "--features: expected none without --env"),

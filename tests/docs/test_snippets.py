@@ -28,6 +28,7 @@ from qsteer import cli
 from qsteer.evaluation import arms
 
 ROOT = Path(__file__).parents[2]
+LEROBOT = "lerobot.configs.train"
 PAGES = [
     ROOT / "README.md",
     ROOT / "CONTRIBUTING.md",
@@ -155,7 +156,7 @@ def commands(block: Block, directory: Path) -> list[list[str]]:
     """Return the commands of a shell block, as bash would call them."""
     log, binaries = directory / "log", directory / ".venv/bin"
     binaries.mkdir(parents=True)
-    names = "qsteer python pip make git accelerate apt-get pre-commit lerobot-eval ray".split()
+    names = "qsteer python pip make git accelerate apt-get pre-commit lerobot-eval lerobot-train ray".split()
     bash = shutil.which("bash")
     for name in names:
         (binaries / name).write_text(STUB.format(bash=bash, name=name, log=log))
@@ -194,6 +195,9 @@ def test_shell_blocks(page, tmp_path, monkeypatch, parsing, capsys):
                     known = {field.name for field in fields(plugin.QSteerConfig)} | {"path", "type"}
                     named = {a.partition("=")[0] for a in arguments if a.startswith("--policy.")}
                     assert {name.removeprefix("--policy.") for name in named} <= known, where
+                case "lerobot-train":
+                    known = {field.name for field in fields(pytest.importorskip(LEROBOT).TrainPipelineConfig)}
+                    assert {re.split("[.=]", a.removeprefix("--"))[0] for a in arguments} <= known, where
                 case "make":
                     assert {a for a in arguments if "=" not in a} <= {*targets}, where
                 case "pip":

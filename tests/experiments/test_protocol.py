@@ -125,45 +125,85 @@ def test_sparse_rewards_say_solved_or_not(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_the_protocol_runs_all_seeds_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Small networks, few steps, the real task: offline and online phase, results, and a second call."""
+def test_the_protocol_runs_all_seeds_at_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Small networks, few steps, the real task: both phases, results, a second call, another size."""
     pytest.importorskip("ogbench")
     from qsteer.cli import main
     from qsteer.envs import ogbench
-    from qsteer.experiments import protocol
 
-    data = tmp_path / "data.npz"
+    data, out = tmp_path / "data.npz", tmp_path / "run"
     ogbench.generate("pointmaze-medium-navigate-v0", data, transitions=2000, val_transitions=200, workers=1)
-    for name, value in {
-        "HIDDEN": (16,),
-        "MEMBERS": 3,
-        "BATCH_SIZE": 16,
-        "EPISODES": 1,
-        "EVALUATE_EVERY": 500_000,
-    }.items():
-        monkeypatch.setattr(protocol, name, value)
-    command = ["protocol", "--domain", "pointmaze-medium", "--task", "1", "--seeds", "0", "1"]
-    command += ["--data", str(data), "--scale", "0.0002", "--out", str(tmp_path / "run")]
+    command = [
+        "protocol",
+        "--domain",
+        "pointmaze-medium",
+        "--task",
+        "1",
+        "--seeds",
+        "0",
+        "1",
+        "--out",
+        str(out),
+    ]
+    command += [
+        "--data",
+        str(data),
+        "--scale",
+        "0.0002",
+        "--hidden",
+        "16",
+        "--members",
+        "3",
+        "--episodes",
+        "1",
+    ]
+    command += ["--arms", "best-of-2", "--evaluate-every", "500000", "--clones", "--num-envs", "2"]
     main(command)
-    results = json.loads((tmp_path / "run" / "results.json").read_text())
-    assert [row["seed"] for row in results["seeds"]] == [0, 1]
+    results = json.loads((out / "results.json").read_text())
+    assert [arm["spec"] for arm in results["arms"]] == ["base", "best-of-2"]
+    assert [len(results["arms"][1][phase]) for phase in ("offline", "online", "unsteered")] == [2, 2, 2]
+    assert [len(tenths) for tenths in results["arms"][1]["curve"]] == [10, 10]
+    online = out / "best-of-2" / "online"
     for seed in range(2):
-        lines = [json.loads(line) for line in (tmp_path / f"run/online/seed{seed}/metrics.jsonl").open()]
+        lines = [json.loads(line) for line in (online / f"seed{seed}/metrics.jsonl").open()]
         assert lines[-1]["env_steps"] == lines[-1]["step"] == 100
         assert [line["env_steps"] for line in lines if "evaluation/success" in line] == [100]
+    assert (out / "best-of-2" / "offline" / "config.json").exists()  # TD asks how the arm acts
     main(command)
-    assert json.loads((tmp_path / "run" / "results.json").read_text()) == results
+    assert json.loads((out / "results.json").read_text()) == results
+    with pytest.raises(SystemExit, match="2"):
+        main([*command, "--episodes", "2"])
+    assert "with size.episodes=2, got one with size.episodes=1" in capsys.readouterr().err
+
+
+def results_of(number: int, *arms: tuple[str, list[float]]) -> dict[str, object]:
+    rows = [{"spec": spec, "offline": [0.0] * len(rates), "online": rates} for spec, rates in arms]
+    seeds = list(range(len(arms[0][1])))
+    return {"domain": "cube-double", "task": number, "size": {}, "seeds": seeds, "arms": rows}
 
 
 def test_the_table_has_each_task_and_their_interquartile_mean(tmp_path: Path) -> None:
-    for number, success in (1, (0.0, 1.0)), (2, (0.5, 0.5)):
-        seeds = [{"seed": s, "base": 0.0, "tweedie": value} for s, value in enumerate(success)]
-        result = {"domain": "cube-double", "task": number, "scale": 1, "episodes": 50, "seeds": seeds}
-        (tmp_path / f"{number}.json").write_text(json.dumps(result))
-    lines = format_results([tmp_path / "1.json", tmp_path / "2.json"]).splitlines()
-    assert lines[4].split() == ["cube-double", "1", "tweedie", "50%", "0%", "..", "100%"]
-    assert lines[5].split() == ["cube-double", "2", "tweedie", "50%", "50%", "..", "50%"]
-    assert lines[6].split()[:4] == ["all,", "IQM", "tweedie", "50%"]
-    (tmp_path / "3.json").write_text(json.dumps(result | {"seeds": seeds[:1]}))
+    paths = [tmp_path / f"{number}.json" for number in range(4)]
+    for path, arm in zip(
+        paths,
+        [
+            ("tweedie=0.3", [0.0, 1.0]),
+            ("tweedie=0.2", [0.5, 0.5]),
+            ("tweedie=0.2", [0.5]),
+            ("best-of-8", [0.5, 0.5]),
+        ],
+        strict=True,
+    ):
+        path.write_text(json.dumps(results_of(2, arm)))
+    lines = format_results(paths[:2]).splitlines()
+    assert lines[4].split() == ["tweedie", "online", "cube-double", "2", "50%", "0%", "..", "100%"]
+    assert lines[5].split() == ["tweedie", "online", "cube-double", "2", "50%", "50%", "..", "50%"]
+    assert lines[6].split()[:5] == ["tweedie", "online", "all,", "IQM", "50%"]
     with pytest.raises(ValueError, match="equally many"):
-        format_results([tmp_path / "1.json", tmp_path / "3.json"])
+        format_results(paths[1:3])
+    mixed = format_results([paths[0], paths[3]])
+    assert "best-of-8" in mixed and "IQM" not in mixed  # no arm is in both
+    for broken in {"arms": []}, {"arms": [{"spec": "base", "offline": [2.0, 0.0]}]}, {"seeds": [0]}:
+        paths[3].write_text(json.dumps(results_of(2, ("best-of-8", [0.5, 0.5])) | broken))
+        with pytest.raises(ValueError, match=r"expected the results.json of qsteer protocol"):
+            format_results([paths[3]])

@@ -215,8 +215,8 @@ import online_runs
 from qsteer.data.replay import Replay
 
 add = Replay.add
-def acknowledged(self, rows):
-    add(self, rows)
+def acknowledged(self, *given):
+    add(self, *given)
     print(self.added, flush=True)
 Replay.add = acknowledged
 if __name__ == "__main__":

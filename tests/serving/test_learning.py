@@ -24,7 +24,7 @@ from qsteer.data.layout import Rows
 from qsteer.serving import BatchLimits, RobotLearning, Server
 from qsteer.serving.options import OWN, RequestError
 from qsteer.serving.share import Share
-from qsteer.training.loop import CHECKPOINT
+from qsteer.training.checkpoints import CHECKPOINT
 
 PASS = Check("stored", "", "pass", "fine", "")
 FAIL = Check("stored", "", "fail", "noise is preferred", "")

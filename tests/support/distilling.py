@@ -26,7 +26,15 @@ META = MetaTraining(
     steps=14, batch_size=8, log_every=2, checkpoint_every=5, evaluate_every=4, warmup=3, learning_rate=1e-2
 )
 FLOW = FlowMapTraining(
-    steps=14, batch_size=8, log_every=2, checkpoint_every=5, diagonal_steps=3, anneal_steps=6
+    steps=14,
+    batch_size=8,
+    log_every=2,
+    checkpoint_every=5,
+    distillation="eulerian",
+    diagonal_steps=3,
+    anneal_steps=6,
+    zero_share=0.0,
+    one_share=0.0,
 )
 KINDS: dict[str, type[Learner]] = {"meta": MetaDistillation, "flow": FlowMapDistillation}
 

@@ -30,10 +30,10 @@ KILL = replace(TRAINING, env_steps=600, warmup=40, evaluate_every=0, log_every=4
 """For a run that is killed again and again."""
 
 
-def policy(seed: int = 0) -> FlowPolicy:
+def policy(seed: int = 0, horizon: int = 1) -> FlowPolicy:
     """An untrained policy: its actions are hardly more than the noise."""
     torch.manual_seed(seed)
-    return FlowPolicy(FlowPolicyConfig(2, 1, 1, (8,))).requires_grad_(False)
+    return FlowPolicy(FlowPolicyConfig(2, 1, horizon, (8,))).requires_grad_(False)
 
 
 def parts(seeds: int = 1, settings: CriticTraining = CRITIC) -> tuple[StateActor, LiveCritic]:

@@ -85,7 +85,7 @@ def test_a_crash_while_writing_leaves_the_former_checkpoint(
         raise OSError("disk full")
 
     with monkeypatch.context() as patch, pytest.raises(OSError, match="disk full"):
-        patch.setattr("qsteer.training.loop.save_file", half)
+        patch.setattr("qsteer.training.checkpoints.save_file", half)
         train("policy", data, tmp_path)
     assert (tmp_path / "checkpoint.safetensors").read_bytes() == before
     train("policy", data, tmp_path)

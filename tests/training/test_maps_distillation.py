@@ -189,12 +189,16 @@ def test_distilling_a_pretrained_policy_reports_its_posterior_error_and_resumes(
         assert (tmp_path / "parts" / file).read_bytes() == (tmp_path / "whole" / file).read_bytes()
 
 
-def test_a_flow_map_of_a_pretrained_policy(name: str, stored: SafetensorsBatches, tmp_path: Path) -> None:
+@pytest.mark.parametrize("distillation", ["direct", "eulerian"])
+def test_a_flow_map_of_a_pretrained_policy(
+    name: str, stored: SafetensorsBatches, distillation: str, tmp_path: Path
+) -> None:
     teacher = HostTeacher(hosts.shared(name), stored)
     torch.manual_seed(3)
     flow_map = FlowMap(MapConfig(*teacher.sizes(), **SMALL))
     before = flow_map.net.last.weight.clone()
     settings = FlowMapTraining(steps=2, batch_size=2, diagonal_steps=0, anneal_steps=1, learning_rate=1e-2)
+    settings = replace(settings, distillation=distillation)
     distil_flow_map(flow_map, teacher, tmp_path / "run", settings, progress=False)
     assert (flow_map.net.last.weight - before).abs().max() > 1e-4
     assert all(p.grad is None for p in hosts.shared(name).parameters())

@@ -39,7 +39,7 @@ def test_flow_matching_is_solved_by_the_velocity_from_noise_to_action() -> None:
 def test_a_policy_comes_back_from_its_checkpoint(tmp_path: Path) -> None:
     policy = train("policy", episodes(), tmp_path)
     again = FlowPolicy.from_pretrained(tmp_path)
-    assert again.config == policy.config == FlowPolicyConfig(S, A, H, (8,))
+    assert again.config == policy.config == FlowPolicyConfig(S, A, H, (8,), layer_norm=True)
     obs, x, t = torch.randn(4, S), torch.randn(4, H, A), torch.rand(4)
     assert torch.equal(again(obs, x, t), policy(obs, x, t))
     with pytest.raises(ValueError, match=r"\(B, 3\), got \(4, 5\)"):
