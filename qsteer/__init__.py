@@ -8,6 +8,7 @@ if TYPE_CHECKING:  # at run time each on its first use: the command's help must 
     from qsteer.clock import Clock
     from qsteer.critics import Critic, CriticConfig, LiveCritic
     from qsteer.flow import field, value
+    from qsteer.particles import FeynmanKac
     from qsteer.rules import (
         QGF,
         Auto,
@@ -42,6 +43,7 @@ __all__ = [
     "Critic",
     "CriticConfig",
     "Euler",
+    "FeynmanKac",
     "Field",
     "ForwardTweedie",
     "Gated",
@@ -78,6 +80,7 @@ _HOMES = {
     "qsteer.clock": ("Clock",),
     "qsteer.critics": ("Critic", "CriticConfig", "LiveCritic"),
     "qsteer.flow": ("field", "value"),
+    "qsteer.particles": ("FeynmanKac",),
     "qsteer.rules": (
         "QGF",
         "Auto",

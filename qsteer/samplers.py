@@ -273,11 +273,7 @@ class BeamSearch(Sampler):
         """Return the flow map for the observations; without one, the policy's own integration."""
         if self.flow_map is None:
             return EulerMap(field, self._completion.steps)
-        if field.base.held:
-            raise ValueError(
-                f"{type(self).__name__}: expected completions by a chain, which real-time chunking holds to "
-                "the former chunk, got a flow map, which it cannot; leave flow_map out"
-            )
+        check_free(field, self, "a flow map", "leave flow_map out")
         if isinstance(self.flow_map, Jump | FlowMap):
             return self.flow_map.on(field.base)
         return FunctionJump(self.flow_map)
@@ -325,6 +321,15 @@ def check_inner(sampler: Sampler, inner: Any) -> None:
         raise TypeError(
             f"{type(sampler).__name__}: expected inner to be a sampler such as Euler(), got {inner!r}; a "
             "rule goes in the rule's place: steer(policy, critic, rule, sampler=...)"
+        )
+
+
+def check_free(field: Field, sampler: Sampler, steps: str, remedy: str) -> None:
+    """Raise ValueError if real-time chunking holds the field's chunk to the former one."""
+    if field.base.held:
+        raise ValueError(
+            f"{type(sampler).__name__}: expected Euler's steps, which real-time chunking holds to the former "
+            f"chunk, got {steps}, which it cannot; {remedy}"
         )
 
 

@@ -75,10 +75,16 @@ def test_the_fast_path_holds_each_chunk_to_its_own_former_one():
         assert torch.equal(qsteer.sample(field, **given, compile="static"), qsteer.sample(field, **given))
 
 
-def test_a_flow_map_cannot_be_held():
-    beam = qsteer.BeamSearch(2, 2, flow_map=lambda x, r, t: x)
-    with pytest.raises(ValueError, match=r"real-time chunking.*leave flow_map out"):
-        qsteer.sample(hold(), qsteer.value(target), torch.randn(1, 6, 2), sampler=beam)
+@pytest.mark.parametrize(
+    ("sampler", "remedy"),
+    [
+        (qsteer.BeamSearch(2, 2, flow_map=lambda x, r, t: x), "leave flow_map out"),
+        (qsteer.FeynmanKac(2), "take another sampler"),
+    ],
+)
+def test_a_flow_map_and_stochastic_steps_cannot_be_held(sampler, remedy):
+    with pytest.raises(ValueError, match=rf"real-time chunking.*{remedy}"):
+        qsteer.sample(hold(), qsteer.value(target), torch.randn(1, 6, 2), sampler=sampler)
 
 
 @pytest.mark.parametrize(

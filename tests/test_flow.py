@@ -192,6 +192,7 @@ class Shaped(qsteer.Value):
         (None, qsteer.BestOfN(2)),
         (None, qsteer.TrustRegion()),
         (None, qsteer.BeamSearch(2, 2)),
+        (None, qsteer.FeynmanKac(2)),
         (None, qsteer.KeepBest()),
     ],
     ids=str,

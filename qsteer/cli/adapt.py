@@ -12,6 +12,7 @@ from qsteer.cli.options import (
     add_training_options,
     natural_float,
     natural_int,
+    positive_int,
     select_given,
     start_run,
 )
@@ -29,6 +30,11 @@ def add_parser(commands: Commands) -> None:
         "--critic", type=Path, help="directory of the critic to start from; default runs/TASK/seedN/critic"
     )
     parser.add_argument("--eta", type=natural_float, help="radius of the trust region; default: the recipe's")
+    parser.add_argument(
+        "--candidates",
+        type=positive_int,
+        help="the critic's best of so many actions of the map acts; default: 1; with --eta 0: as MVP",
+    )
     parser.add_argument("--fixed-critic", action="store_true", help="the critic stays as it is")
     add_training_options(parser, "fmq")
 
@@ -47,7 +53,7 @@ def run(args: argparse.Namespace) -> None:
     from qsteer.training.loop import METRICS
 
     task, directory = RECIPES[args.task], run_directory(args.task, args.seed)
-    given = select_given(args, "seed", "steps", "compile", "env_steps", "eta")
+    given = select_given(args, "seed", "steps", "compile", "env_steps", "eta", "candidates")
     given["learn_critic"] = not args.fixed_critic
     if args.env_steps and args.steps is None:
         given["steps"] = args.env_steps  # one update per environment step

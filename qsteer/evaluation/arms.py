@@ -15,6 +15,7 @@ from qsteer.critics import Critic, LiveCritic
 from qsteer.maps.flow_maps import FlowMap
 from qsteer.maps.glass import GlassPosterior
 from qsteer.maps.meta import MetaFlowMap
+from qsteer.particles import FeynmanKac
 from qsteer.policies import FlowPolicy
 from qsteer.rules import (
     QGF,
@@ -119,9 +120,10 @@ RULES: dict[str, Callable[[Any, Maps], Rule]] = {
     "random-direction": lambda s, _: RandomDirection(alpha=s),
     "negated": lambda s, _: Negated(Tweedie(alpha=s)),
 }
-SAMPLERS: dict[str, Callable[[float, Sampler, Maps], Sampler]] = {
+SAMPLERS: dict[str, Callable[[float, Any, Maps], Sampler]] = {
     "best-of": lambda n, inner, _: BestOfN(_whole(n), inner),
     "random-of": lambda n, inner, _: RandomOfN(_whole(n), inner),
+    "feynman-kac": lambda strength, inner, _: FeynmanKac(8, strength, inner),
     "trust-region": lambda eta, inner, _: TrustRegion(eta, inner=inner),
     "trust-region-adaptive": lambda eta, inner, _: TrustRegion(eta, beta=0.3, inner=inner),
     "keep-best": lambda number, inner, _: KeepBest(_numberless(number, inner)),
@@ -157,6 +159,7 @@ WORDS = {
     "negated": "Tweedie downhill, strength {}",
     "best-of": "best of {}",
     "random-of": "random one of {}",
+    "feynman-kac": "particles, strength {}",
     "trust-region": "trust region, radius {}",
     "trust-region-adaptive": "adaptive trust region, radius {}",
     "keep-best": "the frozen policy's if better",
@@ -176,6 +179,8 @@ VARIANT_WORDS = {
 VARIANT = re.compile(rf"(.+)-({'|'.join(VARIANTS)})([\d.]+)")
 COUNTED = ("best-of-", "random-of-", "map-best-of-", "fmq-best-of-")
 CONTROLS = ("base", "random-", "negated")
+UNSTEERED = ("map-best-of-1", "feynman-kac=0")
+"""Treatments with the number that leaves the critic out: controls."""
 RANDOM = "random-"
 """Before a rule's name: its control, :class:`qsteer.Randomized`."""
 
@@ -256,7 +261,7 @@ class Arm:
         """``base``, ``control`` or ``steered``."""
         if self.spec == "base":
             return "base"
-        return "control" if self.name.startswith(CONTROLS) or self.spec == "map-best-of-1" else "steered"
+        return "control" if self.name.startswith(CONTROLS) or self.spec in UNSTEERED else "steered"
 
     def agent(
         self,
@@ -314,9 +319,9 @@ def parse(spec: str, maps: Maps | None = None, *, clip: Clip = "policy") -> Arm:
     ``forward-tweedie=0.2`` (``-stale``: the last step's direction), and any guidance rule guided less:
     ``tweedie-every2=0.2``, ``tweedie-from0.3-to0.6=0.2``; ``tweedie-last4=0.2`` goes back through the last 4
     layers of a policy that has layers. A sampler follows it or stands alone: ``best-of-8``, ``random-of-8``,
-    ``trust-region=0.3``, ``beam-search=0.3`` (``-map``: on the flow map, ``-fmq``: on the adapted one),
-    ``map-best-of-8``, ``fmq-best-of-8``, ``keep-best``; each goes around what precedes it:
-    ``tweedie=0.2+best-of-8+keep-best``.
+    ``feynman-kac=1`` (8 particles), ``trust-region=0.3``, ``beam-search=0.3`` (``-map``: on the flow map,
+    ``-fmq``: on the adapted one), ``map-best-of-8``, ``fmq-best-of-8``, ``keep-best``; each goes around what
+    precedes it: ``tweedie=0.2+best-of-8+keep-best``.
 
     Args:
         spec: the name.

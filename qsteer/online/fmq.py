@@ -22,6 +22,7 @@ from qsteer.maps.flow_maps import FlowMap
 from qsteer.maps.losses import fmq_target, trust_radius
 from qsteer.online.actors import Decision
 from qsteer.policies import FlowPolicy
+from qsteer.samplers import take
 from qsteer.training.critic import TD, CriticTraining
 from qsteer.training.loop import Learner, Training, fit
 from qsteer.training.maps import make_draws
@@ -29,6 +30,10 @@ from qsteer.types import Bounds, Field
 
 if TYPE_CHECKING:  # needs gymnasium
     from qsteer.online.collect import Collector
+
+
+type Acting = Callable[[Tensor, torch.Generator], Tensor]
+"""Observations (B, O) to what is done there, (B, H, A)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,6 +48,8 @@ class FMQTraining(Training):
         beta: shrinks the radius where the critic's members disagree.
         gamma: discount per step.
         ema: step of the target critic's moving average.
+        candidates: of the map's actions, the target critic's best of so many acts, in the environments and
+            in y. 1: Algorithm 1. With more and ``eta=0`` the map stays as it is: selection alone, as by MVP.
         learn_critic: whether the critic learns too, or stays as it is.
     """
 
@@ -57,17 +64,26 @@ class FMQTraining(Training):
     beta: float = 0.3
     gamma: float = 0.99
     ema: float = 0.005
+    candidates: int = 1
     learn_critic: bool = True
 
     def __post_init__(self) -> None:
         """Check the values."""
         super().__post_init__()
         check_at_least(self, 0, "env_steps", "eta", "beta")
-        check_at_least(self, 1, "num_envs")
+        check_at_least(self, 1, "num_envs", "candidates")
 
 
 class ClippedTD(TD):
     """``y = R + gamma^H min_j Q'_j(s', a')`` (FMQ eq. 8): clipped double Q when there are two members."""
+
+    def __init__(self, critic: Critic, source: Source, settings: CriticTraining, acting: Acting) -> None:
+        super().__init__(critic, source, settings)
+        self.acting = acting
+
+    @override
+    def next_actions(self, batch: Transitions, generator: torch.Generator) -> Float[Tensor, "B H A"]:
+        return self.acting(batch.next_observations, generator)
 
     @override
     def q_target(self, obs: Float[Tensor, "B O"], a: Float[Tensor, "B H A"]) -> Float[Tensor, "B"]:
@@ -136,7 +152,7 @@ class FMQ(Learner):
             CriticTraining(
                 target="td", horizon=critic.config.horizon, gamma=settings.gamma, ema=settings.ema, rho=0.0
             ),
-            lambda _, obs, noise: self.act(obs, noise),
+            self.act,
         )
         self.chunks = chunks
         self.source: Source = chunks
@@ -152,11 +168,22 @@ class FMQ(Learner):
         return cast(Bounds, self.frozen[0].config.bounds)
 
     @torch.no_grad()
-    def act(self, obs: Float[Tensor, "B O"], noise: Float[Tensor, "B H A"]) -> Float[Tensor, "B H A"]:
-        """Return the adapted map's one-step action ``X_{0,1}(noise)``, clipped to the policy's bounds."""
-        zero = noise.new_zeros(len(noise))
-        adapted = self.flow_map.on(self.frozen[0].field(obs))
-        return clip_actions(adapted(noise, zero, zero + 1), self.bounds)
+    def act(self, obs: Float[Tensor, "B O"], generator: torch.Generator) -> Float[Tensor, "B H A"]:
+        """Return the adapted map's one-step action from fresh noise, clipped to the policy's bounds.
+
+        Of several candidates, the one that the target critic's mean prefers.
+        """
+        n, shape = self.settings.candidates, self.flow_map.config
+        rows = obs.repeat_interleave(n, 0)
+        size = len(rows), shape.horizon, shape.action_dim
+        noise = torch.randn(size, generator=generator, device=generator.device)
+        zero = noise.new_zeros(len(rows))
+        adapted = self.flow_map.on(self.frozen[0].field(rows))
+        a = clip_actions(adapted(noise, zero, zero + 1), self.bounds)
+        if n == 1:
+            return a
+        q = self.q.target.members(self.q.target.encode(rows), a).mean(0).unflatten(0, (-1, n))
+        return take(a.unflatten(0, q.shape), q.argmax(1))
 
     def improvement(
         self, obs: Float[Tensor, "B O"], x: Float[Tensor, "B H A"], r: Float[Tensor, "B"]
@@ -210,8 +237,7 @@ class FMQ(Learner):
 
         def act(obs: Tensor, _: object) -> Decision:
             obs = obs.to(generator.device)
-            shape = len(obs), self.flow_map.config.horizon, self.flow_map.config.action_dim
-            actions = self.act(obs, torch.randn(shape, generator=generator, device=generator.device))
+            actions = self.act(obs, generator)
             return Decision(actions, actions, obs)
 
         due = (int(self.step) + 1) * s.env_steps / s.steps

@@ -7,6 +7,7 @@ from functools import cache
 from typing import Any
 
 import qsteer.maps
+import qsteer.particles
 import qsteer.rules
 import qsteer.samplers
 from qsteer.hub import HubModule
@@ -19,7 +20,7 @@ MODULES = {kind.__name__: kind for kind in (qsteer.maps.FlowMap, qsteer.maps.Met
 @cache
 def known() -> dict[str, type]:
     """Return the classes that a file may name: qsteer's own rules, samplers and what they are made of."""
-    homes = (qsteer.rules, qsteer.samplers)
+    homes = (qsteer.rules, qsteer.samplers, qsteer.particles)
     found = {
         name: kind
         for home in homes

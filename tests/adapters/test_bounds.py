@@ -99,6 +99,7 @@ def test_bounds_of_plain_policies_functions_and_flow_policies_reach_every_field(
         lambda clip: qsteer.Euler(clip=clip),
         lambda clip: qsteer.BestOfN(3, qsteer.Euler(clip=clip)),
         lambda clip: qsteer.BeamSearch(2, 2, eta=0.0, inner=qsteer.Euler(clip=clip)),
+        lambda clip: qsteer.FeynmanKac(3, inner=qsteer.Euler(clip=clip)),
     ],
 )
 def test_a_sampler_that_clips_to_the_policys_bounds_is_one_with_these_numbers(sampler):

@@ -156,6 +156,7 @@ def test_a_policy_that_does_not_sample_is_warned_of(act):
         qsteer.Tweedie(0.2),
         qsteer.QGF(0.1),
         qsteer.BeamSearch(2, 2),
+        qsteer.FeynmanKac(2),
         qsteer.BestOfN(2, inner=qsteer.BeamSearch()),
     ],
     ids=lambda method: type(method).__name__,

@@ -51,6 +51,8 @@ def test_arms_on_learnt_maps_take_them_from_where_they_lie(tmp_path):
         ("random-of-8", "control"),
         ("random-direction=0.2", "control"),
         ("random-qgf=0.06", "control"),
+        ("feynman-kac=1", "steered"),
+        ("feynman-kac=0", "control"),
     ],
 )
 def test_controls_are_told_from_treatments(spec, kind):

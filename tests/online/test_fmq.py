@@ -143,7 +143,7 @@ def test_actions_are_clipped_to_the_policys_bounds(bounds: tuple[float, float] |
     learner.q.critic.members = lambda z, a: (asked.append(a.detach()), members(z, a))[1]
     obs, noise = torch.zeros(64, S), torch.randn(64, H, A, generator=torch.Generator().manual_seed(0))
     learner.improvement(obs, noise, torch.full((64,), 0.25))
-    asked.append(learner.act(obs, noise).detach())
+    asked.append(learner.act(obs, torch.Generator().manual_seed(0)))
     assert len(asked) == 2
     for a in asked:
         if bounds is None:
@@ -201,6 +201,26 @@ def test_the_critics_target_is_the_least_member_at_the_adapted_maps_action() -> 
     target = learner.q.target
     least = target.members(target.encode(obs), a).min(0).values
     torch.testing.assert_close(y, batch.rewards + 0.99**H * batch.masks * least)
+
+
+def test_of_several_candidates_the_critics_best_acts_in_y_and_in_the_environment() -> None:
+    settings = replace(FIXED, candidates=16)
+    learner, one = (FMQ(flow_map(), uphill(), policy(), data(), s) for s in (settings, FIXED))
+    obs = torch.zeros(8, S)
+    a = learner.act(obs, torch.Generator().manual_seed(3))
+    pool = one.act(obs.repeat_interleave(16, 0), torch.Generator().manual_seed(3))
+    q = (pool * Uphill.direction).flatten(1).sum(1).unflatten(0, (8, 16))
+    torch.testing.assert_close((a * Uphill.direction).flatten(1).sum(1), q.amax(1))
+    batch = learner.source.sample(32, torch.Generator().manual_seed(0))
+    y, least = (each.q.y(batch, torch.Generator().manual_seed(7)) for each in (learner, one))
+    assert (y - least)[batch.masks > 0].mean() > 1
+
+
+def test_without_a_radius_the_map_stays_the_offline_map() -> None:
+    offline = flow_map()
+    learner = FMQ(offline, critic(2), policy(), data(), replace(FIXED, eta=0.0, learn_critic=True))
+    logs = learnt(learner, 50)
+    assert logs[-1]["start_displacement"] < 1e-6
 
 
 @pytest.mark.parametrize("calls", [3, 9])

@@ -98,13 +98,16 @@ def test_what_is_given_stays_and_the_rest_is_steered(policy, method):
     assert (value(steered) >= value(base) - 1e-4).all()
 
 
-def test_the_fast_path_and_flow_maps_are_refused(policy):
+def test_the_fast_path_flow_maps_and_stochastic_steps_are_refused(policy):
     policy.delay = 2
     with qsteer.steer(policy, Critic(), qsteer.Tweedie(0.3), compile="static"):
         with pytest.raises(RuntimeError, match="compile: expected real-time chunking to be off"):
             act(policy)
     with qsteer.steer(policy, Critic(), qsteer.BeamSearch(2, 2, flow_map=lambda x, r, t: x)):
         with pytest.raises(ValueError, match="leave flow_map out"):
+            act(policy)
+    with qsteer.steer(policy, Critic(), qsteer.FeynmanKac(2)):
+        with pytest.raises(ValueError, match="take another sampler"):
             act(policy)
 
 

@@ -205,7 +205,7 @@ RULES = [
 ]  # fmt: skip
 SAMPLERS = [
     qsteer.Euler(), qsteer.BestOfN(3), qsteer.KeepBest(), qsteer.TrustRegion(), qsteer.RandomOfN(3),
-    qsteer.BeamSearch(),
+    qsteer.BeamSearch(), qsteer.FeynmanKac(),
 ]  # fmt: skip
 
 

@@ -20,7 +20,7 @@ from qsteer.types import Rule, Sampler
 
 ROUNDING = {torch.float32: 1e-4, torch.bfloat16: 8e-2, torch.float16: 1e-2}
 """Largest relative difference between actions that differ in the order of sums."""
-SELECTING = qsteer.BestOfN, qsteer.BeamSearch, qsteer.KeepBest
+SELECTING = qsteer.BestOfN, qsteer.BeamSearch, qsteer.FeynmanKac, qsteer.KeepBest
 """A choice between candidates of about one value falls by rounding."""
 
 

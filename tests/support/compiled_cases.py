@@ -34,6 +34,7 @@ METHODS: tuple[tuple[qsteer.Rule | None, qsteer.Sampler], ...] = (
     (None, qsteer.RandomOfN(4)),
     (None, qsteer.TrustRegion(beta=0.5)),
     (None, qsteer.BeamSearch(2, 2, 1)),
+    (None, qsteer.FeynmanKac(3)),
     (qsteer.Tweedie(), qsteer.KeepBest()),
     (qsteer.Tweedie(), qsteer.BestOfN(3)),
 )

@@ -31,6 +31,7 @@ COUNTED = [
     (None, qsteer.RandomOfN(8), (10, 10, 0, 0), (0, 0, 0, 0)),
     (None, qsteer.TrustRegion(), (10, 10, 0, 0), (1, 1, 1, 1)),
     (None, qsteer.TrustRegion(beta=0.3), (10, 10, 0, 0), (2, 2, 1, 1)),
+    (None, qsteer.FeynmanKac(8), (10, 80, 0, 0), (9, 72, 0, 0)),
     (None, qsteer.BeamSearch(4, 4, 1), (14, 104, 0, 0), (3, 24, 1, 4)),
     (None, qsteer.BeamSearch(4, rounds=0), (10, 40, 0, 0), (2, 8, 1, 4)),
     (qsteer.Tweedie(), qsteer.KeepBest(), (20, 20, 9, 9), (11, 11, 9, 9)),

@@ -30,6 +30,7 @@ SAMPLERS: dict[type[Sampler], Sampler] = {
     qsteer.RandomOfN: qsteer.RandomOfN(2),
     qsteer.TrustRegion: qsteer.TrustRegion(beta=0.5, typical=1.0),
     qsteer.BeamSearch: qsteer.BeamSearch(2, 2, 1),
+    qsteer.FeynmanKac: qsteer.FeynmanKac(2),
     qsteer.KeepBest: qsteer.KeepBest(),
 }
 FORMATS = {
