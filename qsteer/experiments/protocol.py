@@ -149,7 +149,7 @@ def format_results(results: Sequence[str | Path]) -> str:
     """Return the results of several tasks as text: each task's mean, and the interquartile mean of all.
 
     Intervals are 95 %: bootstrap over seeds for a task, stratified bootstrap for the interquartile mean.
-    Arms go by their names without strengths, which may differ between tasks; those of all runs are pooled.
+    Arms go by the names of :func:`list_arms`; those of all runs are pooled.
 
     Args:
         results: files that :func:`~qsteer.experiments.protocol_run.run_protocol` wrote, with equally many
@@ -191,10 +191,17 @@ def format_results(results: Sequence[str | Path]) -> str:
 
 
 def list_arms(run: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """Return a run's rows by the names of their arms without strengths, which may differ between tasks."""
+    """Return a run's rows by the names of their arms without strengths, which may differ between tasks.
+
+    Of several strengths in one run the first has the name; the others go by their spec.
+    """
     from qsteer.evaluation.arms import parse
 
-    return {parse(row["spec"]).name: row for row in run["arms"]}
+    rows: dict[str, dict[str, Any]] = {}
+    for row in run["arms"]:
+        name = parse(row["spec"]).name
+        rows[row["spec"] if name in rows else name] = row
+    return rows
 
 
 def read_results(path: str | Path) -> dict[str, Any]:

@@ -203,6 +203,10 @@ def test_the_table_has_each_task_and_their_interquartile_mean(tmp_path: Path) ->
         format_results(paths[1:3])
     mixed = format_results([paths[0], paths[3]])
     assert "best-of-8" in mixed and "IQM" not in mixed  # no arm is in both
+    two = results_of(2, ("tweedie=0.3", [0.25, 0.25]), ("tweedie=0.1", [1.0, 1.0]))
+    paths[3].write_text(json.dumps(two))
+    weak = [line.split() for line in format_results([paths[3]]).splitlines() if "online" in line]
+    assert [(line[0], line[4]) for line in weak[::2]] == [("tweedie", "25%"), ("tweedie=0.1", "100%")]
     for broken in {"arms": []}, {"arms": [{"spec": "base", "offline": [2.0, 0.0]}]}, {"seeds": [0]}:
         paths[3].write_text(json.dumps(results_of(2, ("best-of-8", [0.5, 0.5])) | broken))
         with pytest.raises(ValueError, match=r"expected the results.json of qsteer protocol"):
