@@ -127,6 +127,9 @@ def main() -> None:
             add(bump, "exact", tilt, exact(critic, tilt))
             for name, rule in tilts(args.samples).items():
                 add(bump, f"{name}, sigma", tilt, act(critic, args.chains, rule(tilt), euler))
+            for n in (args.samples, 4 * args.samples):
+                sampler = qsteer.FeynmanKac(n, tilt, euler)
+                add(bump, f"feynman-kac-{n}", tilt, act(critic, args.chains, None, sampler))
         for alpha in args.alphas:
             for name, rule in matched(args.samples).items():
                 add(bump, f"{name}, matched", alpha, act(critic, args.chains, rule(alpha), euler))
