@@ -37,8 +37,9 @@ def main() -> None:
         for row in audit_run(run):
             rows.append(row)
             print(
-                f"| {row['domain']}, {row['task']} | {row['seed']} | {row['verdict']} | {', '.join(row['fails'])} | "
-                f"{row['base']:.0%} | {row['steered']:.0%} | {row['steered'] - row['base']:+.0%} |"
+                f"| {row['domain']}, {row['task']} | {row['seed']} | {row['verdict']} | "
+                f"{', '.join(row['fails'])} | {row['base']:.0%} | {row['steered']:.0%} | "
+                f"{row['steered'] - row['base']:+.0%} |"
             )
     if args.out:
         print(f"report: {write_json({'states': STATES, 'critics': rows}, args.out)}")
