@@ -72,6 +72,11 @@ class FMQTraining(Training):
         super().__post_init__()
         check_at_least(self, 0, "env_steps", "eta", "beta")
         check_at_least(self, 1, "num_envs", "candidates")
+        if self.candidates > 1 and not (self.learn_critic or self.env_steps):
+            raise ValueError(
+                f"candidates: expected 1 where no critic learns and no environment is acted in, got "
+                f"{self.candidates}; they are of what acts, not of what the map learns"
+            )
 
 
 class ClippedTD(TD):

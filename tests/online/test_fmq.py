@@ -204,7 +204,7 @@ def test_the_critics_target_is_the_least_member_at_the_adapted_maps_action() -> 
 
 
 def test_of_several_candidates_the_critics_best_acts_in_y_and_in_the_environment() -> None:
-    settings = replace(FIXED, candidates=16)
+    settings = replace(FIXED, candidates=16, learn_critic=True)
     learner, one = (FMQ(flow_map(), uphill(), policy(), data(), s) for s in (settings, FIXED))
     obs = torch.zeros(8, S)
     a = learner.act(obs, torch.Generator().manual_seed(3))
@@ -214,6 +214,11 @@ def test_of_several_candidates_the_critics_best_acts_in_y_and_in_the_environment
     batch = learner.source.sample(32, torch.Generator().manual_seed(0))
     y, least = (each.q.y(batch, torch.Generator().manual_seed(7)) for each in (learner, one))
     assert (y - least)[batch.masks > 0].mean() > 1
+
+
+def test_candidates_that_nothing_would_choose_among_are_refused() -> None:
+    with pytest.raises(ValueError, match="candidates: expected 1 where no critic learns"):
+        replace(FIXED, candidates=2)
 
 
 def test_without_a_radius_the_map_stays_the_offline_map() -> None:
