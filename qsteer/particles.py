@@ -43,7 +43,8 @@ class FeynmanKac(Sampler):
 
     Args:
         particles: per observation; 1: ``inner`` alone.
-        strength: of the tilt, in one over the critic's unit; 0 is the control, a random particle.
+        strength: of the tilt, in one over the critic's unit: about 3 over the spread of values over the
+            policy's actions that :func:`qsteer.audit` prints; 0 is the control, a random particle.
         inner: steps and clip of the chain.
 
     Raises:
