@@ -21,6 +21,7 @@ ORDER = (
     ("maps",),
     ("rules",),
     ("samplers",),
+    ("particles",),
     ("sampling",),
     ("hosts",),
     ("adapters",),

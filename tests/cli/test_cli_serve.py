@@ -53,7 +53,7 @@ def server(networks: Path) -> Iterator[tuple[subprocess.Popen, str]]:
     process.wait()
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
 def test_from_the_command_to_a_reply_and_to_the_end(server, number: signal.Signals) -> None:
     process, address = server
 

@@ -31,7 +31,7 @@ def test_a_critic_learns_online_by_one_line(tmp_path: Path, monkeypatch: pytest.
         run(tmp_path / "line", SHORT, seeds=2)
 
 
-@pytest.mark.parametrize("seeds", [1, 2])
+@pytest.mark.parametrize("seeds", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_an_actor_on_buffers_is_asked_for_all_environments(tmp_path: Path, seeds: int) -> None:
     """One kind of action, before the critic steers, and one after."""
     training = replace(SHORT, critic=replace(SHORT.critic, seed=0))

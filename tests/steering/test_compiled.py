@@ -29,7 +29,7 @@ from qsteer.steering.compiled import check_field
 from qsteer.steering.handle import steer
 
 
-@pytest.fixture(params=PREPARED)
+@pytest.fixture(params=[*PREPARED[:2], pytest.param(PREPARED[2], marks=pytest.mark.slow)])
 def name(request: pytest.FixtureRequest) -> str:
     return request.param
 

@@ -30,7 +30,10 @@ CASES = [
     for name, marks in (*((name, pytest.mark.slow) for name in PREPARED), ("plain", ()))
     for method in METHODS
 ]
-QUICK = [pytest.param(name, METHODS[1], id=name) for name in PREPARED]
+QUICK = [
+    pytest.param(name, METHODS[1], id=name, marks=() if name == "pi05" else pytest.mark.slow)
+    for name in PREPARED
+]
 
 
 @pytest.fixture
