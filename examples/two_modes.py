@@ -127,7 +127,7 @@ def main() -> None:
             add(bump, "exact", tilt, exact(critic, tilt))
             for name, rule in tilts(args.samples).items():
                 add(bump, f"{name}, sigma", tilt, act(critic, args.chains, rule(tilt), euler))
-            for n in (args.samples, 4 * args.samples):
+            for n in (args.samples, 4 * args.samples, 32 * args.samples):
                 sampler = qsteer.FeynmanKac(n, tilt, euler)
                 add(bump, f"feynman-kac-{n}", tilt, act(critic, args.chains, None, sampler))
         for alpha in args.alphas:
